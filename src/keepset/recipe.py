@@ -1,0 +1,295 @@
+"""The YAML of `keepset run`: one pydantic model, every field documented, unknown keys refused with a did-you-mean.
+
+Names are TRL's and Hugging Face's wherever they have one.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from keepset.errors import RecipeError, did_you_mean
+
+
+class Strict(BaseModel):
+    """Base of every section: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class ModelSpec(Strict):
+    """Which causal LM, and how rows become tokens for it."""
+
+    model_name_or_path: str = Field(
+        "demo", description="hub name, local folder, .gguf file, or `demo` (SmolLM2-135M-Instruct)"
+    )
+    model_revision: str | None = Field(None, description="commit or tag of a hub model; needed for trust_remote_code")
+    trust_remote_code: bool = Field(False, description="run code from the model's repository; only with model_revision")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the weights")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    attn_implementation: str | None = Field(None, description="Hugging Face's name; default: the packed fast path")
+    chat_template: str | None = Field(
+        None, description="a Jinja file, or `plain`; default: the tokenizer's own, else the plain-text one"
+    )
+    supervise: Literal["all", "last"] = Field("all", description="which assistant turns are supervised")
+    max_length: int = Field(1024, ge=8, description="longest row in tokens, template included")
+    overlong: Literal["quarantine", "truncate"] = Field(
+        "quarantine", description="a longer row is quarantined, or cut at its end and flagged `truncated`"
+    )
+
+
+class LoraSpec(Strict):
+    """The adapter; TRL's ModelConfig names."""
+
+    lora_r: int = Field(8, ge=1)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_target_modules: list[str] | Literal["all-linear"] = Field(["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+class DataSpec(Strict):
+    """One file, folder or hub dataset."""
+
+    path: str = Field(description="file (.jsonl .json .csv .parquet, also .gz .zst), folder, hub name, or `-`")
+    name: str | None = Field(None, description="the `source` (pools) or default `task` (targets); default: file stem")
+    format: str | None = Field(None, description="dialect; default: detected from the columns")
+    split: str = Field("train", description="split of a hub dataset or saved DatasetDict")
+    limit: int | None = Field(None, ge=1, description="first N rows only, said on screen: for trying things out")
+    shots: int | None = Field(None, ge=1, description="targets: N pairs a task, drawn with the recipe's seed (nested)")
+    length_matched: bool = Field(False, description="targets: keep pairs whose sides differ by at most 20 % in length")
+    task_column: str = Field("task", description="targets: the column that names the task")
+    category_column: str | None = Field(None, description="pools: a column kept as `category` for quotas and reports")
+
+
+class PoolSpec(DataSpec):
+    """A pool; with `method` and `budget` it is one part of a mix."""
+
+    method: str | None = Field(None, description="mix: this pool's own method label, or `full`")
+    budget: str | int | None = Field(None, description="mix: this pool's own budget")
+
+
+class TrainSpec(Strict):
+    """Trainer arguments; whatever TRL's SFTConfig or DPOConfig takes may be added under `extra`."""
+
+    num_train_epochs: float = 3
+    learning_rate: float = 2e-4
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    full: bool = Field(False, description="full fine-tuning instead of LoRA")
+    extra: dict[str, Any] = Field(default_factory=dict, description="further SFTConfig / DPOConfig arguments")
+
+
+class WarmupSpec(TrainSpec):
+    """ROSE/LESS warm-up (rose.md section 3): 5 % of the pool, 4 epochs, a checkpoint an epoch, lr 2e-5."""
+
+    fraction: float = Field(0.05, gt=0, le=1, description="share of the pool, drawn with `seed`")
+    min_rows: int = Field(8, ge=1, description="at least this many rows")
+    num_train_epochs: float = 4
+    learning_rate: float = 2e-5
+    seed: int | None = Field(None, description="picks the subset and the order; default: the recipe's seed")
+
+
+class ReferenceSpec(TrainSpec):
+    """DavIR's reference model: the base fine-tuned on the whole pool, or an existing model."""
+
+    path: str | None = Field(None, description="an existing reference: adapter folder, model folder or hub name")
+    folds: int = Field(0, ge=0, description="K >= 2: cross-fitted, each row scored by a model not trained on it")
+
+
+class MethodSpec(Strict):
+    """One method: its name, a label to tell variants apart, and its own options."""
+
+    name: str
+    label: str = ""
+    options: dict[str, Any] = Field(default_factory=dict, description="see `keepset methods NAME`")
+
+    @model_validator(mode="after")
+    def _label(self) -> MethodSpec:
+        if not self.label:
+            self.label = self.name
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", self.label):
+            raise ValueError(f"label '{self.label}': letters, digits and . _ + - only, at most 64")
+        return self
+
+
+class SelectSpec(Strict):
+    """How scores become a subset."""
+
+    policy: Literal["top_k", "round_robin", "mmr", "facility_location", "sample"] = "top_k"
+    quota: Literal["none", "proportional", "equal", "floor"] = Field("none", description="share a source gets")
+    quota_by: Literal["source", "category"] = "source"
+    quota_floor: float = Field(0.05, ge=0, le=1, description="`floor`: least share of the budget a source gets")
+    dedup: Literal["none", "exact", "near"] = Field("none", description="drop repeats, best score kept")
+    near_threshold: float = Field(0.8, gt=0, le=1, description="`near`: MinHash Jaccard of word 5-grams")
+    diversity: float = Field(0.3, ge=0, le=1, description="mmr: 0 = score only, 1 = diversity only")
+    temperature: float = Field(1.0, gt=0, description="sample: softmax temperature over standardised scores")
+
+
+class EvaluateSpec(Strict):
+    """What is measured on every trained model."""
+
+    pairs: list[DataSpec] = Field(default_factory=list, description="held-out chosen/rejected pairs")
+    heldout: list[DataSpec] = Field(default_factory=list, description="held-out SFT rows: loss")
+    gsm8k: DataSpec | None = Field(None, description="question/answer rows: exact match by generation, and loss")
+    gsm8k_limit: int = Field(50, ge=1)
+    max_new_tokens: int = 256
+    length_match: float = Field(0.2, description="a pair is length-matched if its sides differ by at most this share")
+    bootstrap: int = Field(2000, ge=100, description="resamples of each 95 % interval")
+
+
+class ControlSpec(Strict):
+    """What every comparison is held against."""
+
+    random_seeds: list[int] = Field([0, 1, 2], description="Random of the same size, once per seed")
+    longest: bool = Field(True, description="the longest completions of the same size")
+    full: bool = Field(False, description="train on the whole pool")
+    base: bool = Field(True, description="the untrained base")
+
+
+class BatchSpec(Strict):
+    """What runs together when scoring."""
+
+    token_budget: int = Field(1024, ge=16, description="tokens a packed batch holds")
+    shard_rows: int = Field(256, ge=1, description="rows a shard: the unit of resume")
+
+
+class Recipe(Strict):
+    """The whole of a run."""
+
+    run_dir: str = Field("runs/keepset", description="the run folder")
+    seed: int = 0
+    model: ModelSpec = ModelSpec()
+    train_model: ModelSpec | None = Field(None, description="transfer: train another model than the one that scores")
+    lora: LoraSpec = LoraSpec()
+    pool: list[PoolSpec] = Field(description="one or more pools")
+    target: list[DataSpec] = Field(default_factory=list, description="few-shot validation rows or pairs")
+    methods: list[MethodSpec] = Field(min_length=1)
+    budget: int | str = Field("5%", description="rows (500), a percentage (5%) or tokens (200000 tokens)")
+    select: SelectSpec = SelectSpec()
+    warmup: WarmupSpec = WarmupSpec()
+    reference: ReferenceSpec = ReferenceSpec()
+    train: TrainSpec = TrainSpec()
+    train_seeds: list[int] = Field(default_factory=lambda: [0], description="every method's model is trained per seed")
+    evaluate: EvaluateSpec = EvaluateSpec()
+    controls: ControlSpec = ControlSpec()
+    batching: BatchSpec = BatchSpec()
+    strict: bool = Field(False, description="stop at the first bad row instead of quarantining it")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _short_methods(cls, value: Any) -> Any:
+        """`- davir` is short for `- {name: davir}`."""
+        return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("pool", "target", mode="before")
+    @classmethod
+    def _short_data(cls, value: Any) -> Any:
+        """A path, or one section, is short for a list of one."""
+        value = value if isinstance(value, list) else [value]
+        return [{"path": v} if isinstance(v, str) else v for v in value]
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: int | str) -> int | str:
+        parse_budget(value, 1, None)
+        return value
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Recipe:
+        labels = [m.label for m in self.methods]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"methods: label '{twice[0]}' stands twice; give one of them its own `label`")
+        return self
+
+
+def parse_budget(budget: int | str, n_rows: int, n_tokens: int | None) -> tuple[str, int]:
+    """Turn a budget into `("rows", k)` or `("tokens", t)`.
+
+    Args:
+        budget: 500, "500", "5%" (of the rows) or "200000 tokens" ("20% tokens": of the pool's supervised tokens).
+        n_rows: rows in the pool.
+        n_tokens: supervised tokens in the pool, if known.
+
+    Raises:
+        RecipeError: the text is none of these, or not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%?)\s*(tokens|rows)?\s*", str(budget))
+    if match is None or float(match[1]) <= 0 or (match[2] and float(match[1]) > 100):
+        raise RecipeError(f"budget '{budget}' is not a count (500), a percentage (5%) or tokens (200000 tokens)")
+    number, unit = float(match[1]), match[3] or "rows"
+    whole = n_rows if unit == "rows" else n_tokens
+    if match[2]:
+        return unit, max(1, int(number / 100 * (whole if whole is not None else 1)))
+    if number != int(number):
+        raise RecipeError(f"budget '{budget}': a count must be a whole number")
+    return unit, int(number)
+
+
+def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Return the keys allowed where `path` (a pydantic error location) points."""
+    current: Any = model
+    for part in path[:-1]:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
+        if field is None:
+            return []
+        found = re.findall(r"\b(\w+Spec|Recipe)\b", str(field.annotation))
+        current = globals().get(found[0]) if found else None
+        if current is None:
+            return []
+    return list(current.model_fields)
+
+
+def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
+    """Check a mapping against `Recipe`.
+
+    Raises:
+        RecipeError: one line with the key's place, what is wrong and, for an unknown key, the closest known one.
+    """
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: the top level must be a mapping of keys, not {type(data).__name__}")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"]) or "top level"
+        if first["type"] == "extra_forbidden":
+            key = str(first["loc"][-1])
+            hint = did_you_mean(key, known_keys(Recipe, first["loc"]))
+            raise RecipeError(f"{where}: unknown key '{place}'{hint}") from None
+        raise RecipeError(f"{where}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file; paths in it that exist relative to its folder are resolved against that folder.
+
+    Raises:
+        RecipeError: unreadable file, YAML error (with its line), or anything `parse_recipe` refuses.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; `keepset init` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    recipe = parse_recipe(data, where=str(path))
+    pairs = [*recipe.pool, *recipe.target, *recipe.evaluate.pairs, *recipe.evaluate.heldout]
+    for spec in [*pairs, *([recipe.evaluate.gsm8k] if recipe.evaluate.gsm8k else [])]:
+        if spec.path != "-" and not Path(spec.path).exists() and (path.parent / spec.path).exists():
+            spec.path = str(path.parent / spec.path)
+    return recipe
