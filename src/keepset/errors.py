@@ -11,7 +11,7 @@ class KeepsetError(Exception):
     exit_code = 2
 
 
-class RecipeError(KeepsetError):
+class RecipeError(KeepsetError, ValueError):
     """The recipe or a command's options are wrong (exit code 2)."""
 
 

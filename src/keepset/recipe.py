@@ -65,11 +65,19 @@ class DataSpec(Strict):
     category_column: str | None = Field(None, description="pools: a column kept as `category` for quotas and reports")
 
 
-class PoolSpec(DataSpec):
-    """A pool; with `method` and `budget` it is one part of a mix."""
+class MixPart(Strict):
+    """One pool's share of a mix."""
 
-    method: str | None = Field(None, description="mix: this pool's own method label, or `full`")
-    budget: str | int | None = Field(None, description="mix: this pool's own budget")
+    source: str = Field(description="the `name` of a pool")
+    method: str = Field("full", description="the label of a method that ranks this pool's rows, or `full`")
+    budget: int | str = Field("100%", description="rows, percentage of this pool, or tokens")
+
+
+class MixSpec(Strict):
+    """A training set put together from several pools, each with its own method and budget (DavIR's Alpaca + GSM8K)."""
+
+    label: str
+    parts: list[MixPart] = Field(min_length=1)
 
 
 class TrainSpec(Strict):
@@ -158,7 +166,9 @@ class BatchSpec(Strict):
     """What runs together when scoring."""
 
     token_budget: int = Field(1024, ge=16, description="tokens a packed batch holds")
-    shard_rows: int = Field(256, ge=1, description="rows a shard: the unit of resume")
+    shard_rows: int | None = Field(
+        None, ge=1, description="rows a shard, the unit of resume; default n / 200, 32 to 2,048"
+    )
 
 
 class Recipe(Strict):
@@ -169,10 +179,13 @@ class Recipe(Strict):
     model: ModelSpec = ModelSpec()
     train_model: ModelSpec | None = Field(None, description="transfer: train another model than the one that scores")
     lora: LoraSpec = LoraSpec()
-    pool: list[PoolSpec] = Field(description="one or more pools")
+    pool: list[DataSpec] = Field(description="one or more pools")
     target: list[DataSpec] = Field(default_factory=list, description="few-shot validation rows or pairs")
     methods: list[MethodSpec] = Field(min_length=1)
-    budget: int | str = Field("5%", description="rows (500), a percentage (5%) or tokens (200000 tokens)")
+    budget: list[int | str] = Field(
+        ["5%"], min_length=1, description="rows (500), percentage (5%) or `200000 tokens`; several for a sweep"
+    )
+    mix: list[MixSpec] = Field(default_factory=list, description="training sets put together from several pools")
     select: SelectSpec = SelectSpec()
     warmup: WarmupSpec = WarmupSpec()
     reference: ReferenceSpec = ReferenceSpec()
@@ -196,10 +209,13 @@ class Recipe(Strict):
         value = value if isinstance(value, list) else [value]
         return [{"path": v} if isinstance(v, str) else v for v in value]
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _budget(cls, value: int | str) -> int | str:
-        parse_budget(value, 1, None)
+    def _short_budget(cls, value: Any) -> Any:
+        """`budget: 5%` is short for a list of one; each is checked here, before anything runs."""
+        value = value if isinstance(value, list) else [value]
+        for one in value:
+            parse_budget(one, 1, None)
         return value
 
     @model_validator(mode="after")
@@ -243,7 +259,7 @@ def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
         field = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
         if field is None:
             return []
-        found = re.findall(r"\b(\w+Spec|Recipe)\b", str(field.annotation))
+        found = re.findall(r"\b(\w+Spec|MixPart)\b", str(field.annotation))
         current = globals().get(found[0]) if found else None
         if current is None:
             return []
@@ -293,3 +309,6 @@ def load_recipe(path: str | Path) -> Recipe:
         if spec.path != "-" and not Path(spec.path).exists() and (path.parent / spec.path).exists():
             spec.path = str(path.parent / spec.path)
     return recipe
+
+
+PoolSpec = DataSpec

@@ -1,0 +1,354 @@
+"""The run folder: everything a run knows, on disk, in a form that survives kill -9. The only module that keeps state.
+
+Work is cut into shards that depend on the rows' ids alone. A shard is written to a temporary file, fsynced, renamed and
+then recorded with its checksum; it counts only if record and checksum fit. Starting the same command again therefore
+computes what is missing and nothing else, and the result has the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from keepset.errors import KeepsetError, PlanMismatch
+from keepset.recipe import Recipe
+
+Arrays = dict[str, np.ndarray]
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the text that fingerprints are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of bytes, or of a value's canonical JSON."""
+    data = value if isinstance(value, bytes) else canonical(value).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is either the old one or wholly the new one, also after a power cut.
+
+    Raises:
+        KeepsetError: the disk is full, or the folder can't be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise KeepsetError(f"{path}: can't be written: {error.strerror}; free or choose another --run_dir") from None
+
+
+def plan_shards(ids: np.ndarray, shard_rows: int | None = None) -> list[np.ndarray]:
+    """Cut rows into shards: sorted by id, so that the plan is the same however the pool was ordered or split.
+
+    Args:
+        ids: (n,) unique ids.
+        shard_rows: rows a shard; default n / 200, at least 32 and at most 2,048.
+
+    Returns:
+        Index arrays into `ids`; together they hold every row once.
+    """
+    n = len(ids)
+    size = shard_rows or min(2048, max(32, n // 200))
+    order = np.argsort(ids.astype(str), kind="stable") if n else np.zeros(0, dtype=np.int64)
+    return [order[start : start + size] for start in range(0, n, size)]
+
+
+class Run:
+    """A run folder, locked while open."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open (and create) the folder; nothing is written before `lock` or a save."""
+        self.path = Path(path)
+
+    # -- the recipe ---------------------------------------------------------------------------------------------
+
+    def adopt(self, recipe: Recipe, *, force: bool = False) -> None:
+        """Make `recipe` the folder's own, or check that it is.
+
+        Methods may be added freely; any other difference from the stored recipe is refused.
+
+        Raises:
+            PlanMismatch: the folder was made by another recipe; the message lists what differs.
+        """
+        path = self.path / "recipe.yaml"
+        new = recipe.model_dump(mode="json", exclude={"run_dir"})
+        if path.exists() and not force:
+            old = yaml.safe_load(path.read_text(encoding="utf-8"))
+            old.pop("run_dir", None)
+            differences = [d for d in diff_keys(old, new) if not d.startswith("methods")]
+            if differences:
+                shown = "; ".join(differences[:4]) + (
+                    f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
+                )
+                raise PlanMismatch(
+                    f"{self.path} was made by another recipe ({shown}); use another --run_dir, "
+                    "or --force to go on here: what still fits is kept, the rest is redone"
+                )
+        text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_atomic(path, text.encode())
+
+    def recipe(self) -> Recipe:
+        """The stored recipe.
+
+        Raises:
+            KeepsetError: this is no run folder.
+        """
+        from keepset.recipe import parse_recipe
+
+        path = self.path / "recipe.yaml"
+        if not path.exists():
+            raise KeepsetError(
+                f"{self.path} is no run folder (it has no recipe.yaml); start with `keepset run` or `score`"
+            )
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data["run_dir"] = str(self.path)
+        return parse_recipe(data, where=str(path))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Raises:
+            KeepsetError: another process works in it, or it can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise KeepsetError(f"{self.path}: can't be written: {error.strerror}; choose another --run_dir") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise KeepsetError(f"{self.path}: another keepset process works in this folder; wait for it") from None
+            yield
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def save_json(self, name: str, value: Any) -> Path:
+        """Write a JSON file atomically."""
+        path = self.path / name
+        write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        return path
+
+    def load_json(self, name: str, default: Any = None) -> Any:
+        """Read a JSON file of the folder, or return `default` if there is none.
+
+        Raises:
+            KeepsetError: the file is damaged.
+        """
+        path = self.path / name
+        if not path.exists():
+            return default
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise KeepsetError(f"{path}: damaged (not JSON); delete it and run the same command again") from None
+
+    def save_table(self, name: str, table: pa.Table) -> Path:
+        """Write a Parquet file atomically."""
+        path = self.path / name
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_atomic(path, sink.getvalue().to_pybytes())
+        return path
+
+    def load_table(self, name: str) -> pa.Table:
+        """Read a Parquet file of the folder.
+
+        Raises:
+            KeepsetError: it is missing or damaged.
+        """
+        path = self.path / name
+        try:
+            return pq.read_table(path)
+        except FileNotFoundError:
+            have = sorted(p.stem for p in path.parent.glob("*.parquet"))
+            raise KeepsetError(
+                f"{path}: not there; {path.parent.name} has: {', '.join(have) or 'nothing yet'}"
+            ) from None
+        except pa.ArrowException:
+            raise KeepsetError(f"{path}: damaged (not Parquet); delete it and run the same command again") from None
+
+    # -- shards -------------------------------------------------------------------------------------------------
+
+    def sweep(
+        self,
+        stages: Mapping[str, Mapping[str, Any]],
+        ids: np.ndarray,
+        compute: Callable[[np.ndarray, list[str]], dict[str, Arrays]],
+        *,
+        shard_rows: int | None = None,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> dict[str, Arrays]:
+        """Compute per-row arrays for several stages in one pass over the rows, shard by shard, resumable.
+
+        Args:
+            stages: name -> key. Everything that changes the numbers belongs into the key; another key is another stage.
+            ids: (n,) unique row ids.
+            compute: `(indices (m,), missing stage names) -> {stage: {column: (m, ...) array}}`.
+            shard_rows: see `plan_shards`.
+            advance: called with the rows done, for progress.
+
+        Returns:
+            For each stage its columns over all rows, in the order of `ids`.
+        """
+        shards = plan_shards(ids, shard_rows)
+        folders = {name: self.path / "work" / name / digest(key)[:16] for name, key in stages.items()}
+        for name, folder in folders.items():
+            if not (folder / "key.json").exists():
+                write_atomic(folder / "key.json", canonical(stages[name]).encode())
+        collected: dict[str, list[Arrays]] = {name: [] for name in stages}
+        for number, indices in enumerate(shards):
+            id_hash = digest([str(i) for i in ids[indices]])
+            ready = {name: read_shard(folder, number, id_hash) for name, folder in folders.items()}
+            missing = [name for name, arrays in ready.items() if arrays is None]
+            if missing:
+                fresh = compute(indices, missing)
+                for name in missing:
+                    write_shard(folders[name], number, id_hash, fresh[name])
+                    ready[name] = fresh[name]
+            for name, arrays in ready.items():
+                assert arrays is not None
+                collected[name].append(arrays)
+            advance(len(indices))
+        order = np.concatenate(shards) if shards else np.zeros(0, dtype=np.int64)
+        return {name: gather(parts, order) for name, parts in collected.items()}
+
+    def complete(self, name: str, key: Mapping[str, Any], ids: np.ndarray, shard_rows: int | None = None) -> bool:
+        """Whether every shard of a stage is there and whole."""
+        folder = self.path / "work" / name / digest(key)[:16]
+        return folder.exists() and all(
+            read_shard(folder, number, digest([str(i) for i in ids[indices]])) is not None
+            for number, indices in enumerate(plan_shards(ids, shard_rows))
+        )
+
+    # -- steps that end in a folder (training) --------------------------------------------------------------------
+
+    def step(self, folder: str, key: Mapping[str, Any], work: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        """Do a step whose product is a folder, unless it was done with the same key and its files are whole.
+
+        `work(path)` fills the folder and returns facts to remember (seconds, tokens ...); they come back on a re-run.
+        """
+        path = self.path / folder
+        record = self.load_json(f"{folder}/done.json")
+        if record and record["key"] == digest(key) and files_fit(path, record["files"]):
+            return {**record["facts"], "reused": True}
+        (path / "done.json").unlink(missing_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        facts = dict(work(path))
+        files = {
+            str(p.relative_to(path)): file_digest(p)
+            for p in sorted(path.rglob("*"))
+            if p.is_file() and p.name != "done.json" and p.suffix in {".safetensors", ".json"}
+        }
+        self.save_json(f"{folder}/done.json", {"key": digest(key), "facts": facts, "files": files, "inputs": dict(key)})
+        return {**facts, "reused": False}
+
+    # -- costs --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
+        """Append what a stage cost (seconds, tokens, FLOPs, rows) to `costs.jsonl`; a skipped stage adds nothing."""
+        start = time.perf_counter()
+        entry: dict[str, Any] = {"stage": stage, **facts}
+        yield entry
+        if entry.pop("skip", False):
+            return
+        entry["seconds"] = round(time.perf_counter() - start, 3)
+        with (self.path / "costs.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def costs(self) -> list[dict[str, Any]]:
+        """All entries of `costs.jsonl`; a torn last line (a crash) is left out."""
+        path = self.path / "costs.jsonl"
+        entries = []
+        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return entries
+
+
+def read_shard(folder: Path, number: int, id_hash: str) -> Arrays | None:
+    """A shard's arrays, or None if it is missing, torn, damaged or of other rows."""
+    path, record_path = folder / f"{number:05d}.safetensors", folder / f"{number:05d}.json"
+    try:
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        if record["sha256"] != digest(data) or record["ids"] != id_hash:
+            return None
+        return load_arrays(data)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def write_shard(folder: Path, number: int, id_hash: str, arrays: Arrays) -> None:
+    """Write a shard and then its record; a crash between the two leaves a shard that doesn't count."""
+    data = save_arrays({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    write_atomic(folder / f"{number:05d}.safetensors", data)
+    record = {"sha256": digest(data), "ids": id_hash, "rows": len(next(iter(arrays.values())))}
+    write_atomic(folder / f"{number:05d}.json", canonical(record).encode())
+
+
+def gather(parts: list[Arrays], order: np.ndarray) -> Arrays:
+    """Put the shards' columns back into the order of the ids."""
+    if not parts:
+        return {}
+    columns = {}
+    for name in parts[0]:
+        stacked = np.concatenate([part[name] for part in parts])
+        columns[name] = np.empty_like(stacked)
+        columns[name][order] = stacked
+    return columns
+
+
+def files_fit(folder: Path, files: Mapping[str, str]) -> bool:
+    """Whether every recorded file is there with its checksum."""
+    return all((folder / name).is_file() and file_digest(folder / name) == sha for name, sha in files.items())
+
+
+def diff_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Say in words where two nested mappings differ: `budget: 5% -> 10%`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}, key=str):
+            found += diff_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return [] if old == new else [f"{prefix}: {old} -> {new}"]
