@@ -1,0 +1,318 @@
+"""Intervals, tests and correlations; NumPy and SciPy only.
+
+Every function that draws takes a seed and draws with `numpy.random.default_rng(seed)`, so a number in a report can be
+made again. Nothing here drops a NaN: it raises, because a mean over "what was left" is another quantity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+# Rows of resampled indices held in memory at once: 4e6 int64 = 32 MB.
+_CHUNK_ELEMENTS = 4_000_000
+# Up to this many items all 2^n sign flips are gone through, so that the permutation p-value is exact.
+_EXACT_ITEMS = 14
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean (or another statistic) with its interval.
+
+    Attributes:
+        value: the statistic on all items.
+        low: lower end.
+        high: upper end.
+        n: items it rests on.
+        level: nominal coverage, 0.95 by default.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    level: float = 0.95
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the fields as plain numbers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """`0.613 [0.542, 0.681]`."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Test:
+    """A paired comparison: mean of a − b, its interval and a two-sided p-value."""
+
+    __test__ = False  # not a pytest class
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the fields as plain numbers, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson and Spearman correlation of two columns, with two-sided p-values (t approximation)."""
+
+    pearson: float
+    pearson_p: float
+    spearman: float
+    spearman_p: float
+    n: int
+
+
+def _finite(values: ArrayLike, name: str = "values") -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: one number an item is needed, the shape is {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{name}: no items")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} of {array.size} are NaN or infinite")
+    return array
+
+
+def _strata(groups: ArrayLike | None, n: int) -> list[np.ndarray]:
+    if groups is None:
+        return [np.arange(n)]
+    labels = np.asarray(groups)
+    if labels.shape != (n,):
+        raise ValueError(f"groups: {labels.shape} does not fit {n} items")
+    return [np.flatnonzero(labels == g) for g in np.unique(labels)]
+
+
+def _resampled_means(columns: np.ndarray, resamples: int, seed: int, strata: list[np.ndarray]) -> np.ndarray:
+    """Means over bootstrap draws. columns (m, n) -> (m, resamples); every stratum keeps its size."""
+    rng = np.random.default_rng(seed)
+    m, n = columns.shape
+    sums = np.zeros((m, resamples))
+    for members in strata:
+        step = max(1, _CHUNK_ELEMENTS // len(members))
+        for start in range(0, resamples, step):
+            stop = min(start + step, resamples)
+            drawn = members[rng.integers(0, len(members), (stop - start, len(members)))]
+            for row in range(m):
+                sums[row, start:stop] += columns[row][drawn].sum(axis=1)
+    return sums / n
+
+
+def bootstrap_ci(
+    values: ArrayLike,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Interval:
+    """Percentile bootstrap over items (Efron 1979).
+
+    Args:
+        values: (n,) one number an item.
+        resamples: draws of n items with replacement.
+        level: nominal coverage.
+        seed: of the draws.
+        groups: (n,) labels (tasks); items are then drawn inside each group, so that group sizes stay as they are.
+        statistic: maps (..., n) to (...) along the last axis; default the mean.
+
+    Returns:
+        The statistic with its interval. One item has no spread: low = high = value.
+
+    Raises:
+        ValueError: empty, not one-dimensional, or not finite.
+    """
+    array = _finite(values)
+    n = array.size
+    tail = 100 * (1 - level) / 2
+    strata = _strata(groups, n)
+    if statistic is None:
+        value = float(array.mean())
+        draws = _resampled_means(array[None], resamples, seed, strata)[0]
+    else:
+        value = float(statistic(array))
+        rng = np.random.default_rng(seed)
+        step = max(1, _CHUNK_ELEMENTS // n)
+        parts = []
+        for start in range(0, resamples, step):
+            count = min(step, resamples - start)
+            drawn = np.concatenate([s[rng.integers(0, len(s), (count, len(s)))] for s in strata], axis=1)
+            parts.append(np.asarray(statistic(array[drawn]), dtype=np.float64))
+        draws = np.concatenate(parts)
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return Interval(value, float(low), float(high), n, level)
+
+
+def paired_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
+) -> Interval:
+    """Interval of mean(a − b) over the same items, items drawn in pairs.
+
+    Args:
+        a: (n,) a number an item under the first system.
+        b: (n,) the same items under the second.
+        resamples: draws.
+        level: nominal coverage.
+        seed: of the draws.
+        groups: (n,) labels; see `bootstrap_ci`.
+
+    Raises:
+        ValueError: different lengths, empty or not finite.
+    """
+    first, second = _pair(a, b)
+    return bootstrap_ci(first - second, resamples=resamples, level=level, seed=seed, groups=groups)
+
+
+def paired_permutation(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p-value of mean(a − b) ≠ 0 by flipping the signs of the differences (Fisher's randomisation test).
+
+    Exact (all 2^n flips) up to 14 items; otherwise (1 + hits) / (1 + resamples), which is never 0.
+
+    Args:
+        a: (n,) first system.
+        b: (n,) second system, same items.
+        resamples: random flips when there are too many to enumerate.
+        seed: of the flips.
+
+    Raises:
+        ValueError: different lengths, empty or not finite.
+    """
+    first, second = _pair(a, b)
+    difference = first - second
+    n = difference.size
+    observed = abs(difference.sum())
+    # Sums that differ only by rounding count as equal, else a tie is decided by the order of addition.
+    slack = 1e-12 * max(1.0, float(np.abs(difference).sum()))
+    if n <= _EXACT_ITEMS:
+        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+        return float((np.abs(signs @ difference) >= observed - slack).mean())
+    rng = np.random.default_rng(seed)
+    hits = 0
+    step = max(1, _CHUNK_ELEMENTS // n)
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        signs = rng.integers(0, 2, (count, n), dtype=np.int8) * 2.0 - 1.0
+        hits += int((np.abs(signs @ difference) >= observed - slack).sum())
+    return (1 + hits) / (1 + resamples)
+
+
+def paired_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 2000, level: float = 0.95, seed: int = 0) -> Test:
+    """Return mean(a − b), its bootstrap interval and the permutation p-value in one go.
+
+    Args:
+        a: (n,) first system.
+        b: (n,) second system, same items.
+        resamples: bootstrap draws (the permutation test takes at least 10,000 flips).
+        level: nominal coverage.
+        seed: of both.
+    """
+    interval = paired_bootstrap(a, b, resamples=resamples, level=level, seed=seed)
+    p = paired_permutation(a, b, resamples=max(resamples, 10_000), seed=seed)
+    return Test(interval.value, interval.low, interval.high, p, interval.n)
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """Holm's step-down adjusted p-values (Holm 1979), in the order given.
+
+    p₍ᵢ₎' = max over j ≤ i of min(1, (m − j + 1) · p₍ⱼ₎). NaN (a comparison that could not be made) stays NaN and does
+    not count in m.
+
+    Args:
+        p_values: (m,) two-sided p-values.
+
+    Raises:
+        ValueError: a p-value outside 0..1.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    if ((p < 0) | (p > 1)).any():
+        raise ValueError("a p-value lies outside 0..1")
+    out = np.full(p.shape, np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    out[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
+    return out
+
+
+def holm_by_label(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return `holm` of a mapping label -> p as a mapping."""
+    return dict(zip(p_values, holm(list(p_values.values())).tolist(), strict=True))
+
+
+def win_tie_loss(a: ArrayLike, b: ArrayLike, *, margin: float = 0.0) -> tuple[int, int, int]:
+    """Count the items where a is better, level (|a − b| <= margin) and worse; larger is better.
+
+    Args:
+        a: (n,) first system.
+        b: (n,) second system, same items.
+        margin: what counts as level.
+    """
+    first, second = _pair(a, b)
+    difference = first - second
+    wins, losses = int((difference > margin).sum()), int((difference < -margin).sum())
+    return wins, difference.size - wins - losses, losses
+
+
+def correlations(x: ArrayLike, y: ArrayLike) -> Correlation:
+    """Pearson and Spearman (ties get mean ranks). NaN where a column is constant or there are fewer than 3 items.
+
+    Args:
+        x: (n,) first column.
+        y: (n,) second column.
+
+    Raises:
+        ValueError: different lengths, empty or not finite.
+    """
+    first, second = _pair(x, y)
+    n = first.size
+    if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return Correlation(np.nan, np.nan, np.nan, np.nan, n)
+    pearson, spearman = stats.pearsonr(first, second), stats.spearmanr(first, second)
+    return Correlation(
+        float(pearson.statistic), float(pearson.pvalue), float(spearman.statistic), float(spearman.pvalue), n
+    )
+
+
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Pearson correlation of two columns (n,); NaN where one is constant."""
+    return correlations(x, y).pearson
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman rank correlation of two columns (n,), mean ranks for ties; NaN where one is constant."""
+    return correlations(x, y).spearman
+
+
+def mean_and_spread(values: ArrayLike) -> tuple[float, float]:
+    """Mean and sample standard deviation (n − 1) over seeds; the spread of a single seed is NaN.
+
+    Args:
+        values: (n,) one result a seed.
+    """
+    array = _finite(values)
+    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else float("nan")
+
+
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    first, second = _finite(a, "first"), _finite(b, "second")
+    if first.size != second.size:
+        raise ValueError(f"paired columns differ in length: {first.size} and {second.size}")
+    return first, second
