@@ -6,6 +6,8 @@ from scipy import stats
 
 from keepset.evaluate.statistics import (
     bootstrap_ci,
+    bootstrap_columns,
+    bootstrap_ratio,
     correlations,
     holm,
     holm_by_label,
@@ -108,3 +110,18 @@ def test_correlations_with_ties_and_constants():
     ranks = stats.rankdata(x), stats.rankdata(y)
     assert got.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert np.isnan(spearman([1, 1, 1], [1, 2, 3])) and np.isnan(correlations([1, 2], [2, 3]).pearson)
+
+
+def test_columns_share_draws_and_ratio_by_hand():
+    x = np.random.default_rng(2).normal(size=30)
+    both = bootstrap_columns({"x": x, "minus": -x}, seed=4)
+    assert both["x"] == bootstrap_ci(x, seed=4)
+    assert both["minus"].low == pytest.approx(-both["x"].high)
+    with pytest.raises(ValueError, match="differ in length"):
+        bootstrap_columns({"x": x, "y": x[1:]})
+    # 2 nats a token in every row: whatever is drawn, the ratio is 2.
+    ratio = bootstrap_ratio([2.0, 20.0, 6.0], [1, 10, 3])
+    assert ratio.value == 2 and ratio.low == pytest.approx(2) and ratio.high == pytest.approx(2)
+    assert bootstrap_ratio([1.0, 30.0], [1, 10]).value == pytest.approx(31 / 11)
+    with pytest.raises(ValueError, match="not positive"):
+        bootstrap_ratio([1.0], [0])

@@ -155,6 +155,69 @@ def bootstrap_ci(
     return Interval(value, float(low), float(high), n, level)
 
 
+def bootstrap_columns(
+    columns: Mapping[str, ArrayLike],
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
+) -> dict[str, Interval]:
+    """`bootstrap_ci` of several columns (n,) over the same items, with the same draws for each.
+
+    Args:
+        columns: name -> (n,) numbers.
+        resamples: draws.
+        level: nominal coverage.
+        seed: of the draws.
+        groups: (n,) labels; see `bootstrap_ci`.
+
+    Raises:
+        ValueError: see `bootstrap_ci`; or the columns differ in length.
+    """
+    arrays = {name: _finite(values, name) for name, values in columns.items()}
+    sizes = {a.size for a in arrays.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"columns differ in length: { {name: a.size for name, a in arrays.items()} }")
+    n = sizes.pop()
+    stacked = np.stack(list(arrays.values()))
+    tail = 100 * (1 - level) / 2
+    ends = np.percentile(_resampled_means(stacked, resamples, seed, _strata(groups, n)), [tail, 100 - tail], axis=1)
+    return {
+        name: Interval(float(stacked[i].mean()), float(ends[0, i]), float(ends[1, i]), n, level)
+        for i, name in enumerate(arrays)
+    }
+
+
+def bootstrap_ratio(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of sum(numerator) / sum(denominator) over items drawn together: a loss per token, for example.
+
+    Args:
+        numerator: (n,) for example summed nats a row.
+        denominator: (n,) for example tokens a row.
+        resamples: draws.
+        level: nominal coverage.
+        seed: of the draws.
+
+    Raises:
+        ValueError: different lengths, empty, not finite, or a denominator that is not positive.
+    """
+    top, bottom = _pair(numerator, denominator)
+    if (bottom <= 0).any():
+        raise ValueError("denominator: not positive everywhere")
+    sums = _resampled_means(np.stack([top, bottom]), resamples, seed, _strata(None, top.size))
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(sums[0] / sums[1], [tail, 100 - tail])
+    return Interval(float(top.sum() / bottom.sum()), float(low), float(high), top.size, level)
+
+
 def paired_bootstrap(
     a: ArrayLike,
     b: ArrayLike,
@@ -209,8 +272,8 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, s
     step = max(1, _CHUNK_ELEMENTS // n)
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
-        signs = rng.integers(0, 2, (count, n), dtype=np.int8) * 2.0 - 1.0
-        hits += int((np.abs(signs @ difference) >= observed - slack).sum())
+        flips = rng.integers(0, 2, (count, n), dtype=np.int8) * 2.0 - 1.0
+        hits += int((np.abs(flips @ difference) >= observed - slack).sum())
     return (1 + hits) / (1 + resamples)
 
 
