@@ -1,0 +1,104 @@
+"""BM25: lexical retrieval (Robertson & Zaragoza 2009; Lucene's form as in Kamphuis et al. 2020), by the bm25s library.
+
+    s(q, z) = Σ_{t in q} idf(t) · tf(t, z) / (tf(t, z) + k1 · (1 − b + b · |z| / avg|z|))
+    idf(t)  = log(1 + (N − df(t) + 0.5) / (df(t) + 0.5))
+    S(z)    = max_j mean_{q in task j} s(q, z)
+
+z: a row's text; q: the words of a target prompt (or prompt and chosen answer), a repeated word counting each time; N
+rows, df(t) of them with word t. Words are `\\w+` of the lower-cased text; no stop words, no stemming: both are English.
+
+Only the queries' words need postings, so the index holds these plus one "any other word": same scores, a small index.
+s is linear in the query's word counts, so a task's mean is one sparse product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+from scipy import sparse
+
+from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
+from keepset.methods.text import chunks, hash_tokens
+
+
+def bm25(
+    docs: Sequence[str],
+    queries: Sequence[str],
+    tasks: Sequence[str] | np.ndarray,
+    *,
+    k1: float = 1.5,
+    b: float = 0.75,
+    method: Literal["lucene", "robertson", "atire"] = "lucene",
+    reduce: Reduce = "max",
+    per: Literal["task", "query"] = "task",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score rows by their BM25 relevance to the target.
+
+    Args:
+        docs: n texts of the pool.
+        queries: m texts of the target.
+        tasks: (m,) their tasks.
+        k1: how soon repeated words stop counting.
+        b: 0 = length ignored, 1 = fully normalised.
+        method: bm25s's name of the variant.
+        reduce: "max" or "mean" over tasks (over queries with per="query").
+        per: columns of the second result: one a task, or one a query.
+
+    Returns:
+        scores (n,) and per_task (n, j), or (n, m) with per="query"; float64 of bm25s's float32 weights.
+
+    Raises:
+        ValueError: no query, or lengths that differ.
+    """
+    import bm25s  # here, so that `import keepset` stays quick
+
+    if len(queries) != len(tasks):
+        raise ValueError(f"{len(queries)} queries but {len(tasks)} tasks")
+    names, column = task_columns(np.arange(len(queries)) if per == "query" else tasks)
+    hashed = hash_tokens(queries)
+    vocabulary, terms = np.unique(hashed.values, return_inverse=True)
+    of_query = np.repeat(np.arange(len(queries)), np.diff(hashed.offsets))
+    share = (1.0 / np.bincount(column))[column[of_query]]  # so that a column is its queries' mean
+    weights = sparse.csr_matrix((share, (terms, column[of_query])), shape=(len(vocabulary) + 1, len(names)))
+    if not len(docs):
+        return np.zeros(0), np.zeros((0, len(names)))
+
+    index = bm25s.BM25(k1=k1, b=b, method=method, csc_backend="scipy")
+    ids = _TermIds(docs, vocabulary)
+    index.index(
+        SimpleNamespace(ids=ids, vocab={str(i): i for i in range(len(vocabulary) + 1)}),
+        create_empty_token=False,
+        show_progress=False,
+    )
+    parts = index.scores
+    postings = sparse.csc_matrix(
+        (parts["data"], parts["indices"], parts["indptr"]), shape=(len(docs), len(vocabulary) + 1)
+    )
+    per_column = np.asarray((postings.astype(np.float64) @ weights).todense())
+    return reduce_tasks(per_column, reduce), per_column
+
+
+class _TermIds:
+    """The rows' words as numbers: place in the vocabulary, or its size for any other word; lists are made as read."""
+
+    def __init__(self, docs: Sequence[str], vocabulary: np.ndarray) -> None:
+        numbers, counts = [], []
+        for part in chunks(docs):
+            hashed = hash_tokens(part)
+            place = np.searchsorted(vocabulary, hashed.values)
+            place[place == len(vocabulary)] = 0
+            known = vocabulary[place] == hashed.values if len(vocabulary) else np.zeros(len(place), bool)
+            numbers.append(np.where(known, place, len(vocabulary)).astype(np.int32))
+            counts.append(np.diff(hashed.offsets))
+        self.numbers = np.concatenate(numbers)
+        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(counts))])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            yield self.numbers[start:end].tolist()

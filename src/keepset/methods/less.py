@@ -1,0 +1,56 @@
+"""LESS: influential data for targeted instruction tuning (arXiv 2402.04333), and TracIn (arXiv 2002.08484) beside it.
+
+    S_LESS(z)   = max_j Σ_c w_c · <Γ_c(z), v_cj> / ‖Γ_c(z)‖,   w_c = η_c / Σ_k η_k
+    S_TracIn(z) = mean_j Σ_c η_c · <∇ℓ(z; θ_c), ∇ℓ_val,j(θ_c)>
+
+Γ_c(z): row z's LoRA gradient at checkpoint c after the Adam map. v_cj: mean over task j's validation rows of the unit
+gradient of their SFT loss. η_c: mean learning rate of checkpoint c. TracIn takes plain gradients on both sides and no
+norms. LESS's text defines the cosine against the task's mean gradient, its code the mean of cosines: both are a choice
+of v_cj. ROSE is the same reduction with v_cj from preference pairs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from keepset.methods.rose import rose
+from keepset.methods.tasks import Reduce, reduce_tasks
+
+
+def less(
+    dots: np.ndarray,
+    norms: np.ndarray,
+    lr: np.ndarray | None = None,
+    *,
+    cosine: bool = True,
+    reduce: Reduce = "max",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce inner products to one score a row; arguments and results are those of `rose.rose`.
+
+    Args:
+        dots: (c, n, j) <Γ_c(z_i), v_cj> with v_cj from the SFT loss.
+        norms: (c, n) ‖Γ_c(z_i)‖.
+        lr: (c,) mean learning rate of each checkpoint; None = equal weights.
+        cosine: divide by the row's norm.
+        reduce: "max" or "mean" over tasks.
+    """
+    return rose(dots, norms, lr, cosine=cosine, reduce=reduce)
+
+
+def tracin(dots: np.ndarray, lr: np.ndarray | None = None, *, reduce: Reduce = "mean") -> tuple[np.ndarray, np.ndarray]:
+    """Sum learning rate times plain inner product over the checkpoints (TracInCP, its equation 1).
+
+    Args:
+        dots: (c, n, j) inner products of plain gradients.
+        lr: (c,) learning rates, not normalised; None = 1 each.
+        reduce: over tasks; "mean" = the influence on the mean validation loss.
+
+    Returns:
+        scores (n,) and per_task (n, j).
+    """
+    dots = np.asarray(dots, dtype=np.float64)
+    weights = np.ones(len(dots)) if lr is None else np.asarray(lr, dtype=np.float64)
+    if dots.ndim != 3 or weights.shape != dots.shape[:1]:
+        raise ValueError(f"dots (c, n, j) and lr (c,) don't fit: {dots.shape} and {weights.shape}")
+    per_task = np.einsum("c,cnj->nj", weights, dots)
+    return reduce_tasks(per_task, reduce), per_task

@@ -1,0 +1,27 @@
+"""Random: the control every method must beat at the same size.
+
+    S(z) = u(id of z, seed),  u uniform in (0, 1)
+
+The draw belongs to the row's content id and the seed: shuffling or splitting the pool's files draws the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from keepset.methods.noise import uniform_by_id
+
+
+def random_(ids: int | Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:
+    """Score rows by independent uniform numbers.
+
+    Args:
+        ids: (n,) content ids; or the number of rows, when position is all there is.
+        seed: picks the draw.
+
+    Returns:
+        (n,) float64 in (0, 1).
+    """
+    return uniform_by_id([str(i) for i in range(ids)] if isinstance(ids, int) else ids, seed)

@@ -1,0 +1,63 @@
+"""RDS and RDS+: representation-based selection (RDS: baseline of arXiv 2402.04333; RDS+: arXiv 2503.01807).
+
+    S(z) = max_j mean_{q in task j} cos(h(z), h(q))
+
+h: a pooled last-layer hidden state. RDS pools the last token, RDS+ the position-weighted mean; both are a choice of the
+caller's `representations`, and so is an embedding model. RDS+ chooses by round-robin over the queries: take
+`per="query"` columns and the selection policy `round_robin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from keepset.methods.tasks import Reduce, reduce_queries, reduce_tasks
+
+
+def rds(
+    pool: np.ndarray,
+    queries: np.ndarray,
+    tasks: Sequence[str] | np.ndarray,
+    *,
+    reduce: Reduce = "max",
+    query_reduce: Reduce = "mean",
+    per: Literal["task", "query"] = "task",
+    block: int = 8192,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score rows by their cosine similarity to the target.
+
+    Args:
+        pool: (n, d) representations of the rows.
+        queries: (m, d) representations of the target's rows.
+        tasks: (m,) their tasks.
+        reduce: "max" or "mean" over tasks (over queries with per="query").
+        query_reduce: "mean" or "max" over the queries of a task.
+        per: columns of the second result: one a task, or one a query (in the order given).
+        block: rows compared at a time.
+
+    Returns:
+        scores (n,) and per_task (n, j), or (n, m) with per="query". A zero or NaN representation gives NaN.
+
+    Raises:
+        ValueError: shapes that don't fit.
+    """
+    pool, queries = np.asarray(pool), np.asarray(queries)
+    if pool.ndim != 2 or queries.ndim != 2 or pool.shape[1] != queries.shape[1] or len(queries) != len(tasks):
+        raise ValueError(f"pool {pool.shape}, queries {queries.shape} and {len(tasks)} tasks don't fit")
+    unit_queries = unit_rows(queries)
+    parts = []
+    for start in range(0, len(pool), block):
+        cosines = unit_rows(pool[start : start + block]) @ unit_queries.T
+        parts.append(cosines if per == "query" else reduce_queries(cosines, tasks, query_reduce))
+    per_column = np.concatenate(parts) if parts else np.empty((0, len(queries)))
+    return reduce_tasks(per_column, reduce), per_column
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Return x (n, d) as float64 with rows of length 1; a zero row becomes NaN, it has no direction."""
+    x = np.asarray(x, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -1,0 +1,164 @@
+"""The words of a text, and their hashes for many texts at once without a Python step per word.
+
+A word is a maximal run of `\\w` characters of the lower-cased text (Unicode's letters, digits and underscore). With
+punctuation, a maximal run of other visible characters is a token too: NLTK's WordPunct, which DSIR uses.
+
+Hash of a token c_0 ... c_k:  mix(Σ_i T(c_i) · B^i mod 2^64),  T = a fixed random number per character, B odd. Two
+different tokens collide with a chance of about 2^-64 a pair; nothing here depends on PYTHONHASHSEED or the machine.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+WORD = re.compile(r"\w+")
+_BASE = 0x9E3779B97F4A7C15 | 1
+_ABSENT, _WORD, _OTHER = 0, 1, 2  # classes of characters
+
+
+def words(text: str) -> list[str]:
+    """Return the lower-cased words of one text; the plain form of what `hash_tokens` sees."""
+    return WORD.findall(text.lower())
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Hashes of n texts laid end to end: text i owns values[offsets[i] : offsets[i + 1]]."""
+
+    values: np.ndarray  # (t,) uint64
+    offsets: np.ndarray  # (n + 1,) int64
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self.offsets) - 1
+
+
+def chunks(texts: Iterable[str], characters: int = 1 << 19) -> Iterator[list[str]]:
+    """Cut texts into lists of about so many characters, so that memory does not grow with the pool."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text) + 1
+        if size >= characters:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def hash_tokens(texts: Sequence[str], *, punctuation: bool = False) -> Hashes:
+    """Hash the tokens of some texts (a chunk: memory is about 40 bytes a character).
+
+    Args:
+        texts: any strings.
+        punctuation: runs of other visible characters count as tokens too.
+    """
+    lower = [text.lower() for text in texts]
+    joined = "\n".join(lower) + "\n"  # a line break is in no token, so no token crosses two texts
+    if joined.isascii():
+        codes: np.ndarray = np.frombuffer(joined.encode("ascii"), dtype=np.uint8)
+        kinds, numbers = _classes(128)[codes], _numbers(128)[codes]
+    else:
+        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        kinds, numbers = _classes(sys.maxunicode + 1)[codes], _numbers(sys.maxunicode + 1)[codes]
+    if not punctuation:
+        kinds = np.where(kinds == _OTHER, np.uint8(_ABSENT), kinds)
+    before = np.concatenate([np.zeros(1, np.uint8), kinds[:-1]])
+    starts = np.flatnonzero((kinds != before) & (kinds != _ABSENT))
+    powers, inverses = _powers(1 << max(10, len(codes).bit_length()))
+    numbers *= powers[: len(codes)]
+    numbers[kinds == _ABSENT] = 0  # so that a sum up to the next token's start is the token's own sum
+    values = np.add.reduceat(numbers, starts) if len(starts) else np.zeros(0, np.uint64)
+    values = mix(values * inverses[starts])
+    ends = np.cumsum(np.fromiter((len(t) + 1 for t in lower), dtype=np.int64, count=len(lower)))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.searchsorted(starts, ends)])
+    return Hashes(values, offsets)
+
+
+def ngrams(tokens: Hashes, n: int) -> Hashes:
+    """Hash the runs of n neighbouring tokens within each text; a shorter text has none."""
+    counts = np.diff(tokens.offsets)
+    last = np.repeat(tokens.offsets[1:], counts) - n  # the last start that stays inside the text
+    inside = np.arange(len(tokens.values)) <= last
+    starts = np.flatnonzero(inside)
+    values = tokens.values[starts]
+    for step in range(1, n):
+        values = mix(values * np.uint64(_BASE) + tokens.values[starts + step])
+    return Hashes(values, np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(counts - n + 1, 0))]))
+
+
+def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sum values (t, ...) over [offsets[i], offsets[i + 1]) for each i; an empty segment sums to 0."""
+    out = np.zeros((len(offsets) - 1, *values.shape[1:]), dtype=values.dtype)
+    filled = np.flatnonzero(np.diff(offsets))
+    if len(filled):
+        out[filled] = np.add.reduceat(values, offsets[:-1][filled], axis=0)
+    return out
+
+
+def ngram_vectors(texts: Sequence[str], dim: int = 512) -> np.ndarray:
+    """Embed texts without a model: signed, hashed counts of words and word pairs, each to the power 1/2, length 1.
+
+    Args:
+        texts: n texts.
+        dim: columns; two n-grams share one with a chance of 1 / dim, with a random sign (Weinberger et al. 2009).
+
+    Returns:
+        (n, dim) float32; a text without words is a zero row.
+    """
+    parts = []
+    for part in chunks(texts):
+        tokens = hash_tokens(part)
+        sums = np.zeros(len(part) * dim)
+        for hashed in (tokens, ngrams(tokens, 2)):
+            cell = np.repeat(np.arange(len(part)) * dim, np.diff(hashed.offsets))
+            cell += (hashed.values % np.uint64(dim)).astype(np.int64)
+            sign = np.where(hashed.values >> np.uint64(63), 1.0, -1.0)
+            sums += np.bincount(cell, weights=sign, minlength=len(sums))
+        vectors = (np.sign(sums) * np.sqrt(np.abs(sums))).reshape(len(part), dim)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        parts.append(vectors.astype(np.float32))
+    return np.concatenate(parts) if parts else np.zeros((0, dim), dtype=np.float32)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """Scramble uint64 so that every bit depends on every bit (splitmix64's finaliser, Steele et al. 2014)."""
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+@lru_cache(maxsize=2)
+def _classes(size: int) -> np.ndarray:
+    """Class of each code point below `size`, by Python's own `re`, so that both forms agree on every character."""
+    table = np.full(size, _OTHER, dtype=np.uint8)
+    everything = "".join(map(chr, range(size)))
+    for pattern, kind in ((r"\w+", _WORD), (r"\s+", _ABSENT)):
+        for match in re.finditer(pattern, everything):
+            table[match.start() : match.end()] = kind
+    return table
+
+
+@lru_cache(maxsize=2)
+def _numbers(size: int) -> np.ndarray:
+    return mix((np.arange(size, dtype=np.uint64) + np.uint64(1)) * np.uint64(_BASE))
+
+
+@lru_cache(maxsize=4)
+def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """B^0 ... B^(size-1) modulo 2^64 and their inverses."""
+    inverse = pow(_BASE, -1, 1 << 64)
+    steps = np.full((2, size), [[_BASE], [inverse]], dtype=np.uint64)
+    steps[:, 0] = 1
+    powers = np.cumprod(steps, axis=1, dtype=np.uint64)
+    return powers[0], powers[1]

@@ -1,0 +1,1 @@
+"""The parts of `keepset.select`: ranking, budgets and quotas, duplicates, greedy diverse selection."""
