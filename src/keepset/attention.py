@@ -1,0 +1,214 @@
+"""Attention over packed rows: causal scaled-dot-product attention inside each segment, never across two.
+
+Registered with transformers under the name `keepset`, so that a model loaded with `attn_implementation="keepset"`
+serves both uses: a call that brings `keepset_segments` attends per segment; any other call (padded training,
+generation) is handed to transformers' own `sdpa` function and mask, unchanged.
+
+A packed batch passes a 4-dimensional dummy as `attention_mask`: transformers returns such a mask as it is, so no (T, T)
+mask is built and no value is read back from the device. Layers that pass `sliding_window` see only that many last
+tokens.
+
+On the CPU one autograd.Function calls the flash kernel and its backward on strided views of the packed q, k, v: rows of
+equal length lie side by side (packing sorts by length) and share one call, key/value heads are not repeated, and the
+gradient is written once, where autograd's per-segment slices would fill and add a full-size tensor for every segment.
+Elsewhere (untested on GPU) the same views go through `scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "keepset"
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How the T positions of a packed batch are divided.
+
+    Attributes:
+        groups: (start, rows, length) of each run of equally long rows; together they cover [prefix, T).
+        prefix: the first `prefix` positions are a common beginning that every row attends to (0: none).
+    """
+
+    groups: tuple[tuple[int, int, int], ...]
+    prefix: int = 0
+    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @staticmethod
+    def of(lengths: list[int], prefix: int = 0) -> Segments:
+        """Group adjacent equal lengths; `lengths` do not count the prefix."""
+        groups: list[tuple[int, int, int]] = []
+        start = prefix
+        for length in lengths:
+            if groups and groups[-1][2] == length:
+                groups[-1] = (groups[-1][0], groups[-1][1] + 1, length)
+            else:
+                groups.append((start, 1, length))
+            start += length
+        return Segments(tuple(groups), prefix)
+
+    def window_mask(self, length: int, window: int | None, like: Tensor) -> Tensor | None:
+        """Return the additive (length, length) mask of a window shorter than the row, else None (plain causal)."""
+        if window is None or window >= length:
+            return None
+        key = (length, window, like.dtype, like.device)
+        if key not in self.masks:
+            query = torch.arange(length, device=like.device)[:, None]
+            keys = torch.arange(length, device=like.device)[None, :]
+            seen = (keys <= query) & (keys > query - window)
+            mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+            self.masks[key] = mask.masked_fill_(~seen, float("-inf"))
+        return self.masks[key]
+
+
+def _rows(x: Tensor, group: tuple[int, int, int]) -> Tensor:
+    """View the positions of a group of x (1, H, T, D) as (rows, H, length, D), without a copy."""
+    start, rows, length = group
+    return x[0].narrow(1, start, rows * length).unflatten(1, (rows, length)).transpose(0, 1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Turn (rows, H, length, D) into (rows * length, H, D)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+class _PackedCpu(torch.autograd.Function):
+    """Causal attention per segment on the CPU's flash kernel; (1, H, T, D) x (1, Hk, T, D) x 2 -> (1, T, H, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None
+    ) -> Tensor:
+        outs, saved = [], []
+        for group in segments.groups:
+            mask = segments.window_mask(group[2], window, q)
+            out, lse = _flash(
+                _rows(q, group), _rows(k, group), _rows(v, group), 0.0, mask is None, attn_mask=mask, scale=scale
+            )
+            outs.append(_flat(out))
+            saved.append(lse)
+        result = (torch.cat(outs) if len(outs) > 1 else outs[0])[None]
+        ctx.save_for_backward(q, k, v, result, *saved)
+        ctx.segments, ctx.scale, ctx.window = segments, scale, window
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, result, *saved = ctx.saved_tensors
+        # Laid out as (1, T, H, D), like q, k and v themselves, so that what follows needs no copy.
+        dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
+        grad, result = grad.transpose(1, 2), result.transpose(1, 2)
+        for group, lse in zip(ctx.segments.groups, saved, strict=True):
+            mask = ctx.segments.window_mask(group[2], ctx.window, q)
+            parts = _flash_backward(
+                *(_rows(x, group) for x in (grad, q, k, v, result)),
+                lse,
+                0.0,
+                mask is None,
+                attn_mask=mask,
+                scale=ctx.scale,
+            )
+            for whole, part in zip((dq, dk, dv), parts, strict=True):
+                _rows(whole, group).copy_(part)
+        return dq, dk, dv, None, None, None
+
+
+def _packed_with_prefix(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """Attention when all rows share a prefix whose keys and values stand once at the front (CPU, no gradient).
+
+    softmax over [prefix, own] = the two softmaxes mixed by their log-sum-exps: w = sigmoid(lse_prefix - lse_own).
+    """
+    p = segments.prefix
+    head, _ = _flash(q[:, :, :p], k[:, :, :p], v[:, :, :p], 0.0, True, scale=scale)
+    out, lse = _flash(q[:, :, p:], k[:, :, :p], v[:, :, :p], 0.0, False, scale=scale)
+    from_prefix = out[0].transpose(0, 1)  # (T - p, H, D)
+    outs, lses = [], []
+    for group in segments.groups:
+        out, own = _flash(_rows(q, group), _rows(k, group), _rows(v, group), 0.0, True, scale=scale)
+        outs.append(_flat(out))
+        lses.append(own.transpose(1, 2).flatten(0, 1))
+    weight = torch.sigmoid(lse[0].transpose(0, 1) - torch.cat(lses))[..., None].to(q.dtype)
+    mixed = torch.cat([_flat(head), *outs])
+    mixed[p:].lerp_(from_prefix, weight)
+    return mixed[None]
+
+
+def _packed_elsewhere(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None
+) -> Tensor:
+    outs = []
+    for group in segments.groups:
+        mask = segments.window_mask(group[2], window, q)
+        out = F.scaled_dot_product_attention(
+            _rows(q, group),
+            _rows(k, group),
+            _rows(v, group),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outs.append(_flat(out))
+    return torch.cat(outs)[None]
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float | None = None, window: int | None = None
+) -> Tensor:
+    """Causal attention inside each segment.
+
+    Args:
+        q: queries (1, H, T, D).
+        k: keys (1, Hk, T, D), H a multiple of Hk (grouped-query attention).
+        v: values (1, Hk, T, D).
+        segments: the division of T.
+        scale: factor on q·k; None is 1/sqrt(D).
+        window: a query sees its own and the `window` - 1 tokens before it; None sees the whole row.
+
+    Returns:
+        (1, T, H, D), the layout transformers' attention functions return.
+    """
+    if segments.prefix:
+        longest = segments.prefix + max(length for _, _, length in segments.groups)
+        if torch.is_grad_enabled() or q.device.type != "cpu" or (window is not None and window < longest):
+            raise ValueError("a shared prefix is for CPU forward passes of rows no longer than the sliding window")
+        return _packed_with_prefix(q, k, v, segments, scale)
+    if q.device.type == "cpu":
+        return _PackedCpu.apply(q, k, v, segments, scale, window)
+    return _packed_elsewhere(q, k, v, segments, scale, window)
+
+
+def keepset_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    keepset_segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Serve transformers' attention interface: packed when the call brings segments, else transformers' `sdpa`."""
+    if keepset_segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if dropout:
+        raise ValueError("packed attention has no dropout: put the model in eval mode or set attention_dropout to 0")
+    return packed_attention(query, key, value, keepset_segments, scale=scaling, window=sliding_window), None
+
+
+AttentionInterface.register(NAME, keepset_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

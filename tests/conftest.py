@@ -1,0 +1,155 @@
+"""Tiny models, a byte-level tokenizer with a ChatML template and random rows: what most tests start from."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:  # torch and transformers only where a test asks for a model
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+ARCHITECTURES = ["llama", "gemma3", "gpt2", "qwen2", "qwen3", "mistral"]
+VOCABULARY = 320
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyRow:
+    """Has the fields of `keepset.encoding.Encoded`."""
+
+    input_ids: np.ndarray
+    supervised: np.ndarray
+    truncated: bool = False
+
+
+def random_rows(n: int, *, seed: int = 0, shortest: int = 3, longest: int = 24, prefix: int = 0) -> list[TinyRow]:
+    """Random token rows; a random share of the later tokens is supervised, at least one. `prefix` tokens are common."""
+    rng = np.random.default_rng(seed)
+    common = rng.integers(3, VOCABULARY, prefix)
+    rows = []
+    for _ in range(n):
+        length = int(rng.integers(shortest, longest + 1))
+        ids = np.concatenate([common, rng.integers(3, VOCABULARY, length)]).astype(np.int32)
+        supervised = rng.random(len(ids)) < 0.6
+        supervised[: max(1, prefix)] = False
+        supervised[-1] = True
+        rows.append(TinyRow(ids, supervised))
+    return rows
+
+
+def tiny_model(architecture: str = "llama", *, seed: int = 0, attn: str = "keepset", **changes: Any) -> PreTrainedModel:
+    """A 2-layer float32 model of about 50k parameters with fixed random weights, in eval mode.
+
+    Weights are larger than the usual 0.02 so that attention and the window really change the numbers.
+    """
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        Gemma3TextConfig,
+        GPT2Config,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
+
+    if attn == "keepset":
+        import keepset.attention  # noqa: F401 - registers the name
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "tie_word_embeddings": True,
+    }
+    if architecture == "gpt2":
+        dropped = ("num_key_value_heads", "head_dim", "intermediate_size")
+        config = GPT2Config(**{**{k: v for k, v in common.items() if k not in dropped}, **changes})
+    elif architecture == "gemma3":  # layer 0 slides over 6 tokens, layer 1 sees all
+        layers = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+        config = Gemma3TextConfig(**{**common, "query_pre_attn_scalar": 8, **layers, **changes})
+    elif architecture == "mistral":
+        config = MistralConfig(**{**common, "sliding_window": 6, **changes})
+    else:
+        kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+        config = kinds[architecture](**{**common, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=torch.float32)
+    return model.eval()
+
+
+def tiny_lora(model: Any, *, seed: int = 1, r: int = 4) -> Any:
+    """Wrap a tiny model in a LoRA whose B is random too, so that the adapter changes the numbers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["c_attn"] if model.config.model_type == "gpt2" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    torch.manual_seed(seed)
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, fan_in_fan_out=model.config.model_type == "gpt2")
+    peft = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return peft.eval()
+
+
+def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `VOCABULARY` tokens, trained in process; pad = eos, like SmolLM2's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = ["user assistant system You are a helpful AI assistant", "the answer is the thing that the user wants\n\n"]
+    tokenizer.train_from_iterator(corpus * 3, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(architecture: str) -> PreTrainedModel:
+    """One tiny model of every architecture in turn."""
+    return tiny_model(architecture)
