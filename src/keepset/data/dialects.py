@@ -1,0 +1,394 @@
+"""Dialects: which columns mean what. Each function turns one raw row into turns, or into (prompt, chosen, rejected).
+
+Rules that are ours to state: Alpaca's prompt is `instruction`, a newline, `input` (as LLaMA-Factory joins them). A text
+completion loses the one leading space that joined it to its prompt. A prompt of the form
+`\\n\\nHuman: … \\n\\nAssistant:` is split into messages. A pool reads a pair as prompt + chosen; a target reads an SFT row
+as its last answer and what stands before it. SHP keeps every pair, whatever its score ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from keepset.data.reasons import RowProblem
+from keepset.data.turns import Turn, check_chat, looks_hh, read_turns, split_hh, type_name
+from keepset.errors import DataError, did_you_mean
+
+Row = dict[str, Any]
+Pair = tuple[list[Turn], list[Turn], list[Turn] | None]
+
+
+def text_field(row: Row, *names: str, empty: str | None = None) -> str:
+    """Return the first of these columns that is there, as text.
+
+    Raises:
+        RowProblem: `missing-column`, `null-field`, `wrong-type`, or the code `empty` if it is blank.
+    """
+    for name in names:
+        if name in row:
+            value = row[name]
+            if type(value) is not str:
+                if value is None:
+                    raise RowProblem("null-field", f"'{name}' is null")
+                raise RowProblem("wrong-type", f"'{name}' is {type_name(value)}, not text")
+            if empty is not None and (not value or value.isspace()):
+                raise RowProblem(empty, f"'{name}' is empty")
+            return value
+    raise RowProblem("missing-column", f"no column '{names[0]}'")
+
+
+def _need(row: Row, *names: str) -> tuple[str, Any]:
+    for name in names:
+        if name in row:
+            if row[name] is None:
+                raise RowProblem("null-field", f"'{name}' is null")
+            return name, row[name]
+    raise RowProblem("missing-column", f"no column '{names[0]}'")
+
+
+def _no_tools(row: Row) -> None:
+    tools = row.get("tools")
+    if tools and tools != "[]":
+        raise RowProblem("tool-calls", "the row has tool definitions in 'tools'")
+
+
+def _prompt(name: str, value: Any) -> list[Turn]:
+    """Read a prompt that is text or messages."""
+    if type(value) is list:
+        return read_turns(value, name)
+    text = text_field({name: value}, name, empty="empty-prompt")
+    return split_hh(text) if looks_hh(text) else [("user", text)]
+
+
+def _completion(name: str, value: Any, *, strip: bool = False) -> list[Turn]:
+    """Read a completion that is text, one message or messages."""
+    if type(value) is list:
+        return read_turns(value, name)
+    if type(value) is dict:
+        return read_turns([value], name)
+    text = text_field({name: value}, name, empty="empty-completion")
+    if strip:
+        return [("assistant", text.strip())]
+    return [("assistant", text[1:] if text[0] == " " and text[1:2] != " " else text)]
+
+
+def _was_hh(value: Any) -> bool:
+    return type(value) is str and looks_hh(value)
+
+
+# --------------------------------------------------------------------------------------------------- SFT dialects
+
+
+def messages(row: Row) -> list[Turn]:
+    """OpenAI / ChatML: `messages`, a list of {role, content}."""
+    if row.get("tools"):
+        _no_tools(row)
+    return check_chat(read_turns(_need(row, "messages")[1], "messages"))
+
+
+def sharegpt(row: Row) -> list[Turn]:
+    """ShareGPT: `conversations`, a list of {from, value}; a `system` column leads."""
+    _no_tools(row)
+    name, value = _need(row, "conversations", "conversation")
+    turns = read_turns(value, name)
+    system = row.get("system")
+    if type(system) is str and system and turns[0][0] != "system":
+        turns.insert(0, ("system", system))
+    return check_chat(turns)
+
+
+def prompt_completion(row: Row) -> list[Turn]:
+    """TRL: `prompt` and `completion` (or `response`), each text or messages."""
+    name, value = _need(row, "prompt")
+    prompt = _prompt(name, value)
+    completion = _completion(*_need(row, "completion", "response"), strip=_was_hh(value))
+    return check_chat(prompt + completion)
+
+
+def alpaca(row: Row) -> list[Turn]:
+    """Alpaca and Dolly: `instruction`, `input` (or `context`), `output` (or `response`), `system`, `history`."""
+    instruction = row.get("instruction")
+    given = row.get("input") if "input" in row else row.get("context")
+    output = row.get("output") if "output" in row else row.get("response")
+    if type(instruction) is not str:
+        instruction = text_field(row, "instruction")
+    if given is None:
+        given = ""
+    elif type(given) is not str:
+        raise RowProblem("wrong-type", f"'input' is {type_name(given)}, not text")
+    if type(output) is not str:
+        output = text_field(row, "output", "response")
+    if given and not given.isspace():
+        prompt = f"{instruction}\n{given}" if instruction and not instruction.isspace() else given
+    else:
+        prompt = instruction
+    if not prompt or prompt.isspace():
+        raise RowProblem("empty-prompt", "'instruction' and 'input' are both empty")
+    if not output or output.isspace():
+        raise RowProblem("empty-completion", "'output' is empty")
+    turns = [("user", prompt), ("assistant", output)]
+    if row.get("history"):
+        turns[:0] = _history(row["history"])
+    system = row.get("system")
+    if system:
+        turns.insert(0, ("system", text_field(row, "system")))
+    return check_chat(turns) if len(turns) > 2 else turns
+
+
+def _history(value: Any) -> list[Turn]:
+    turns: list[Turn] = []
+    for k, pair in enumerate(value if type(value) is list else [None]):
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
+            raise RowProblem("wrong-type", f"'history[{k}]' is not a pair of texts")
+        turns += [("user", pair[0]), ("assistant", pair[1])]
+    return turns
+
+
+def question_answer(row: Row) -> list[Turn]:
+    """GSM8K: `question` (or `query`), `answer` (or `response`)."""
+    question = text_field(row, "question", "query", empty="empty-prompt")
+    return [("user", question), ("assistant", text_field(row, "answer", "response", empty="empty-completion"))]
+
+
+def text(row: Row) -> list[Turn]:
+    """Plain `text`: the single turn of the internal role "text", every token after the first supervised."""
+    return [("text", text_field(row, "text", empty="empty-completion"))]
+
+
+# -------------------------------------------------------------------------------------------------- pair dialects
+
+
+def preference(row: Row) -> Pair:
+    """`chosen` and `rejected`, with a `prompt` or with one that both share, as text or as messages."""
+    name, chosen = _need(row, "chosen")
+    _, rejected = _need(row, "rejected")
+    _check_scores(
+        row.get("score_chosen", row.get("chosen_score")), row.get("score_rejected", row.get("rejected_score"))
+    )
+    if row.get("prompt") is None and "prompt" in row:
+        raise RowProblem("null-field", "'prompt' is null")
+    whole_chat = type(chosen) is list and _starts_with_prompt(chosen)
+    if "prompt" in row and not whole_chat:
+        strip = _was_hh(row["prompt"])
+        return _pair(
+            _prompt("prompt", row["prompt"]),
+            _completion(name, chosen, strip=strip),
+            _completion("rejected", rejected, strip=strip),
+        )
+    if type(chosen) is str and type(rejected) is str:
+        return _shared_text(chosen, rejected)
+    return _shared_turns(read_turns(chosen, "chosen"), read_turns(rejected, "rejected"))
+
+
+def hh_rlhf(row: Row) -> Pair:
+    """HH-RLHF native: `chosen` and `rejected` dialogues of `\\n\\nHuman:` and `\\n\\nAssistant:` turns."""
+    chosen = text_field(row, "chosen", empty="empty-completion")
+    rejected = text_field(row, "rejected", empty="empty-completion")
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not looks_hh(side):
+            raise RowProblem("wrong-type", f"'{name}' is not a dialogue of Human: and Assistant: turns")
+    return _shared_text(chosen, rejected)
+
+
+def shp(row: Row) -> Pair:
+    """SHP native: `history`, `human_ref_A`, `human_ref_B`, `labels` (1: A is preferred), `score_A`, `score_B`."""
+    history = text_field(row, "history", empty="empty-prompt")
+    a = text_field(row, "human_ref_A", empty="empty-completion")
+    b = text_field(row, "human_ref_B", empty="empty-completion")
+    _, label = _need(row, "labels", "label")
+    if label not in (0, 1, "0", "1") or label is True or label is False:
+        raise RowProblem("wrong-type", f"'labels' is {str(label)[:40]}, neither 0 nor 1")
+    better, worse = ("A", "B") if int(label) == 1 else ("B", "A")
+    _check_scores(row.get(f"score_{better}"), row.get(f"score_{worse}"))
+    sides = {"A": a, "B": b}
+    return _pair([("user", history)], [("assistant", sides[better])], [("assistant", sides[worse])])
+
+
+def llamafactory_preference(row: Row) -> Pair:
+    """LLaMA-Factory's ranking form: `conversations` is the prompt, `chosen` and `rejected` are one message each."""
+    _no_tools(row)
+    name, value = _need(row, "conversations")
+    prompt = read_turns(value, name)
+    if type(row.get("system")) is str and row["system"] and prompt[0][0] != "system":
+        prompt.insert(0, ("system", row["system"]))
+    return _pair(prompt, _completion(*_need(row, "chosen")), _completion(*_need(row, "rejected")))
+
+
+def stack_exchange(row: Row) -> Pair:
+    """Stack Exchange: `title`, a blank line, `body` is the prompt; `chosen` and `rejected` are answers."""
+    prompt = text_field(row, "title", empty="empty-prompt") + "\n\n" + text_field(row, "body")
+    _check_scores(row.get("chosen_score"), row.get("rejected_score"))
+    return _pair([("user", prompt.strip())], _completion(*_need(row, "chosen")), _completion(*_need(row, "rejected")))
+
+
+def _check_scores(better: Any, worse: Any) -> None:
+    try:
+        gap = float(better) - float(worse)
+    except (TypeError, ValueError):
+        return
+    if gap == 0:
+        raise RowProblem("score-tie", f"both answers have the score {better}")
+    if gap < 0:
+        raise RowProblem("label-against-scores", f"the preferred answer has the score {better}, the other {worse}")
+
+
+def _starts_with_prompt(value: list[Any]) -> bool:
+    first = value[0] if value else None
+    role = first.get("role", first.get("from")) if type(first) is dict else None
+    return role in ("user", "human", "system", "developer")
+
+
+def _shared_text(chosen: str, rejected: str) -> Pair:
+    """Take the shared prefix as the prompt: whole turns for HH dialogues, else back to the last white space."""
+    if looks_hh(chosen) and looks_hh(rejected):
+        return _shared_turns(split_hh(chosen), split_hh(rejected))
+    if chosen.strip() == rejected.strip():
+        raise RowProblem("identical-pair", "'chosen' and 'rejected' are the same")
+    cut = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        cut += 1
+    while cut and not chosen[cut - 1].isspace():
+        cut -= 1
+    if not chosen[:cut].strip():
+        raise RowProblem("different-prompts", "'chosen' and 'rejected' share no first word and there is no 'prompt'")
+    return _pair(
+        [("user", chosen[:cut].strip())],
+        [("assistant", chosen[cut:].strip())],
+        [("assistant", rejected[cut:].strip())],
+    )
+
+
+def _shared_turns(chosen: list[Turn], rejected: list[Turn]) -> Pair:
+    """Take the shared leading turns as the prompt; the first turn that differs must be the assistant's on both sides."""
+    if chosen == rejected:
+        raise RowProblem("identical-pair", "'chosen' and 'rejected' are the same")
+    cut = 0
+    while cut < min(len(chosen), len(rejected)) - 1 and chosen[cut] == rejected[cut]:
+        cut += 1
+    if not cut or (len(chosen) > cut and len(rejected) > cut and chosen[cut][0] != rejected[cut][0]):
+        raise RowProblem("different-prompts", "'chosen' and 'rejected' do not start with the same messages")
+    if chosen[cut][0] != "assistant":
+        raise RowProblem("different-prompts", f"message {cut + 1} differs and is not an assistant's answer")
+    return _pair(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> Pair:
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not side or not side[-1][1].strip():
+            raise RowProblem("empty-completion", f"'{name}' is empty")
+    if [(r, c.strip()) for r, c in chosen] == [(r, c.strip()) for r, c in rejected]:
+        raise RowProblem("identical-pair", "'chosen' and 'rejected' are the same")
+    if not prompt:
+        raise RowProblem("empty-prompt", "the prompt is empty")
+    check_chat(prompt + chosen, n_prompt=len(prompt))
+    check_chat(prompt + rejected, n_prompt=len(prompt))
+    return prompt, chosen, rejected
+
+
+# ------------------------------------------------------------------------------------------------------ detection
+
+SFT: dict[str, Callable[[Row], list[Turn]]] = {
+    "messages": messages,
+    "sharegpt": sharegpt,
+    "prompt-completion": prompt_completion,
+    "alpaca": alpaca,
+    "question-answer": question_answer,
+    "text": text,
+}
+PAIRS: dict[str, Callable[[Row], Pair]] = {
+    "preference": preference,
+    "hh-rlhf": hh_rlhf,
+    "shp": shp,
+    "llamafactory-preference": llamafactory_preference,
+    "stack-exchange": stack_exchange,
+}
+#: Other names people use for these.
+ALIASES = {"openai": "messages", "chatml": "messages", "conversations": "sharegpt", "gsm8k": "question-answer"} | {
+    "dolly": "alpaca",
+    "kto": "prompt-completion",
+    "dpo": "preference",
+    "hh": "hh-rlhf",
+}
+
+
+def known_format(name: str) -> str:
+    """Return the dialect of this name.
+
+    Raises:
+        DataError: there is no such dialect; the message lists them.
+    """
+    plain = name.strip().lower().replace("_", "-")
+    plain = ALIASES.get(plain, plain)
+    if plain not in SFT and plain not in PAIRS:
+        known = [*SFT, *PAIRS]
+        raise DataError(f"format '{name}' is not known{did_you_mean(plain, known)}; known: {', '.join(known)}")
+    return plain
+
+
+def _sft_dialect(row: Row) -> str | None:
+    if "messages" in row:
+        return "messages"
+    if "conversations" in row or "conversation" in row:
+        return "sharegpt"
+    if "prompt" in row and ("completion" in row or "response" in row):
+        return "prompt-completion"
+    if "instruction" in row and ("output" in row or "response" in row):
+        return "alpaca"
+    if ("question" in row and "answer" in row) or ("query" in row and "response" in row):
+        return "question-answer"
+    return "text" if "text" in row else None
+
+
+def _pair_dialect(row: Row) -> str | None:
+    if "human_ref_A" in row and "human_ref_B" in row and "history" in row:
+        return "shp"
+    if "chosen" not in row or "rejected" not in row:
+        return None
+    if "conversations" in row:
+        return "llamafactory-preference"
+    if "prompt" in row:
+        return "preference"
+    if "title" in row and "body" in row:
+        return "stack-exchange"
+    chosen = row["chosen"]
+    return "hh-rlhf" if type(chosen) is str and looks_hh(chosen) else "preference"
+
+
+def detect(row: Row, *, pairs_first: bool) -> str | None:
+    """Name the dialect of one raw row from its columns, or None; a target looks for pairs first, a pool for SFT.
+
+    `conversations` beside `chosen` and `rejected` are always a pair: alone they end on the user.
+    """
+    pair, sft = _pair_dialect(row), _sft_dialect(row)
+    if pair == "llamafactory-preference":
+        return pair
+    return (pair or sft) if pairs_first else (sft or pair)
+
+
+def as_sft(dialect: str) -> Callable[[Row], list[Turn]]:
+    """Return the function from a raw row of this dialect to the turns of one SFT row (a pair gives prompt + chosen)."""
+    if dialect in SFT:
+        return SFT[dialect]
+    convert = PAIRS[dialect]
+
+    def chosen_side(row: Row) -> list[Turn]:
+        prompt, chosen, _ = convert(row)
+        return prompt + chosen
+
+    return chosen_side
+
+
+def as_pair(dialect: str) -> Callable[[Row], Pair]:
+    """Return the function from a raw row to (prompt, chosen, rejected); an SFT row gives its last answer and None."""
+    if dialect in PAIRS:
+        return PAIRS[dialect]
+    convert = SFT[dialect]
+
+    def last_answer(row: Row) -> Pair:
+        turns = convert(row)
+        return turns[:-1], turns[-1:], None
+
+    return last_answer
