@@ -1,0 +1,164 @@
+"""Dots and norms of mapped per-example gradients against target vectors, streamed: nothing of size n × p is stored.
+
+For each row z with g(z) = gradient of its mean-token loss, Γ the map of `features/adam.py` and v_j the target vectors:
+
+    dots[i, j] = ⟨Γ(z_i), v_j⟩      norms[i] = ‖Γ(z_i)‖
+
+Every gradient method (LESS, ROSE, TracIn) is a reduction of these. As each layer's backward produces the rows' factors,
+its gradients are formed for all rows of the batch in blocks that stay in cache, mapped in place, multiplied into the
+dots and forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keepset.features.adam import AdamState, ParameterMap, check_map, momentum_direction, parameter_map
+from keepset.features.gradients import products, recording, run_backward, takes_packed
+from keepset.features.targets import GradientTarget
+from keepset.packing import Batch, Row, pack, plan_batches
+
+BLOCK = 1 << 20
+"""Gradient numbers formed, mapped and reduced at once (4 MiB, twice with the scratch: they stay in cache)."""
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What one pass over rows gives, each in the order of the rows.
+
+    Attributes:
+        dots: (n, j) float64, ⟨Γ, v_j⟩.
+        norms: (n,) float64, ‖Γ‖.
+        momentum: (n,) float64, cosine of Γ with the term all rows share (Γ of a zero gradient); 0 for maps without.
+        grad_norms: (n,) float64, ‖g‖ before the map; 0 marks a row whose gradient vanishes.
+        loss: (n,) float64, mean-token loss in nats.
+    """
+
+    dots: np.ndarray
+    norms: np.ndarray
+    momentum: np.ndarray
+    grad_norms: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def zero(self) -> np.ndarray:
+        """(n,) bool: rows without any gradient; what is mapped then is the momentum alone."""
+        return self.grad_norms == 0
+
+
+class Reducer:
+    """A `Sink` that maps each block of gradients and adds its dots, squared norms and momentum dots."""
+
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, int]],
+        target: GradientTarget,
+        adam: AdamState | None,
+        map: str,
+        device: torch.device,
+    ) -> None:
+        check_map(map, adam)
+        target.check(shapes)
+        self.maps: dict[str, ParameterMap] = {n: parameter_map(map, adam, n, s, device) for n, s in shapes.items()}
+        self.vectors = {n: target.blocks[n].flatten(1).to(device) for n in shapes}
+        self.shared = {n: momentum_direction(m) for n, m in self.maps.items()}
+        squares = [float(s.double().square().sum()) for s in self.shared.values() if s is not None]
+        self.shared_norm = float(np.sqrt(sum(squares)))
+        self.n_targets = target.n_targets
+        self.buffer = torch.empty(BLOCK, device=device)
+        self.scratch = torch.empty(BLOCK, device=device)
+        self.device = device
+        self.start(0)
+
+    def start(self, n: int) -> None:
+        """Begin a batch of n rows."""
+        self.sums = torch.zeros(n, self.n_targets + 3, dtype=torch.float64, device=self.device)
+
+    def __call__(self, name: str, left: Tensor, right: Tensor, scale: float, batch: Batch) -> None:
+        """Add one parameter's share."""
+        n, a, b = len(batch.lengths), left.shape[1], right.shape[1]
+        if self.buffer.numel() < n * b:
+            self.buffer, self.scratch = (torch.empty(n * b, device=self.device) for _ in range(2))
+        if scale != 1.0:
+            left, right = (left * scale, right) if a <= b else (left, right * scale)
+        mapping, vectors, shared = self.maps[name], self.vectors[name], self.shared[name]
+        step = max(1, self.buffer.numel() // (n * b))
+        for first in range(0, a, step):
+            last = min(first + step, a)
+            size = (last - first) * b
+            out = self.buffer[: n * size].view(n, last - first, b)
+            g = products(left[:, first:last], right, batch, out).view(n, size)
+            self.sums[:, -1] += row_squares(g)
+            g = mapping.apply_(g, self.scratch, first * b, last * b)
+            self.sums[:, : self.n_targets] += g @ vectors[:, first * b : last * b].T
+            self.sums[:, -2] += row_squares(g)
+            if shared is not None:
+                self.sums[:, -3] += g @ shared[first * b : last * b]
+
+
+def row_squares(g: Tensor) -> Tensor:
+    """Sum of squares of each row of (n, p), (n,)."""
+    return torch.linalg.vecdot(g, g)
+
+
+def influence(
+    model: nn.Module,
+    rows: Sequence[Row],
+    target: GradientTarget,
+    *,
+    adam: AdamState | None = None,
+    map: str = "adam",
+    token_budget: int = 1024,
+    matrices: Sequence[str] | None = None,
+    last_layers: int | None = None,
+) -> Influence:
+    """Compute dots, norms and momentum shares of rows at one checkpoint.
+
+    Args:
+        model: a PeftModel with the checkpoint's LoRA, or a bare model with `matrices`; in eval mode.
+        rows: encoded rows, each with at least one supervised token.
+        target: vectors of `target_vectors` for the same matrices.
+        adam: the checkpoint's moments; `sgd` and `sign` need none.
+        map: `sgd`, `adam`, `adam-less`, `precondition` or `sign`.
+        token_budget: tokens a batch holds; changes the time, not the numbers.
+        matrices: globs of full weight matrices to use instead of LoRA.
+        last_layers: only the top so many layers' matrices; the target must have been formed so too.
+
+    Raises:
+        ModelError: matrices that can't be served, or moments or targets of other matrices.
+        RecipeError: unknown map, or no moments for it.
+    """
+    device = next(model.parameters()).device
+    packed = takes_packed(model)
+    with recording(model, matrices=matrices, last_layers=last_layers) as recorder:
+        sink = Reducer(recorder.shapes, target, adam, map, device)
+        found = torch.zeros(len(rows), target.n_targets + 4, dtype=torch.float64, device=device)
+        for indices in plan_batches([len(r.input_ids) for r in rows], token_budget):
+            batch = pack(rows, indices, packed=packed, device=device)
+            weights = mean_weights(batch)
+            sink.start(len(indices))
+            nll = run_backward(model, recorder, batch, weights, sink)
+            losses = sink.sums.new_zeros(len(indices)).index_add_(0, batch.row_of, (nll * weights).double())
+            found[torch.as_tensor(batch.rows, device=device)] = torch.cat([sink.sums, losses[:, None]], 1)
+    values = found.cpu().numpy()
+    j, norms = target.n_targets, np.sqrt(values[:, -3])
+    scale = norms * sink.shared_norm
+    return Influence(
+        dots=values[:, :j].copy(),
+        norms=norms,
+        momentum=np.divide(values[:, j], scale, out=np.zeros_like(norms), where=scale > 0),
+        grad_norms=np.sqrt(values[:, -2]),
+        loss=values[:, -1].copy(),
+    )
+
+
+def mean_weights(batch: Batch) -> Tensor:
+    """(S,) one over the number of supervised tokens of each token's row: the mean-token loss."""
+    counts = torch.zeros(len(batch.lengths), device=batch.row_of.device)
+    counts.index_add_(0, batch.row_of, torch.ones_like(batch.row_of, dtype=counts.dtype))
+    return counts.reciprocal()[batch.row_of]
