@@ -1,0 +1,335 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from keepset.errors import KeepsetError, RecipeError
+
+app = typer.Typer(
+    help="Choose post-training data for language models, and hold the choice against a random one of its size.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunDir = Annotated[Path, typer.Option("--run_dir", "--run-dir", help="the run folder")]
+Force = Annotated[bool, typer.Option("--force", help="go on in a folder made by another recipe")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
+Pools = Annotated[list[str] | None, typer.Option("--pool", help="pool file, folder or hub name; may be repeated")]
+Targets = Annotated[list[str] | None, typer.Option("--target", help="validation rows or pairs; may be repeated")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model_name_or_path", "--model-name-or-path", help="hub name, folder, .gguf file, or `demo`"),
+]
+Options = Annotated[
+    list[str] | None, typer.Option("--set", help="any recipe key: --set warmup.fraction=0.1; may be repeated")
+]
+
+err = Console(stderr=True)
+
+
+def set_key(data: dict[str, Any], text: str) -> None:
+    """Apply `a.b.c=value` (the value is YAML) to nested mappings."""
+    import yaml
+
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise RecipeError(f"--set '{text}': write it as key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set '{text}': '{parent}' holds no keys")
+    data[last] = yaml.safe_load(value)
+
+
+def open_job(
+    run_dir: Path,
+    *,
+    pool: list[str] | None = None,
+    target: list[str] | None = None,
+    model: str | None = None,
+    settings: list[str] | None = None,
+    methods: list[dict[str, Any]] | None = None,
+    force: bool = False,
+    text_only: bool = False,
+) -> Any:
+    """The job of a run folder: its stored recipe, or a new one from the options."""
+    import yaml
+
+    from keepset.job import Job
+    from keepset.recipe import parse_recipe
+
+    path = run_dir / "recipe.yaml"
+    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {"methods": []}
+    if not path.exists() and not pool:
+        raise RecipeError(f"{run_dir} is no run folder yet: name a --pool to start one")
+    data["run_dir"] = str(run_dir)
+    if pool:
+        data["pool"] = pool
+    if target:
+        data["target"] = target
+    if model:
+        data.setdefault("model", {})["model_name_or_path"] = model
+    for text in settings or []:
+        set_key(data, text)
+    known = [m["label"] if isinstance(m, dict) else m for m in data["methods"]]
+    for method in methods or []:
+        data["methods"] = [m for m in data["methods"] if (m["label"] if isinstance(m, dict) else m) != method["label"]]
+        data["methods"].append(method)
+    if not data["methods"]:
+        raise RecipeError(f"{run_dir}: nothing scored yet; start with `keepset score METHOD`; known: {known}")
+    return Job(parse_recipe(data, where="options"), console=err, force=force, text_only=text_only)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="the recipe's YAML file")],
+    run_dir: Annotated[Path | None, typer.Option("--run_dir", "--run-dir", help="instead of the recipe's")] = None,
+    settings: Options = None,
+    force: Force = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="only say what it would cost")] = False,
+) -> None:
+    """Score, select, train, evaluate and compare, as a recipe says; a second call does only what is missing.
+
+    Example: keepset run recipe.yaml
+    """
+    from keepset.recipe import load_recipe, parse_recipe
+
+    loaded = load_recipe(recipe)
+    if settings or run_dir:
+        data = loaded.model_dump(mode="json")
+        for text in settings or []:
+            set_key(data, text)
+        if run_dir:
+            data["run_dir"] = str(run_dir)
+        loaded = parse_recipe(data, where=str(recipe))
+    if dry_run:
+        from keepset.plan import plan_recipe, print_plan
+
+        print_plan(plan_recipe(loaded, console=err), Console())
+        return
+    from keepset.pipeline import run_recipe
+
+    run_recipe(loaded, console=err, force=force)
+
+
+@app.command()
+def score(
+    method: Annotated[str, typer.Argument(help="see `keepset methods`")],
+    run_dir: RunDir = Path("runs/keepset"),
+    pool: Pools = None,
+    target: Targets = None,
+    model_name_or_path: Model = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="of the method: -o reduce=mean")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="name of this variant; default: the method's")] = None,
+    settings: Options = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score every row of a pool by one method into RUN_DIR/scores/LABEL.parquet.
+
+    Example: keepset score bm25 --pool pool.jsonl --target shots.jsonl --run_dir runs/mine
+    """
+    import importlib.util
+
+    from keepset.recipe import MethodSpec
+    from keepset.scoring import check_options, needs_model
+    from keepset.scoring import score as score_job
+
+    options: dict[str, Any] = {}
+    for text in option or []:
+        set_key(options, text)
+    spec = MethodSpec(name=method, label=label or method, options=options)
+    check_options(spec)
+    has_model = importlib.util.find_spec("transformers") is not None
+    if needs_model(method) and not has_model:
+        raise KeepsetError(f"{method} runs a model: pip install 'keepset[train]' (torch first, see the README)")
+    text_only = not needs_model(method) and not (model_name_or_path and has_model)
+    job = open_job(
+        run_dir, pool=pool, target=target, model=model_name_or_path, settings=settings,
+        methods=[spec.model_dump()], force=force, text_only=text_only,
+    )  # fmt: skip
+    with job.run.lock():
+        if text_only:
+            job.save_quarantine([])
+        table = score_job(job, spec)
+    if as_json:
+        scored = table.num_rows - table["score"].null_count
+        quarantined = job.pool.n_in - scored
+        print(json.dumps({"label": spec.label, "rows_in": job.pool.n_in, "scored": scored, "quarantined": quarantined,
+                          "file": str(run_dir / "scores" / f"{spec.label}.parquet")}))  # fmt: skip
+
+
+@app.command()
+def select(
+    label: Annotated[str, typer.Argument(help="a scored label of the run folder")],
+    run_dir: RunDir = Path("runs/keepset"),
+    budget: Annotated[str | None, typer.Option("--budget", help="500, 5% or '200000 tokens'")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="also write the rows here")] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="dialect of --out: jsonl parquet messages alpaca sharegpt csv")
+    ] = None,
+    overrides: Annotated[Path | None, typer.Option("--overrides", help="keep / drop marks from the report")] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="top_k round_robin mmr facility_location sample")
+    ] = None,
+    quota: Annotated[str | None, typer.Option("--quota", help="none proportional equal floor")] = None,
+    dedup: Annotated[str | None, typer.Option("--dedup", help="none exact near")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep the best rows of a scored pool; the subset is written in the input's own dialect.
+
+    Example: keepset select davir --budget 5% --out chosen.jsonl
+    """
+    from keepset.data.export import write_subset
+    from keepset.recipe import parse_budget
+    from keepset.subsets import choose
+
+    settings = [f"select.{k}={v}" for k, v in (("policy", policy), ("quota", quota), ("dedup", dedup)) if v]
+    if budget:
+        parse_budget(budget, 1, None)
+    probe = open_job(run_dir)
+    words = (probe.run.load_table(f"scores/{label}.parquet").schema.metadata or {}).get(b"length_unit") == b"words"
+    job = open_job(
+        run_dir, settings=[*settings, *([f"budget={budget}"] if budget else [])], force=True, text_only=words
+    )
+    with job.run.lock():
+        subset = choose(job, label, job.recipe.budget[0], overrides=overrides)
+        if out is not None:
+            write_subset(job.pool, job.usable[subset.indices], out, to=to)
+    if as_json:
+        print(json.dumps({"name": subset.name, "rows": subset.n_rows, "tokens": subset.n_tokens}))
+
+
+@app.command()
+def train(
+    subset: Annotated[str, typer.Argument(help="a subset of the run folder, or `full`")],
+    run_dir: RunDir = Path("runs/keepset"),
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    settings: Options = None,
+) -> None:
+    """Fine-tune the base on a subset (TRL + PEFT) into RUN_DIR/models/SUBSET-seedN.
+
+    Example: keepset train davir --set train.num_train_epochs=1
+    """
+    from keepset.finals import Learner, model_folder, train_final
+    from keepset.subsets import stored_subset
+
+    job = open_job(run_dir, settings=settings, force=bool(settings))
+    with job.run.lock():
+        facts = train_final(job, Learner(job), stored_subset(job, subset), seed)
+    note = "was there already" if facts["reused"] else f"{facts['steps']} steps, {facts['seconds']:.0f} s"
+    job.say(f"{run_dir / model_folder(subset, seed)}: {note}")
+
+
+@app.command()
+def evaluate(
+    subset: Annotated[str, typer.Argument(help="a trained subset, or `base`")],
+    run_dir: RunDir = Path("runs/keepset"),
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    pairs: Annotated[list[str] | None, typer.Option("--pairs", help="held-out chosen/rejected pairs")] = None,
+    heldout: Annotated[list[str] | None, typer.Option("--heldout", help="held-out rows")] = None,
+) -> None:
+    """Evaluate a trained model on held-out pairs and rows; the untrained base beside it.
+
+    Example: keepset evaluate davir --pairs eval.jsonl
+    """
+    from keepset.finals import Learner, evaluate_final
+
+    settings = []
+    if pairs:
+        settings.append("evaluate.pairs=" + json.dumps([{"path": p} for p in pairs]))
+    if heldout:
+        settings.append("evaluate.heldout=" + json.dumps([{"path": p} for p in heldout]))
+    job = open_job(run_dir, settings=settings, force=bool(settings))
+    spec = job.recipe.evaluate
+    if not (spec.pairs or spec.heldout or spec.gsm8k):
+        raise RecipeError("nothing to evaluate on: name --pairs or --heldout")
+    with job.run.lock():
+        learner = Learner(job)
+        summary, base = evaluate_final(job, learner, "base", None, None)
+        if subset != "base":
+            summary, _ = evaluate_final(job, learner, subset, seed, base)
+    print(json.dumps(summary, indent=1))
+
+
+@app.command()
+def compare(run_dir: RunDir = Path("runs/keepset"), as_json: AsJson = False) -> None:
+    """Compare everything the run folder has trained and evaluated, with intervals and paired tests against Random.
+
+    Example: keepset compare --run_dir runs/mine
+    """
+    from keepset.compare import compare as compare_cells
+    from keepset.compare import print_comparison
+    from keepset.pipeline import evaluated_cells
+
+    job = open_job(run_dir)
+    with job.run.lock():
+        result = compare_cells(job, evaluated_cells(job))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_comparison(result, Console())
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="one method: its options")] = None, as_json: AsJson = False
+) -> None:
+    """List the methods: paper, formula, what each needs and costs; or one method's options.
+
+    Example: keepset methods rose
+    """
+    from keepset.scoring import METHODS, method, options_of
+
+    if as_json:
+        wanted = [name] if name else list(METHODS)
+        found = [{"name": n, "paper": method(n).paper, "formula": method(n).formula, "needs": list(method(n).needs),
+                  "cost": method(n).cost, "options": {k: d for k, (_, d) in options_of(n).items()}}
+                 for n in wanted]  # fmt: skip
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    console = Console()
+    if name:
+        row = method(name)
+        console.print(
+            f"{name}: {row.paper}\n  {row.formula}\n  needs {', '.join(row.needs)}; cost: {row.cost}", highlight=False
+        )
+        for option, (kind, default) in options_of(name).items():
+            choices = " | ".join(map(str, getattr(kind, "__args__", ()))) or kind.__name__
+            console.print(f"  -o {option}={default}   ({choices})", highlight=False, markup=False)
+        return
+    table = Table("method", "paper", "formula", "needs", "cost")
+    for key, row in METHODS.items():
+        table.add_row(key, row.paper, row.formula, ", ".join(row.needs), row.cost)
+    console.print(table)
+
+
+def main() -> None:
+    """Run a command; what a user can mend is printed in one line, with its exit code."""
+    try:
+        app(standalone_mode=False)
+    except KeepsetError as error:
+        err.print(f"keepset: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except KeyboardInterrupt:
+        err.print("keepset: stopped; the same command goes on where it was", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        show: Callable[..., None] | None = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))

@@ -1,0 +1,189 @@
+"""The verdict: every method beside Random of the same size, the controls and the base, with intervals and costs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, win_tie_loss
+from keepset.finals import Items, item_metrics
+from keepset.scoring import METHODS
+
+if TYPE_CHECKING:
+    from keepset.job import Job
+    from keepset.subsets import Subset
+
+Cell = tuple["Subset | None", int | None, Items]  # subset (None: base), training seed, evaluated items
+
+# What is printed, in this order: metric, heading, decimals, and the sign that makes larger better.
+HEADLINES: tuple[tuple[str, str, int, int], ...] = (
+    ("accuracy.policy_mean.matched", "accuracy\nmatched, mean", 3, 1),
+    ("accuracy.policy_mean", "accuracy\nall, mean", 3, 1),
+    ("accuracy.implicit_sum", "implicit acc.\nall, sum", 3, 1),
+    ("margin.implicit_mean.matched", "implicit margin\nmatched, mean", 3, 1),
+    ("loss.chosen", "loss on\nchosen", 3, -1),
+    ("loss.heldout", "held-out\nloss", 3, -1),
+    ("gsm8k.accuracy", "GSM8K", 3, 1),
+)
+
+# The costs.jsonl stages that a method needs, by what METHODS says it needs: its price if it were run alone.
+STAGES = {
+    "reference": ("train models/reference", "losses ("),
+    "losses": ("losses (",),
+    "gradients": ("train models/warmup", "gradients at "),
+    "representations": ("representations (",),
+}
+
+
+def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
+    """Compare evaluated cells and write `comparison.json`.
+
+    Returns:
+        `rows`: one a trained model, each metric with its bootstrap 95 % interval over items. `summary`: one a subset
+        (all seeds of Random together), with the mean over seeds, the interval over items of the seed-averaged items, the
+        standard deviation over seeds (`spread`), the paired difference to Random (interval, p, Holm-adjusted p over
+        methods), wins / ties / losses by item against Random, and cost.
+    """
+    base = next((items for subset, _, items in cells if subset is None), None)
+    share, resamples, seed = job.recipe.evaluate.length_match, job.recipe.evaluate.bootstrap, job.recipe.seed
+    per_item = [item_metrics(items, base, share) for _, _, items in cells]
+    rows, groups = [], defaultdict(list)
+    for (subset, train_seed, _), metrics in zip(cells, per_item, strict=True):
+        rows.append(
+            {
+                **describe(subset),
+                "seed": train_seed,
+                "metrics": {k: bootstrap_ci(v, resamples=resamples, seed=seed).as_dict() for k, v in metrics.items()},
+            }
+        )
+        groups[group_of(subset)].append((subset, metrics))
+    budgets = {s.budget for s, _, _ in cells if s is not None and s.kind == "random"}
+    random_means = {b: mean_items([m for _, m in groups[f"random ({b})"]]) for b in budgets}
+    summary = []
+    for name, members in groups.items():
+        subset = members[0][0]
+        averaged = mean_items([m for _, m in members])
+        entry = {
+            **describe(subset),
+            "label": name.split(" (")[0],
+            "seeds": len(members),
+            "metrics": {},
+            "vs_random": {},
+        }
+        for metric, values in averaged.items():
+            over_seeds = [float(np.mean(m[metric])) for _, m in members]
+            spread = float(np.std(over_seeds, ddof=1)) if len(over_seeds) > 1 else None
+            interval = bootstrap_ci(values, resamples=resamples, seed=seed).as_dict()
+            entry["metrics"][metric] = {**interval, "spread": spread}
+        rival = random_means.get(subset.budget) if subset is not None else None
+        if rival and subset is not None and subset.kind != "random":
+            for metric, _, _, sign in HEADLINES:
+                if metric in averaged:
+                    test = paired_test(averaged[metric], rival[metric], resamples=resamples, seed=seed)
+                    wins = win_tie_loss(sign * averaged[metric], sign * rival[metric])
+                    entry["vs_random"][metric] = {**test.as_dict(), "win_tie_loss": list(wins)}
+        entry["cost"] = cost_of(job, subset)
+        summary.append(entry)
+    adjust(summary)
+    result = {"rows": rows, "summary": summary, "full_training_flops": full_training_flops(job)}
+    job.run.save_json("comparison.json", result)
+    return result
+
+
+def describe(subset: Subset | None) -> dict[str, Any]:
+    """Name, kind and size of a subset, for JSON."""
+    if subset is None:
+        return {"label": "base", "kind": "base", "budget": None, "n_rows": 0, "n_tokens": 0}
+    return {"label": subset.name, "kind": subset.kind, "budget": subset.budget, "n_rows": subset.n_rows,
+            "n_tokens": subset.n_tokens}  # fmt: skip
+
+
+def group_of(subset: Subset | None) -> str:
+    """Cells that are seeds of one thing share a group: the seeds of Random, and the training seeds of a subset."""
+    if subset is None:
+        return "base"
+    return f"random ({subset.budget})" if subset.kind == "random" else subset.name
+
+
+def mean_items(members: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Each metric's items averaged over seeds (the items are the same held-out pairs and rows)."""
+    return {k: np.mean([m[k] for m in members], axis=0) for k in members[0]} if members else {}
+
+
+def adjust(summary: list[dict[str, Any]]) -> None:
+    """Add Holm-adjusted p-values over the methods, metric by metric."""
+    for metric, _, _, _ in HEADLINES:
+        tested = {e["label"]: e["vs_random"][metric]["p"] for e in summary if metric in e["vs_random"]}
+        for label, p in (holm_by_label(tested) if tested else {}).items():
+            next(e for e in summary if e["label"] == label and e["vs_random"])["vs_random"][metric]["p_holm"] = p
+
+
+def cost_of(job: Job, subset: Subset | None) -> dict[str, float]:
+    """What choosing and training cost: seconds and FLOPs, the shared stages counted in full for every method."""
+    if subset is None:
+        return {"select_seconds": 0.0, "select_flops": 0.0, "train_seconds": 0.0, "train_flops": 0.0}
+    spec = next((m for m in job.recipe.methods if m.label == subset.label), None)
+    needs = METHODS[spec.name].needs if spec else ()
+    prefixes = tuple({p for need in needs for p in STAGES.get(need, ())})
+    latest = {e["stage"]: e for e in job.run.costs()}.values()
+    chosen = [e for e in latest if prefixes and e["stage"].startswith(prefixes)]
+    if not prefixes:
+        chosen = [e for e in latest if e["stage"] == f"score {subset.label}"]
+    trained = [e for e in latest if e["stage"].startswith(f"train models/{subset.name}-seed")]
+    return {
+        "select_seconds": round(sum(e["seconds"] for e in chosen), 2),
+        "select_flops": sum(e.get("flops", 0.0) for e in chosen),
+        "train_seconds": round(sum(e["seconds"] for e in trained) / max(1, len(trained)), 2),
+        "train_flops": sum(e.get("flops", 0.0) for e in trained) / max(1, len(trained)),
+    }
+
+
+def full_training_flops(job: Job) -> float:
+    """FLOPs of training on the whole usable pool with the recipe's `train`."""
+    from keepset.cost import flops
+    from keepset.stages import count_tokens
+
+    n_tokens, n_head = count_tokens(job.rows)
+    args = job.recipe.train
+    return flops(job.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * args.num_train_epochs
+
+
+def print_comparison(result: dict[str, Any], console: Console) -> None:
+    """Print the summary as one table: value, half-width of its interval or spread over seeds, `*` where p < 0.05."""
+    shown = [h for h in HEADLINES if any(h[0] in e["metrics"] for e in result["summary"])]
+    table = Table(
+        title="95 % intervals over held-out items; Random: ± standard deviation over seeds", title_justify="left"
+    )
+    table.add_column("trained on")
+    table.add_column("rows", justify="right")
+    table.add_column("tokens", justify="right")
+    for _, heading, _, _ in shown:
+        table.add_column(heading, justify="right")
+    table.add_column("selection\ncost", justify="right")
+    for entry in result["summary"]:
+        cells = [cell_text(entry, metric, decimals) for metric, _, decimals, _ in shown]
+        full = result["full_training_flops"]
+        share = f"{100 * entry['cost']['select_flops'] / full:.0f} %" if full and entry["kind"] == "method" else "–"
+        name = f"{entry['label']} ({entry['seeds']} seeds)" if entry["seeds"] > 1 else entry["label"]
+        table.add_row(name, str(entry["n_rows"] or "–"), str(entry["n_tokens"] or "–"), *cells, share)
+    console.print(table)
+    console.print(
+        "accuracy: chosen preferred to rejected by log-probability (mean = a token, matched = sides of like length); "
+        "* p < 0.05 against Random, Holm-adjusted.\nselection cost: FLOPs as a share of one training on the full pool.",
+        highlight=False,
+    )
+
+
+def cell_text(entry: dict[str, Any], metric: str, decimals: int) -> str:
+    """`0.612 ±0.080*`."""
+    found = entry["metrics"].get(metric)
+    if found is None:
+        return "–"
+    width = found["spread"] if entry["kind"] == "random" else (found["high"] - found["low"]) / 2
+    text = f"{found['value']:.{decimals}f}" + (f" ±{width:.{decimals}f}" if width is not None else "")
+    significant = entry["vs_random"].get(metric, {}).get("p_holm", 1.0) < 0.05
+    return text + ("*" if significant else "")

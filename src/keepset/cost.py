@@ -1,0 +1,34 @@
+"""What a stage costs in floating-point operations, from counts alone, so that methods can be compared on any machine.
+
+forward = 2 · (W · T + d · V · S): W = weights of the blocks' matrices, T = tokens, d = hidden size, V = vocabulary,
+S = positions at which the output head runs. A backward pass through frozen weights costs one more forward (gradients of
+the activations only), with trained weights two more. Attention scores, norms and LoRA's own matrices are left out: they
+are a few per cent at the lengths of instruction data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def matrix_weights(model: Any) -> tuple[int, int]:
+    """`(W, d·V)`: weights of the blocks' matrices, adapters left out, and of the output head."""
+    head = model.get_output_embeddings().weight.numel()
+    seen = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
+    blocks = sum(
+        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in seen and "lora_" not in name
+    )
+    return blocks, head
+
+
+def flops(model: Any, n_tokens: int, n_head: int, *, passes: int = 1) -> float:
+    """Operations of `passes` forward-equivalents over `n_tokens` tokens, the head at `n_head` positions.
+
+    Args:
+        model: any causal LM.
+        n_tokens: tokens run through the blocks.
+        n_head: positions at which logits are formed.
+        passes: 1 for a forward pass, 2 for forward + backward through frozen weights (LoRA), 3 for full training.
+    """
+    blocks, head = matrix_weights(model)
+    return 2.0 * passes * (blocks * n_tokens + head * n_head)

@@ -1,0 +1,235 @@
+"""The models that subsets are judged by: train from the base on each subset, evaluate each on the held-out sets."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from keepset.adapters import attached
+from keepset.cost import flops
+from keepset.data import Pool, Target, load_pool, load_target
+from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
+from keepset.evaluate.preference import PairLogps, correct, length_matched, margins, pair_logps, preference_table
+from keepset.job import encode_pairs
+from keepset.run import digest, file_digest
+from keepset.stages import VERSION, count_tokens
+from keepset.subsets import Subset
+
+if TYPE_CHECKING:
+    from keepset.encoding import Encoded, Encoder
+    from keepset.job import Job
+    from keepset.model import Loaded
+
+Items = dict[str, np.ndarray]
+
+
+class Learner:
+    """The model that is trained on the subsets: the scoring model, or another one (transfer)."""
+
+    def __init__(self, job: Job) -> None:
+        """Take the recipe's `train_model`, else its `model`."""
+        self.job = job
+        self.spec = job.recipe.train_model or job.recipe.model
+        self.transfer = job.recipe.train_model is not None
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The untrained model."""
+        from keepset.model import load
+
+        return load(self.spec) if self.transfer else self.job.loaded
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Its tokenizer and template."""
+        return self.loaded.encoder if self.transfer else self.job.encoder
+
+    def rows(self, subset: Subset) -> list[Encoded]:
+        """The subset's rows as this model's tokens; rows that its template refuses are said and left out."""
+        if not self.transfer:
+            return [self.job.rows[i] for i in subset.indices]
+        from keepset.encoding import encode_all
+
+        rows, refused = encode_all(self.encoder, (self.job.pool.messages(i) for i in self.job.usable[subset.indices]))
+        if refused:
+            self.job.say(f"{subset.name}: {len(refused)} rows left out by the other model's template: {refused[0][1]}")
+        return [row for row in rows if row is not None]
+
+    @cached_property
+    def eval_pairs(self) -> tuple[list[tuple[Encoded, Encoded]], np.ndarray, Target] | None:
+        """Held-out pairs as tokens, their tasks, and the set; None if the recipe names none."""
+        specs = self.job.recipe.evaluate.pairs
+        if not specs:
+            return None
+        target = load_target(specs, seed=self.job.recipe.seed, strict=self.job.recipe.strict)
+        pairs, kept = encode_pairs(target, self.encoder, self.job.say)
+        whole = [i for i, (_, rejected) in enumerate(pairs) if rejected is not None]
+        self.job.say(
+            f"evaluation pairs: {len(target) + len(target.quarantine)} in = {len(whole)} used + "
+            f"{len(target) + len(target.quarantine) - len(whole)} quarantined"
+        )
+        return [pairs[i] for i in whole], np.asarray(target.tasks, dtype=str)[kept[whole]], target  # type: ignore[misc]
+
+    @cached_property
+    def eval_rows(self) -> tuple[list[Encoded], np.ndarray, Pool] | None:
+        """Held-out SFT rows as tokens, their sources, and the pool; None if the recipe names none."""
+        from keepset.encoding import encode_all
+
+        specs = self.job.recipe.evaluate.heldout
+        if not specs:
+            return None
+        pool = load_pool(specs, strict=self.job.recipe.strict)
+        rows, refused = encode_all(self.encoder, (pool.messages(i) for i in range(len(pool))))
+        usable = [i for i, row in enumerate(rows) if row is not None]
+        self.job.say(
+            f"held-out rows: {len(pool) + len(pool.quarantine)} in = {len(usable)} used + "
+            f"{len(refused) + len(pool.quarantine)} quarantined"
+        )
+        return [rows[i] for i in usable], np.asarray(pool.sources(), dtype=str)[usable], pool  # type: ignore[misc]
+
+
+def model_folder(name: str, seed: int) -> str:
+    """Where the model trained on a subset lies in the run folder."""
+    return f"models/{name}-seed{seed}"
+
+
+def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
+    """Train the base on a subset, unless that was done with the same rows, arguments and seed."""
+    from keepset.train.sft import train_sft
+
+    args, rows = job.recipe.train, learner.rows(subset)
+    folder = model_folder(subset.name, seed)
+    key = {
+        "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,
+        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.model_dump(mode="json"),
+        "ids": digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
+    }  # fmt: skip
+
+    def work(path: Path) -> dict[str, Any]:
+        n_tokens, n_head = count_tokens(rows)
+        epochs = args.num_train_epochs
+        job.say(f"training {subset.name} (seed {seed}): {len(rows)} rows, {n_tokens} tokens, {epochs:g} epochs")
+        with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
+            result = train_sft(learner.spec, job.recipe.lora, rows, path, args, seed=seed)
+            spent["tokens"] = int(n_tokens * epochs)
+            spent["flops"] = flops(learner.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * epochs
+        return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens}
+
+    return job.run.step(folder, key, work)
+
+
+def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base: Items | None) -> tuple[dict, Items]:
+    """Evaluate a trained model (or the untrained base: seed None), unless that was done.
+
+    Returns:
+        The summary, and the per-item arrays: `pair.*` (m,) and `row.*` (n,).
+    """
+    weights = None if seed is None else job.run.path / model_folder(name, seed)
+    folder = "evaluation/base" if weights is None else f"evaluation/{name}-seed{seed}"
+    pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
+    key = {
+        "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,
+        "weights": [] if weights is None else [file_digest(p) for p in sorted(weights.glob("*.safetensors"))],
+        "pairs": pairs[2].fingerprint() if pairs else None, "rows": rows[2].fingerprint() if rows else None,
+        "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout"}),
+    }  # fmt: skip
+
+    def work(path: Path) -> dict[str, Any]:
+        with job.run.timed(f"evaluate {folder.removeprefix('evaluation/')}"):
+            items, gsm8k = measure(job, learner, weights)
+        save_file(items, str(path / "items.safetensors"))
+        summary = summarise(job, learner, items, base)
+        if gsm8k is not None:
+            summary["gsm8k"] = gsm8k
+        job.run.save_json(f"{folder}/summary.json", summary)
+        return {}
+
+    job.run.step(folder, key, work)
+    return job.run.load_json(f"{folder}/summary.json"), load_file(str(job.run.path / folder / "items.safetensors"))
+
+
+def measure(job: Job, learner: Learner, weights: Path | None) -> tuple[Items, dict[str, Any] | None]:
+    """Run one model over the held-out sets."""
+    if weights is None:
+        return measure_model(job, learner, learner.loaded.model)
+    if (weights / "adapter_config.json").exists():
+        with attached(learner.loaded.model, weights) as model:
+            return measure_model(job, learner, model)
+    from keepset.model import load
+
+    return measure_model(job, learner, load(learner.spec.model_copy(update={"model_name_or_path": str(weights)})).model)
+
+
+def measure_model(job: Job, learner: Learner, model: Any) -> tuple[Items, dict[str, Any] | None]:
+    """Log-probabilities of the held-out pairs, losses of the held-out rows, GSM8K answers."""
+    items: Items = {}
+    budget = job.recipe.batching.token_budget
+    if learner.eval_pairs:
+        logps = pair_logps(model, learner.eval_pairs[0], token_budget=budget)
+        items |= {f"pair.{k}": np.asarray(v) for k, v in vars(logps).items()}
+    if learner.eval_rows:
+        heldout = heldout_losses(model, learner.eval_rows[0], token_budget=budget)
+        items |= {"row.nll": heldout.nll, "row.n_tokens": heldout.n_tokens}
+    gsm8k = None
+    if job.recipe.evaluate.gsm8k:
+        from keepset.evaluate.gsm8k import evaluate_gsm8k
+
+        gsm8k = evaluate_gsm8k(
+            model, learner.loaded.tokenizer, learner.encoder, job.recipe.evaluate.gsm8k,
+            limit=job.recipe.evaluate.gsm8k_limit, max_new_tokens=job.recipe.evaluate.max_new_tokens,
+        )  # fmt: skip
+        items["gsm8k.correct"] = np.asarray(gsm8k.pop("correct"), dtype=np.float64)
+    return items, gsm8k
+
+
+def logps_of(items: Items) -> PairLogps:
+    """The pair columns of stored items."""
+    return PairLogps(**{k: items[f"pair.{k}"] for k in ("chosen", "rejected", "n_chosen", "n_rejected")})
+
+
+def summarise(job: Job, learner: Learner, items: Items, base: Items | None) -> dict[str, Any]:
+    """Tables with intervals, from the items."""
+    spec = job.recipe.evaluate
+    summary: dict[str, Any] = {}
+    if learner.eval_pairs:
+        summary["preference"] = preference_table(
+            logps_of(items), logps_of(base) if base else None, learner.eval_pairs[1],
+            length_match=spec.length_match, resamples=spec.bootstrap, seed=job.recipe.seed,
+        )  # fmt: skip
+    if learner.eval_rows:
+        summary["heldout"] = heldout_table(
+            Heldout(items["row.nll"], items["row.n_tokens"]), learner.eval_rows[1],
+            resamples=spec.bootstrap, seed=job.recipe.seed,
+        )  # fmt: skip
+    return summary
+
+
+def item_metrics(items: Items, base: Items | None, share: float) -> dict[str, np.ndarray]:
+    """Per-item numbers that comparisons average: larger is better for accuracies and margins, smaller for losses.
+
+    Args:
+        items: a model's stored items.
+        base: the untrained base's.
+        share: what counts as length-matched.
+    """
+    found: dict[str, np.ndarray] = {}
+    if "pair.chosen" in items:
+        logps = logps_of(items)
+        matched = length_matched(logps.n_chosen, logps.n_rejected, share)
+        for form, margin in margins(logps, logps_of(base) if base else None).items():
+            found[f"accuracy.{form}"] = correct(margin)
+            found[f"margin.{form}"] = margin
+            if matched.any():
+                found[f"accuracy.{form}.matched"] = correct(margin[matched])
+                found[f"margin.{form}.matched"] = margin[matched]
+        found["loss.chosen"] = -logps.chosen / logps.n_chosen
+        found["loss.rejected"] = -logps.rejected / logps.n_rejected
+    if "row.nll" in items:
+        found["loss.heldout"] = items["row.nll"] / items["row.n_tokens"]
+    if "gsm8k.correct" in items:
+        found["gsm8k.accuracy"] = items["gsm8k.correct"]
+    return found

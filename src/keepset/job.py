@@ -1,0 +1,215 @@
+"""What the steps of one run share: the recipe, the run folder, and pool, tokens and model, each loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from keepset.data import Pool, Target, load_pool, load_target
+from keepset.errors import DataError, RecipeError
+from keepset.methods.text import words
+from keepset.progress import track
+from keepset.recipe import Recipe
+from keepset.run import Run, canonical, write_atomic
+
+if TYPE_CHECKING:
+    from keepset.encoding import Encoded, Encoder
+    from keepset.model import Loaded
+
+    Pair = tuple[Encoded, Encoded | None]
+
+ANSWERS = {"assistant", "text"}  # roles whose content is learnt
+
+
+class Job:
+    """One recipe at work in one run folder."""
+
+    def __init__(
+        self, recipe: Recipe, *, console: Console | None = None, force: bool = False, text_only: bool = False
+    ) -> None:
+        """Adopt the recipe in its run folder (see `Run.adopt` for what is refused).
+
+        Args:
+            recipe: what to do.
+            console: where progress goes; default: standard error.
+            force: go on in a folder made by another recipe.
+            text_only: never load a tokenizer; lengths are counted in words.
+        """
+        self.recipe = recipe
+        self.text_only = text_only
+        self.console = console or Console(stderr=True)
+        self.run = Run(recipe.run_dir)
+        self.run.adopt(recipe, force=force)
+
+    def say(self, text: str) -> None:
+        """Print a line for the person at the terminal."""
+        self.console.print(text, highlight=False)
+
+    # -- data ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The pool; its quarantine is counted on screen."""
+        pool = load_pool(self.recipe.pool, strict=self.recipe.strict)
+        copies = f", {pool.duplicates} exact copies" if pool.duplicates else ""
+        self.say(f"pool: {pool.n_in} rows in = {len(pool)} read + {len(pool.quarantine)} quarantined{copies}")
+        return pool
+
+    @cached_property
+    def target(self) -> Target:
+        """The few-shot validation set.
+
+        Raises:
+            RecipeError: the recipe names none.
+        """
+        if not self.recipe.target:
+            raise RecipeError("target: this method needs validation rows or pairs; add `target:` to the recipe")
+        target = load_target(self.recipe.target, seed=self.recipe.seed, strict=self.recipe.strict)
+        self.say(f"target: {len(target)} rows in {len(set(target.tasks))} tasks, {len(target.quarantine)} quarantined")
+        if len(target) == 0:
+            raise DataError(f"{self.recipe.target[0].path}: no usable target row")
+        return target
+
+    def task_codes(self) -> tuple[list[str], np.ndarray]:
+        """The target's task names (sorted) and each row's task as an index (m,)."""
+        names, codes = np.unique(np.asarray(self.target.tasks, dtype=str), return_inverse=True)
+        return [str(n) for n in names], codes
+
+    # -- model and tokens ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The scoring model, without an adapter."""
+        from keepset.model import load
+
+        self.say(f"model: {self.recipe.model.model_name_or_path}")
+        return load(self.recipe.model)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The scoring model's tokenizer and template."""
+        from keepset.encoding import Encoder
+        from keepset.model import load_tokenizer
+
+        return Encoder(load_tokenizer(self.recipe.model), self.recipe.model)
+
+    @cached_property
+    def tokens(self) -> tuple[np.ndarray, list[Encoded]]:
+        """Indices (n,) of the pool's usable rows and their tokens; refused rows go to quarantine.jsonl.
+
+        Raises:
+            DataError: no row is usable.
+        """
+        from keepset.encoding import encode_all
+
+        rows, refused = encode_all(self.encoder, self.pool.all_messages())
+        usable = [i for i, row in enumerate(rows) if row is not None]
+        self.save_quarantine([self.refusal(index, reason, detail) for index, reason, detail in refused])
+        cut = sum(rows[i].truncated for i in usable)  # type: ignore[union-attr]
+        note = f", {cut} of them cut at max_length {self.recipe.model.max_length}" if cut else ""
+        self.say(f"tokens: {len(rows)} rows = {len(usable)} usable + {len(refused)} quarantined{note}")
+        if refused and self.recipe.strict:
+            first = self.refusal(*refused[0])
+            raise DataError(f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}")
+        if not usable:
+            raise DataError(f"no row of the pool is usable: {refused[0][1]}: {refused[0][2]}")
+        return np.array(usable), [rows[i] for i in usable]  # type: ignore[misc]
+
+    def refusal(self, index: int, reason: str, detail: str) -> dict[str, Any]:
+        """A quarantine entry for row `index` of the pool."""
+        row = self.pool.table.slice(index, 1).to_pylist()[0]
+        return {"file": row["file"], "line": row["line"], "reason": reason, "detail": detail,
+                "excerpt": row["raw"][:200], "id": row["id"]}  # fmt: skip
+
+    def save_quarantine(self, refused: list[dict[str, Any]]) -> None:
+        """Write `quarantine.jsonl`: every row that was read but not used, with file, line and reason."""
+        entries = [asdict(q) for q in self.pool.quarantine] + refused
+        write_atomic(
+            self.run.path / "quarantine.jsonl", "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
+        )
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Indices (n,) into the pool of the rows that are scored; without a tokenizer, all of them."""
+        return np.arange(len(self.pool)) if self.text_only else self.tokens[0]
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """(n,) ids of the usable rows."""
+        return self.pool.ids[self.usable]
+
+    @property
+    def rows(self) -> list[Encoded]:
+        """The usable rows' tokens."""
+        return self.tokens[1]
+
+    @property
+    def length_unit(self) -> str:
+        """What `n_tokens` counts."""
+        return "words" if self.text_only else "tokens"
+
+    def n_tokens(self) -> np.ndarray:
+        """(n,) supervised tokens of each usable row; words of the answers where there is no tokenizer."""
+        if not self.text_only:
+            return np.array([int(row.supervised.sum()) for row in self.rows])
+        rows = self.pool.all_messages()
+        return np.array([sum(len(words(m["content"])) for m in row if m["role"] in ANSWERS) for row in rows])
+
+    def texts(self) -> list[str]:
+        """The usable rows as plain text, all messages joined by line breaks."""
+        texts = ["\n".join(m["content"] for m in row) for row in self.pool.all_messages()]
+        return [texts[i] for i in self.usable]
+
+    def target_texts(self, *, with_chosen: bool) -> list[str]:
+        """The target's prompts as plain text, with or without the chosen answer."""
+        pairs = (self.target.pair(i) for i in range(len(self.target)))
+        return [
+            "\n".join(m["content"] for m in ([*prompt, *chosen] if with_chosen else prompt))
+            for prompt, chosen, _ in pairs
+        ]
+
+    @cached_property
+    def target_pairs(self) -> tuple[list[Pair], np.ndarray]:
+        """The target's usable rows as tokens, and their indices in the target."""
+        return encode_pairs(self.target, self.encoder, self.say)
+
+    def data_key(self) -> dict[str, Any]:
+        """What every feature's key holds: model, template and data."""
+        return {"model": self.loaded.fingerprint, "encoder": self.encoder.fingerprint, "pool": self.pool.fingerprint()}
+
+    def tracked(self, what: str, total: int, unit: str = "rows") -> Any:
+        """A progress bar on this job's console."""
+        return track(self.console, what, total, unit)
+
+
+def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -> tuple[list[Pair], np.ndarray]:
+    """Encode prompt + chosen and prompt + rejected of every row; a row with a refused side is said and left out.
+
+    Returns:
+        `(chosen, rejected or None)` of each usable row, and the usable rows' indices (m,).
+
+    Raises:
+        DataError: none is left.
+    """
+    from keepset.encoding import RowRefused
+
+    pairs: list[Pair] = []
+    kept = []
+    for i in range(len(target)):
+        prompt, chosen, rejected = target.pair(i)
+        try:
+            pairs.append(
+                (encoder.encode_pair(prompt, chosen), encoder.encode_pair(prompt, rejected) if rejected else None)
+            )
+            kept.append(i)
+        except RowRefused as refused:
+            place = target.table.slice(i, 1).select(["file", "line"]).to_pylist()[0]
+            say(f"quarantined {place['file']}:{place['line']}: {refused.reason}: {refused.detail}")
+    if not pairs:
+        raise DataError("no usable row in the target; raise model.max_length or set model.overlong: truncate")
+    return pairs, np.array(kept)

@@ -1,0 +1,162 @@
+"""`keepset run`: score, select, train, evaluate and compare, each step skipped where its result is already there."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from keepset import __version__
+from keepset.compare import Cell, compare, print_comparison
+from keepset.errors import KeepsetError
+from keepset.finals import Items, Learner, evaluate_final, train_final
+from keepset.job import Job
+from keepset.recipe import MethodSpec, Recipe
+from keepset.run import file_digest
+from keepset.scoring import check_options, score
+from keepset.subsets import Kind, Subset, choose, choose_mix, control_methods, full_subset, stored_subset
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow", "bm25s")
+
+
+def run_recipe(
+    recipe: Recipe, *, console: Console | None = None, out: Console | None = None, force: bool = False
+) -> Job:
+    """Do the whole job and print the comparison.
+
+    Args:
+        recipe: what to do.
+        console: where progress goes (default: standard error).
+        out: where the table goes (default: standard output).
+        force: see `Run.adopt`.
+
+    Raises:
+        KeepsetError: anything a user can mend.
+    """
+    for spec in recipe.methods:
+        check_options(spec)
+    job = Job(recipe, console=console, force=force)
+    with job.run.lock():
+        start = time.perf_counter()
+        subsets = choose_all(job)
+        cells = train_and_evaluate(job, subsets)
+        result = compare(job, cells)
+        finish_folder(job, subsets, time.perf_counter() - start)
+        print_comparison(result, out or Console())
+        job.say(f"run folder: {job.run.path}")
+    return job
+
+
+def scored(job: Job, spec: MethodSpec) -> None:
+    """Score by a method unless this folder has its scores for the same rows and options."""
+    path = job.run.path / "scores" / f"{spec.label}.parquet"
+    if path.exists():
+        table = job.run.load_table(f"scores/{spec.label}.parquet")
+        same = (table.schema.metadata or {}).get(b"options") == str(spec.options).encode()
+        if same and table["id"].to_pylist() == [str(i) for i in job.ids]:
+            job.say(f"{spec.label}: scored before, kept")
+            return
+    score(job, spec)
+
+
+def choose_all(job: Job) -> list[Subset]:
+    """Score by every method and control, and select at every budget."""
+    _ = job.tokens  # the rows that every method and control share
+    subsets: list[Subset] = []
+    wanted: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
+    for spec, kind in [*wanted, *control_methods(job)]:
+        scored(job, spec)
+        subsets += [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
+    subsets += [choose_mix(job, mix) for mix in job.recipe.mix]
+    return [*subsets, *([full_subset(job)] if job.recipe.controls.full else [])]
+
+
+def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
+    """Train and evaluate every subset and seed; the base first."""
+    learner = Learner(job)
+    evaluation = job.recipe.evaluate
+    if not (evaluation.pairs or evaluation.heldout or evaluation.gsm8k):
+        job.say("evaluate: the recipe names no held-out pairs or rows, so nothing is trained or compared")
+        return []
+    base: Items | None = None
+    cells: list[Cell] = []
+    if job.recipe.controls.base or evaluation.pairs:
+        _, base = evaluate_final(job, learner, "base", None, None)
+        cells.append((None, None, base))
+    plan = [(s, seed) for s in subsets for seed in seeds_for(job, s)]
+    for number, (subset, seed) in enumerate(plan, start=1):
+        job.say(f"model {number} of {len(plan)}: {subset.name}, seed {seed}")
+        facts = train_final(job, learner, subset, seed)
+        if facts["reused"]:
+            job.say(f"{subset.name}: trained before, kept")
+        _, items = evaluate_final(job, learner, subset.name, seed, base)
+        cells.append((subset, seed, items))
+    return cells
+
+
+def evaluated_cells(job: Job) -> list[Cell]:
+    """What the run folder has evaluated already: the base, and each subset and seed.
+
+    Raises:
+        KeepsetError: nothing is evaluated yet.
+    """
+    folder = job.run.path / "evaluation"
+    cells: list[Cell] = []
+    for path in sorted(folder.glob("*/items.safetensors")):
+        name, _, seed = path.parent.name.rpartition("-seed")
+        items = load_file(str(path))
+        cells.append((stored_subset(job, name), int(seed), items) if name else (None, None, items))
+    if not cells:
+        raise KeepsetError(f"{folder}: nothing evaluated yet; `keepset run`, or `train` and then `evaluate`")
+    return sorted(cells, key=lambda cell: (cell[0] is not None, cell[0].name if cell[0] else ""))
+
+
+def seeds_for(job: Job, subset: Subset) -> list[int]:
+    """Training seeds of a subset: all of `train_seeds`; Random's subsets take one each, in turn."""
+    seeds = job.recipe.train_seeds
+    if subset.kind != "random":
+        return seeds
+    draws = [f"random-{seed}" for seed in job.recipe.controls.random_seeds]
+    return [seeds[draws.index(subset.label) % len(seeds)]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, keepset and what it stands on."""
+    found = {"python": platform.python_version(), "keepset": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
+    """Write what makes the folder a record: manifest, the dataset of the first method's rows, its card."""
+    from keepset.card import write_dataset
+
+    primary = next((s for s in subsets if s.kind == "method"), None)
+    if primary is not None:
+        write_dataset(job, primary)
+    scores = sorted((job.run.path / "scores").glob("*.parquet"))
+    manifest: dict[str, Any] = {
+        "recipe": job.recipe.model_dump(mode="json", exclude={"run_dir"}),
+        "versions": versions(),
+        "model": None if job.text_only else {"fingerprint": job.loaded.fingerprint, "encoder": job.encoder.fingerprint},
+        "pool": {
+            "rows_in": len(job.pool) + len(job.pool.quarantine),
+            "usable": len(job.ids),
+            "quarantined": len(job.pool) + len(job.pool.quarantine) - len(job.ids),
+            "duplicates": job.pool.duplicates,
+            "fingerprint": job.pool.fingerprint(),
+        },
+        "files": {f"scores/{p.name}": file_digest(p) for p in scores},
+        "subsets": job.run.load_json("subsets.json", {}),
+        "costs": job.run.costs(),
+        "seconds": round(seconds, 1),
+    }
+    job.run.save_json("manifest.json", manifest)

@@ -1,0 +1,384 @@
+"""Which features each method takes: one short function a method, and one literal table of them all.
+
+A function takes the job and the method's options and returns `Scored`. It fetches arrays (from `stages`, or texts),
+calls the paper's function in `methods/`, and names the parts worth keeping beside the score.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+import numpy as np
+import pyarrow as pa
+
+from keepset.errors import RecipeError, did_you_mean
+from keepset.methods.bm25 import bm25
+from keepset.methods.davir import davir, davir_ref, rho
+from keepset.methods.length import length
+from keepset.methods.less import less, tracin
+from keepset.methods.random_ import random_
+from keepset.methods.rds import rds
+from keepset.methods.rose import rose
+from keepset.recipe import MethodSpec
+
+if TYPE_CHECKING:
+    from keepset.job import Job
+
+Cost = Literal["free", "text", "forward", "reference", "gradients", "retraining"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A method's answer: one score a row, larger is better, and the columns that explain it."""
+
+    score: np.ndarray
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods."""
+
+    score: Callable[..., Scored]
+    paper: str
+    formula: str
+    needs: tuple[str, ...]  # of: text, tokens, losses, reference, gradients, representations, target, pairs
+    cost: Cost
+
+
+# -- no model ---------------------------------------------------------------------------------------------------
+
+
+def score_random(job: Job, *, seed: int = 0) -> Scored:
+    """Uniform numbers by content id."""
+    return Scored(random_(job.ids, seed))
+
+
+def score_length(job: Job, *, prefer: Literal["long", "short"] = "long") -> Scored:
+    """Tokens of the completion (words in the torch-free core)."""
+    return Scored(length(job.n_tokens(), prefer=prefer))
+
+
+def score_bm25(
+    job: Job,
+    *,
+    query: Literal["prompt", "prompt+chosen"] = "prompt",
+    k1: float = 1.5,
+    b: float = 0.75,
+    reduce: Literal["max", "mean"] = "max",
+) -> Scored:
+    """Lexical similarity to the target's prompts."""
+    names, codes = job.task_codes()
+    texts = job.target_texts(with_chosen=query == "prompt+chosen")
+    score, per_task = bm25(job.texts(), texts, codes, k1=k1, b=b, reduce=reduce)
+    return Scored(score, task_parts(names, per_task))
+
+
+# -- forward passes -----------------------------------------------------------------------------------------------
+
+
+def score_rds(
+    job: Job, *, pooling: Literal["last", "weighted_mean"] = "last", reduce: Literal["max", "mean"] = "max"
+) -> Scored:
+    """Cosine of pooled hidden states with the target's prompt + chosen rows."""
+    from keepset.stages import representations
+
+    names, codes = job.task_codes()
+    states, queries = representations(job, pooling)
+    score, per_task = rds(states, queries, codes[job.target_pairs[1]], reduce=reduce)
+    return Scored(score, task_parts(names, per_task))
+
+
+def score_rds_plus(job: Job, *, reduce: Literal["max", "mean"] = "max") -> Scored:
+    """RDS with the position-weighted mean of all tokens."""
+    return score_rds(job, pooling="weighted_mean", reduce=reduce)
+
+
+def score_loss(job: Job, *, prefer: Literal["high", "low"] = "high") -> Scored:
+    """Mean NLL under the base (nats a token)."""
+    from keepset.stages import base_losses
+
+    found = base_losses(job)
+    mean = found["nll"] / found["n_tokens"]
+    return Scored(mean if prefer == "high" else -mean, {"loss_ini": found["nll"]})
+
+
+# -- base and reference ---------------------------------------------------------------------------------------------
+
+
+def loss_pair(job: Job, token_loss: str = "ce") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Summed losses (n,) under base and reference, in nats, and the supervised tokens (n,)."""
+    from keepset.stages import reference_losses
+
+    base, reference = reference_losses(job, token_loss=token_loss)
+    return base["nll"], reference["nll"], base["n_tokens"]
+
+
+TokenLoss = Literal["ce", "label-smoothed", "focal"]
+
+
+def score_davir(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:
+    """Share of the loss that fine-tuning on the pool removed."""
+    ini, ref, _ = loss_pair(job, token_loss)
+    return Scored(signed(davir(ini, ref), prefer), {"loss_ini": ini, "loss_ref": ref})
+
+
+def score_davir_ref(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:
+    """DavIR over the reference's loss: the same ranking."""
+    ini, ref, _ = loss_pair(job, token_loss)
+    return Scored(signed(davir_ref(ini, ref), prefer), {"loss_ini": ini, "loss_ref": ref})
+
+
+def score_rho_sum(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:
+    """Plain loss drop, summed over tokens."""
+    ini, ref, _ = loss_pair(job, token_loss)
+    return Scored(signed(rho(ini, ref), prefer), {"loss_ini": ini, "loss_ref": ref})
+
+
+def score_rho_mean(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:
+    """Plain loss drop, mean over tokens."""
+    ini, ref, n_tokens = loss_pair(job, token_loss)
+    return Scored(signed(rho(ini, ref, n_tokens, form="mean"), prefer), {"loss_ini": ini, "loss_ref": ref})
+
+
+# -- gradients ------------------------------------------------------------------------------------------------------
+
+AdamMap = Literal["adam", "adam-less", "precondition", "sgd", "sign"]
+
+
+def influence_request(name: str, options: dict[str, Any]) -> Any:
+    """The target gradient that a gradient method asks for, from its options and their defaults."""
+    from keepset.stages import InfluenceRequest
+
+    parameters = inspect.signature(METHODS[name].score).parameters
+    value = {k: options.get(k, p.default) for k, p in parameters.items()}
+    return InfluenceRequest(
+        loss=value.get("loss", "sft"),
+        map=value.get("map", "sgd"),
+        reference=value.get("reference", "none"),
+        beta=float(value.get("beta", 0.1)),
+        normalise=value.get("normalise", "task"),
+    )
+
+
+def gradient_score(
+    job: Job, name: str, options: dict[str, Any], reduce: Callable[..., tuple[np.ndarray, np.ndarray]]
+) -> Scored:
+    """Fetch dots and norms for a gradient method, sharing the pass with the recipe's others, and reduce them."""
+    from keepset.stages import influence
+
+    others = [influence_request(m.name, m.options) for m in job.recipe.methods if "gradients" in METHODS[m.name].needs]
+    found = influence(job, influence_request(name, options), others)
+    score, per_task = reduce(found)
+    parts = task_parts(job.task_codes()[0], per_task)
+    for c, lr in enumerate(found["lr"]):
+        parts[f"ckpt{c}.norm"] = found["norms"][c]
+        parts[f"ckpt{c}.momentum"] = found["momentum"][c]
+        parts[f"ckpt{c}.cosine"] = (found["dots"][c] / found["norms"][c][:, None]).max(axis=1)
+        parts[f"ckpt{c}.lr"] = np.full(len(score), lr)
+    return Scored(score, parts)
+
+
+def score_rose(
+    job: Job,
+    *,
+    loss: Literal["dpo", "margin", "mean_margin"] = "dpo",
+    map: AdamMap = "adam",
+    reference: Literal["base", "checkpoint", "none"] = "base",
+    beta: float = 0.1,
+    normalise: Literal["pair", "task"] = "pair",
+    cosine: bool = True,
+    reduce: Literal["max", "mean"] = "max",
+) -> Scored:
+    """Influence on the DPO loss of the target's pairs."""
+    if not job.target.has_pairs:
+        raise RecipeError("rose needs pairs: the target has no `rejected`; use less, or give chosen and rejected")
+    options = dict(loss=loss, map=map, reference=reference, beta=beta, normalise=normalise)
+    return gradient_score(
+        job, "rose", options, lambda f: rose(f["dots"], f["norms"], f["lr"], cosine=cosine, reduce=reduce)
+    )
+
+
+def score_less(
+    job: Job,
+    *,
+    map: AdamMap = "adam",
+    normalise: Literal["pair", "task"] = "pair",
+    cosine: bool = True,
+    reduce: Literal["max", "mean"] = "max",
+) -> Scored:
+    """Influence on the SFT loss of the target's (chosen) rows."""
+    options = dict(map=map, normalise=normalise)
+    return gradient_score(
+        job, "less", options, lambda f: less(f["dots"], f["norms"], f["lr"], cosine=cosine, reduce=reduce)
+    )
+
+
+def score_tracin(job: Job, *, reduce: Literal["max", "mean"] = "mean") -> Scored:
+    """Plain inner products, learning-rate-weighted over checkpoints."""
+    return gradient_score(job, "tracin", {}, lambda f: tracin(f["dots"], f["lr"], reduce=reduce))
+
+
+def score_grad_cosine(job: Job, *, reduce: Literal["max", "mean"] = "max") -> Scored:
+    """Cosine of plain gradients."""
+    return gradient_score(job, "grad-cosine", {}, lambda f: less(f["dots"], f["norms"], f["lr"], reduce=reduce))
+
+
+# -- the table ------------------------------------------------------------------------------------------------------
+
+DAVIR = "DavIR, arXiv 2310.13008"
+METHODS: dict[str, Method] = {
+    "random": Method(score_random, "–", "S = u(id, seed)", ("text",), "free"),
+    "length": Method(score_length, "arXiv 2402.04833", "S = T", ("text",), "free"),
+    "bm25": Method(score_bm25, "Robertson & Zaragoza 2009", "S = max_j mean_q BM25(q, z)", ("text", "target"), "text"),
+    "rds": Method(
+        score_rds, "arXiv 2402.04333", "S = max_j mean_q cos(h(z), h(q))", ("representations", "target"), "forward"
+    ),
+    "rds+": Method(
+        score_rds_plus, "arXiv 2503.01807", "rds, position-weighted mean", ("representations", "target"), "forward"
+    ),
+    "loss": Method(score_loss, "–", "S = L_ini / T", ("losses",), "forward"),
+    "davir": Method(score_davir, DAVIR, "S = (L_ini − L_ref) / L_ini", ("losses", "reference"), "reference"),
+    "davir-ref": Method(score_davir_ref, DAVIR, "S = (L_ini − L_ref) / L_ref", ("losses", "reference"), "reference"),
+    "rho-sum": Method(score_rho_sum, DAVIR, "S = L_ini − L_ref (summed)", ("losses", "reference"), "reference"),
+    "rho-mean": Method(score_rho_mean, DAVIR, "S = (L_ini − L_ref) / T", ("losses", "reference"), "reference"),
+    "rose": Method(
+        score_rose,
+        "ROSE, arXiv 2412.00631",
+        "S = max_j Σ_c w_c cos(Γ_c(z), ∇ℓ_DPO,j)",
+        ("gradients", "target", "pairs"),
+        "gradients",
+    ),
+    "less": Method(
+        score_less,
+        "LESS, arXiv 2402.04333",
+        "S = max_j Σ_c w_c cos(Γ_c(z), ∇ℓ_SFT,j)",
+        ("gradients", "target"),
+        "gradients",
+    ),
+    "tracin": Method(
+        score_tracin,
+        "TracIn, arXiv 2002.08484",
+        "S = mean_j Σ_c η_c <∇ℓ(z), ∇ℓ_j>",
+        ("gradients", "target"),
+        "gradients",
+    ),
+    "grad-cosine": Method(
+        score_grad_cosine, "–", "S = max_j Σ_c w_c cos(∇ℓ(z), ∇ℓ_j)", ("gradients", "target"), "gradients"
+    ),
+}
+
+
+def signed(score: np.ndarray, prefer: str) -> np.ndarray:
+    """Turn the sign for `prefer: low`, so that larger stays better."""
+    return score if prefer == "high" else -score
+
+
+def task_parts(names: list[str], per_task: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns `task.<name>` of a (n, j) array."""
+    return {f"task.{name}": per_task[:, j] for j, name in enumerate(names)}
+
+
+def needs_model(name: str) -> bool:
+    """Whether a method needs a tokenizer or a model."""
+    return "text" not in method(name).needs
+
+
+def method(name: str) -> Method:
+    """Look a method up.
+
+    Raises:
+        RecipeError: there is none of that name, with the closest one.
+    """
+    if name not in METHODS:
+        hint = did_you_mean(name, list(METHODS)) or f"; there are: {', '.join(METHODS)}"
+        raise RecipeError(f"methods: no method '{name}'{hint}")
+    return METHODS[name]
+
+
+def options_of(name: str) -> dict[str, tuple[Any, Any]]:
+    """A method's options: name -> (type, default)."""
+    function = method(name).score
+    types = get_type_hints(function, localns={"Job": object})
+    return {k: (types[k], p.default) for k, p in inspect.signature(function).parameters.items() if k != "job"}
+
+
+def check_options(spec: MethodSpec) -> None:
+    """Check a method's options before anything runs.
+
+    Raises:
+        RecipeError: an unknown option, or a value that isn't one of its choices.
+    """
+    known = options_of(spec.name)
+    for key, value in spec.options.items():
+        if key not in known:
+            hint = did_you_mean(key, list(known)) or f"; it has: {', '.join(known) or 'none'}"
+            raise RecipeError(f"method {spec.name}: no option '{key}'{hint}")
+        kind = known[key][0]
+        if get_args(kind) and value not in get_args(kind):
+            raise RecipeError(
+                f"method {spec.name}: {key} is one of {', '.join(map(str, get_args(kind)))}, not '{value}'"
+            )
+        number = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not get_args(kind) and not number and not isinstance(value, kind):
+            raise RecipeError(f"method {spec.name}: {key} must be {kind.__name__}, not '{value}'")
+
+
+# -- scoring a job --------------------------------------------------------------------------------------------------
+
+
+def score(job: Job, spec: MethodSpec) -> pa.Table:
+    """Score every usable row by one method and write `scores/<label>.parquet`.
+
+    Returns:
+        id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason (why a
+        row has no score), the method's parts. Rows are in the pool's order.
+
+    Raises:
+        RecipeError: unknown method or option.
+        KeepsetError: the method has no signal at all (one constant score over more than one distinct row).
+    """
+    check_options(spec)
+    with job.run.timed(f"score {spec.label}") as spent:
+        found = METHODS[spec.name].score(job, **spec.options)
+        spent["rows"] = len(found.score)
+    values = np.asarray(found.score, dtype=np.float64)
+    finite = np.isfinite(values)
+    rank = np.zeros(len(values), dtype=np.int64)
+    rank[ranking(values, job.ids)] = np.arange(1, len(values) + 1)
+    subset = job.pool.table.take(pa.array(job.usable))
+    table = pa.table(
+        {
+            "id": pa.array(job.ids.astype(str)),
+            "source": subset["source"],
+            "category": subset["category"],
+            "score": pa.array(np.where(finite, values, np.nan), mask=~finite),
+            "rank": pa.array(rank, mask=~finite),
+            "selected": pa.array(np.zeros(len(values), dtype=bool)),
+            "n_tokens": pa.array(job.n_tokens()),
+            "reason": pa.array(
+                [None if ok else unscored(v) for ok, v in zip(finite, values, strict=True)], pa.string()
+            ),
+            **{name: pa.array(part) for name, part in found.parts.items()},
+        }
+    ).replace_schema_metadata(
+        {"method": spec.name, "label": spec.label, "options": str(spec.options), "length_unit": job.length_unit}
+    )
+    job.run.save_table(f"scores/{spec.label}.parquet", table)
+    bad = int((~finite).sum())
+    job.say(f"{spec.label}: {len(values)} rows in = {len(values) - bad} scored + {bad} quarantined")
+    return table
+
+
+def ranking(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Indices best first; ties by id, NaN and infinite last."""
+    keys = np.where(np.isfinite(scores), -scores, np.inf)
+    return np.lexsort((ids.astype(str), keys))
+
+
+def unscored(value: float) -> str:
+    """Why a row has no score."""
+    return "nan-score" if np.isnan(value) else "infinite-score"

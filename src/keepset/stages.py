@@ -1,0 +1,337 @@
+"""The resumable model stages of a run: rows become arrays, shard by shard, and what it cost is remembered."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keepset.adapters import attached
+from keepset.cost import flops
+from keepset.recipe import TrainSpec
+from keepset.run import Arrays, digest
+
+if TYPE_CHECKING:
+    from keepset.encoding import Encoded
+    from keepset.job import Job
+    from keepset.train.warmup import Checkpoint
+
+VERSION = 1  # of the numbers: raise it when a change of code changes them
+
+
+def count_tokens(rows: list[Encoded]) -> tuple[int, int]:
+    """Tokens and supervised tokens of some rows."""
+    return sum(len(r.input_ids) for r in rows), sum(int(r.supervised.sum()) for r in rows)
+
+
+# -- losses -----------------------------------------------------------------------------------------------------
+
+
+def base_losses(job: Job, *, token_loss: str = "ce") -> Arrays:
+    """Summed NLL in nats (`nll`, (n,) float64) and supervised tokens (`n_tokens`, (n,)) under the base."""
+    return loss_sweep(job, {"losses-base": base_key(job, token_loss)}, None, token_loss)["losses-base"]
+
+
+def base_key(job: Job, token_loss: str) -> dict[str, Any]:
+    """Everything a base loss depends on."""
+    return {"version": VERSION, **job.data_key(), "token_loss": token_loss}
+
+
+def reference_losses(job: Job, *, token_loss: str = "ce") -> tuple[Arrays, Arrays]:
+    """Losses under the base and under the reference model, in one sweep where the reference is an adapter.
+
+    With `reference.folds` each row is scored by the reference that was not trained on it.
+    """
+    base, base_name = base_key(job, token_loss), "losses-base"
+    if job.recipe.reference.folds >= 2:
+        return base_losses(job, token_loss=token_loss), crossfit_losses(job, token_loss)
+    adapter, fingerprint, full = reference_model(job)
+    key = {**base, "reference": fingerprint}
+    if full:
+        return base_losses(job, token_loss=token_loss), full_reference_losses(job, adapter, key, token_loss)
+    out = loss_sweep(job, {base_name: base, "losses-reference": key}, adapter, token_loss)
+    return out[base_name], out["losses-reference"]
+
+
+def loss_sweep(job: Job, stages: dict[str, dict[str, Any]], adapter: Path | None, token_loss: str) -> dict[str, Arrays]:
+    """One pass over the rows under the base and / or one adapter, whichever is missing on disk."""
+    from keepset.features.losses import row_losses
+
+    rows = job.rows
+    names = " and ".join(name.removeprefix("losses-") for name in stages)
+
+    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
+        adapters = tuple(name != "losses-base" for name in missing) if adapter is not None else (False,)
+        some = [rows[i] for i in indices]
+        found = row_losses(
+            model, some, token_budget=job.recipe.batching.token_budget, adapters=adapters, token_loss=token_loss
+        )
+        n_tokens, n_head = count_tokens(some)
+        spent["tokens"] += n_tokens * len(missing)
+        spent["flops"] += flops(model, n_tokens, n_head, passes=len(missing))
+        return {name: {"nll": found.nll[k], "n_tokens": found.n_tokens} for k, name in enumerate(missing)}
+
+    with (
+        attached(job.loaded.model, adapter) if adapter is not None else nullcontext(job.loaded.model) as model,
+        job.run.timed(f"losses ({names})") as spent,
+        job.tracked(f"losses under {names}", len(rows)) as advance,
+    ):
+        spent.update(tokens=0, flops=0.0, rows=len(rows))
+        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
+        spent["skip"] = spent["tokens"] == 0
+    return out
+
+
+def full_reference_losses(job: Job, path: Path, key: dict[str, Any], token_loss: str) -> Arrays:
+    """Losses under a fully fine-tuned reference: a second model, loaded after the base is done."""
+    from keepset.features.losses import row_losses
+    from keepset.model import load
+
+    rows = job.rows
+    if job.run.complete("losses-reference", key, job.ids, job.recipe.batching.shard_rows):
+        return job.run.sweep({"losses-reference": key}, job.ids, lambda i, m: {})["losses-reference"]
+    model = load(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})).model
+
+    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
+        some = [rows[i] for i in indices]
+        found = row_losses(
+            model, some, token_budget=job.recipe.batching.token_budget, adapters=(True,), token_loss=token_loss
+        )
+        n_tokens, n_head = count_tokens(some)
+        spent["tokens"] += n_tokens
+        spent["flops"] += flops(model, n_tokens, n_head)
+        return {"losses-reference": {"nll": found.nll[0], "n_tokens": found.n_tokens}}
+
+    with job.run.timed("losses (reference)") as spent, job.tracked("losses under reference", len(rows)) as advance:
+        spent.update(tokens=0, flops=0.0, rows=len(rows))
+        return job.run.sweep(
+            {"losses-reference": key}, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance
+        )["losses-reference"]
+
+
+# -- trained helpers: reference and warm-up -------------------------------------------------------------------------
+
+
+def train_key(job: Job, args: TrainSpec, ids: np.ndarray, seed: int) -> dict[str, Any]:
+    """Everything a training run depends on."""
+    return {
+        "version": VERSION,
+        "model": job.loaded.fingerprint,
+        "encoder": job.encoder.fingerprint,
+        "lora": None if args.full else job.recipe.lora.model_dump(),
+        "args": args.model_dump(mode="json"),
+        "ids": digest(sorted(str(i) for i in ids)),
+        "seed": seed,
+    }
+
+
+def train_rows(
+    job: Job, folder: str, rows: list[Encoded], ids: np.ndarray, args: TrainSpec, seed: int
+) -> dict[str, Any]:
+    """Fine-tune the base on some rows into `folder`, unless that was done; returns its facts (seconds, tokens ...)."""
+    from keepset.train.sft import train_sft
+
+    def work(path: Path) -> dict[str, Any]:
+        n_tokens, n_head = count_tokens(rows)
+        passes = 3 if args.full else 2
+        with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
+            job.say(f"training {folder}: {len(rows)} rows, {n_tokens} tokens, {args.num_train_epochs:g} epochs")
+            result = train_sft(job.recipe.model, job.recipe.lora, rows, path, args, seed=seed)
+            spent["tokens"] = int(n_tokens * args.num_train_epochs)
+            spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=passes) * args.num_train_epochs
+        return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens,
+                "losses": result.losses}  # fmt: skip
+
+    return job.run.step(folder, train_key(job, args, ids, seed), work)
+
+
+def reference_model(job: Job) -> tuple[Path, str, bool]:
+    """DavIR's reference: its folder, its fingerprint, and whether it is a full model rather than an adapter."""
+    spec = job.recipe.reference
+    if spec.path:
+        path = Path(spec.path)
+        full = not (path / "adapter_config.json").exists()
+        return path, digest([spec.path, *sorted(_weights(path))]), full
+    train_rows(job, "models/reference", job.rows, job.ids, spec, job.recipe.seed)
+    path = job.run.path / "models/reference"
+    return path, digest(_weights(path)), spec.full
+
+
+def _weights(path: Path) -> list[str]:
+    from keepset.run import file_digest
+
+    return [file_digest(p) for p in sorted(path.glob("*.safetensors"))]
+
+
+def folds_of(ids: np.ndarray, k: int) -> np.ndarray:
+    """Each row's fold (n,), from its id alone."""
+    return np.array([int(digest(["fold", str(i)])[:8], 16) % k for i in ids])
+
+
+def crossfit_losses(job: Job, token_loss: str) -> Arrays:
+    """Reference losses where each row's reference was trained on the other K - 1 folds."""
+    spec = job.recipe.reference
+    fold = folds_of(job.ids, spec.folds)
+    nll, n_tokens = np.zeros(len(fold)), np.zeros(len(fold), dtype=np.int64)
+    for k in range(spec.folds):
+        train, score = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        if len(train) == 0 or len(score) == 0:
+            continue
+        folder = f"models/reference-fold{k}"
+        train_rows(job, folder, [job.rows[i] for i in train], job.ids[train], spec, job.recipe.seed)
+        path = job.run.path / folder
+        key = {**base_key(job, token_loss), "reference": digest(_weights(path)), "fold": k}
+        part = SubJob(job, score)
+        found = loss_sweep(part, {f"losses-fold{k}": key}, path, token_loss)[f"losses-fold{k}"]  # type: ignore[arg-type]
+        nll[score], n_tokens[score] = found["nll"], found["n_tokens"]
+    return {"nll": nll, "n_tokens": n_tokens}
+
+
+class SubJob:
+    """A job seen through some of its rows."""
+
+    def __init__(self, job: Job, indices: np.ndarray) -> None:
+        """Keep `indices` of the job's usable rows; everything else is the job's own."""
+        self.job = job
+        self.rows = [job.rows[i] for i in indices]
+        self.ids = job.ids[indices]
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever isn't about rows is the job's."""
+        return getattr(self.job, name)
+
+
+# -- gradients ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InfluenceRequest:
+    """One target-gradient definition; requests with one map share the pass over the pool."""
+
+    loss: str  # sft | dpo | margin | mean_margin
+    map: str  # sgd | adam | adam-less | precondition | sign
+    reference: str  # base | checkpoint | none
+    beta: float
+    normalise: str  # pair | task
+
+
+def warmup_checkpoints(job: Job) -> list[Checkpoint]:
+    """The warm-up run's checkpoints, trained once and then reused."""
+    from keepset.train.warmup import list_checkpoints, pick_subset, warmup
+
+    spec = job.recipe.warmup
+    seed = job.recipe.seed if spec.seed is None else spec.seed
+    picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
+    rows = [job.rows[i] for i in picked]
+
+    def work(path: Path) -> dict[str, Any]:
+        n_tokens, n_head = count_tokens(rows)
+        with job.run.timed("train models/warmup", rows=len(rows)) as spent:
+            job.say(f"warm-up: {len(rows)} rows, {n_tokens} tokens, {spec.num_train_epochs:g} epochs")
+            found = warmup(job.recipe.model, job.recipe.lora, rows, path, spec, seed=seed)
+            spent["tokens"] = int(n_tokens * spec.num_train_epochs)
+            spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=2) * spec.num_train_epochs
+        return {"rows": len(rows), "checkpoints": [c.path.name for c in found]}
+
+    job.run.step("models/warmup", train_key(job, spec, job.ids[picked], seed), work)
+    return list_checkpoints(job.run.path / "models/warmup")
+
+
+def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]) -> dict[str, np.ndarray]:
+    """Dots (c, n, j), norms (c, n), momentum share (c, n) and mean learning rates (c,) for `wanted`.
+
+    Requests in `others` with the same map are computed in the same pass over the pool and stay on disk for their turn.
+    """
+    checkpoints = warmup_checkpoints(job)
+    requests = list(dict.fromkeys([wanted, *(r for r in others if r.map == wanted.map)]))
+    found = [checkpoint_influence(job, checkpoint, requests) for checkpoint in checkpoints]
+    return {
+        **{name: np.stack([f[name] for f in found]) for name in ("dots", "norms", "momentum")},
+        "lr": np.array([c.mean_lr for c in checkpoints]),
+    }
+
+
+def checkpoint_influence(job: Job, checkpoint: Checkpoint, requests: list[InfluenceRequest]) -> Arrays:
+    """All requests at one checkpoint in one pass; returns the first one's arrays."""
+    from keepset.features.adam import load_adam
+    from keepset.features.influence import influence as row_influence
+    from keepset.features.targets import concatenate, target_vectors
+
+    names, codes = job.task_codes()
+    pairs, kept = job.target_pairs
+    rows = job.rows
+    stages = {
+        f"influence-{digest(asdict(request))[:8]}-{checkpoint.path.name}": {
+            "version": VERSION, **job.data_key(), "checkpoint": digest(_weights(checkpoint.path)),
+            "target": job.target.fingerprint(), "tasks": names, "request": asdict(request),
+        }
+        for request in requests
+    }  # fmt: skip
+    by_name = dict(zip(stages, requests, strict=True))
+    vectors: dict[str, Any] = {}
+    budget = job.recipe.batching.token_budget
+
+    def target_of(name: str) -> Any:
+        request = by_name[name]
+        if name not in vectors:
+            job.say(f"target gradients at {checkpoint.path.name}: {request.loss}, {len(pairs)} rows")
+            vectors[name] = target_vectors(
+                model, pairs, codes[kept], n_tasks=len(names), loss=request.loss, beta=request.beta,
+                reference=request.reference, normalise=request.normalise, token_budget=budget,
+            )  # fmt: skip
+        return vectors[name]
+
+    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
+        some = [rows[i] for i in indices]
+        stacked = concatenate([target_of(name) for name in missing])
+        found = row_influence(model, some, stacked, adam=adam, map=requests[0].map, token_budget=budget)
+        n_tokens, n_head = count_tokens(some)
+        spent["tokens"] += n_tokens
+        spent["flops"] += flops(model, n_tokens, n_head, passes=2)
+        parts = np.split(found.dots, len(missing), axis=1)
+        return {
+            name: {"dots": part, "norms": found.norms, "momentum": found.momentum}
+            for name, part in zip(missing, parts, strict=True)
+        }
+
+    adam = load_adam(checkpoint.path)
+    what = f"gradients at {checkpoint.path.name} ({requests[0].map})"
+    with (
+        attached(job.loaded.model, checkpoint.path) as model,
+        job.run.timed(what) as spent,
+        job.tracked(what, len(rows)) as advance,
+    ):
+        spent.update(tokens=0, flops=0.0, rows=len(rows))
+        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
+        spent["skip"] = spent["tokens"] == 0
+    return out[next(iter(stages))]
+
+
+# -- representations ------------------------------------------------------------------------------------------------
+
+
+def representations(job: Job, pooling: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled last hidden states of the pool (n, d) and of the target's prompts + chosen answers (m, d)."""
+    from keepset.features.representations import representations as pool_states
+
+    rows, model, budget = job.rows, job.loaded.model, job.recipe.batching.token_budget
+    pairs, _ = job.target_pairs
+
+    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
+        some = [rows[i] for i in indices]
+        n_tokens, _ = count_tokens(some)
+        spent["tokens"] += n_tokens
+        spent["flops"] += flops(model, n_tokens, 0)
+        return {"representations": {"state": pool_states(model, some, token_budget=budget, pooling=pooling)}}
+
+    key = {"version": VERSION, **job.data_key(), "pooling": pooling}
+    with job.run.timed(f"representations ({pooling})") as spent, job.tracked("representations", len(rows)) as advance:
+        spent.update(tokens=0, flops=0.0, rows=len(rows))
+        stages = {"representations": key}
+        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
+        spent["skip"] = spent["tokens"] == 0
+    queries = pool_states(model, [chosen for chosen, _ in pairs], token_budget=budget, pooling=pooling)
+    return out["representations"]["state"], queries
