@@ -2,8 +2,8 @@
 
 Rules that are ours to state: Alpaca's prompt is `instruction`, a newline, `input` (as LLaMA-Factory joins them). A text
 completion loses the one leading space that joined it to its prompt. A prompt of the form
-`\\n\\nHuman: … \\n\\nAssistant:` is split into messages. A pool reads a pair as prompt + chosen; a target reads an SFT row
-as its last answer and what stands before it. SHP keeps every pair, whatever its score ratio.
+`\\n\\nHuman: … \\n\\nAssistant:` is split into messages. A pool reads a pair as prompt + chosen; a target reads an
+SFT row as its last answer and what stands before it. SHP keeps every pair, whatever its score ratio.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def _shared_text(chosen: str, rejected: str) -> Pair:
 
 
 def _shared_turns(chosen: list[Turn], rejected: list[Turn]) -> Pair:
-    """Take the shared leading turns as the prompt; the first turn that differs must be the assistant's on both sides."""
+    """Take the shared leading turns as the prompt; the first that differs must be the assistant's on both sides."""
     if chosen == rejected:
         raise RowProblem("identical-pair", "'chosen' and 'rejected' are the same")
     cut = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -91,7 +92,8 @@ def _lines(stream: io.BufferedReader, file: str, first: bytes, line: int) -> Ite
 
 
 _INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
-_MARK = re.compile(rb'["{}\[\],]')
+_MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\],]', re.DOTALL)
+_SPACE = re.compile(rb"[ \t\r\n]*+")
 _INDENT = re.compile(rb"\n([ \t]*)\{")
 
 
@@ -106,13 +108,15 @@ class _Elements:
         self.stream, self.file, self.array = stream, file, array
         self.buffer, self.line = first, line
         self.at = self.buffer.index(b"[") + 1 if array else 0
+        self.counted = 0  # `line` is the line of this position
         self.ended = False
         self.indent: bytes | None = None
         self.damage: str | None = None
 
     def more(self, keep_from: int) -> int:
         """Read on, dropping what stands before `keep_from`; return how far positions moved."""
-        self.line += self.buffer.count(b"\n", 0, keep_from)
+        self._line_at(keep_from)
+        self.counted -= keep_from
         try:
             data = self.stream.read1(_CHUNK)
         except StreamDamaged as error:
@@ -165,30 +169,34 @@ class _Elements:
                     before = self.buffer.rfind(b"\n", 0, start)
                     self.indent = self.buffer[before + 1 : start] if before >= 0 else b""
                 self.at = end
+                if "\n" in text or "\r" in text:  # spread over lines; a raw row must fit on one
+                    text = json.dumps(row, ensure_ascii=False)
                 yield line, text, row
 
     def _line_at(self, position: int) -> int:
-        return self.line + self.buffer.count(b"\n", 0, position)
+        """Return the line of a position; positions asked for only ever grow."""
+        if position > self.counted:
+            self.line += self.buffer.count(b"\n", self.counted, position)
+            self.counted = position
+        return self.line
 
     def _skip_space(self) -> int | None:
         while True:
-            rest = self.buffer[self.at : self.at + _CHUNK].lstrip()
-            if rest:
-                return min(self.at + _CHUNK, len(self.buffer)) - len(rest)
-            if self.at + _CHUNK < len(self.buffer):
-                self.at += _CHUNK
-                continue
-            # the last line break stays, so that an element's indent can be seen
-            keep = max(self.buffer.rfind(b"\n"), 0)
-            self.at -= self.more(keep)
+            match = _SPACE.match(self.buffer, self.at)
+            start = match.end() if match else self.at
+            if start < len(self.buffer):
+                return start
             if self.ended:
                 return None
+            # the last line break stays, so that an element's indent can be seen
+            self.at = start
+            self.at -= self.more(max(self.buffer.rfind(b"\n"), 0))
 
     def _element(self, start: int) -> tuple[int, int | None]:
         """Find where the element that starts here ends; None if the file ends or the element is past all bounds."""
         position, level, inside = start, 0, False
         while True:
-            if inside:
+            if inside:  # a string that was cut off where the buffer ended
                 match = _INSIDE.match(self.buffer, position)
                 position = match.end() if match else position
                 if self.buffer[position : position + 1] == b'"':
@@ -196,25 +204,29 @@ class _Elements:
                     position += 1
                     continue
             else:
-                match = _MARK.search(self.buffer, position)
-                if match:
+                for match in _MARK.finditer(self.buffer, position):
                     mark = match[0]
                     position = match.end()
-                    if mark == b'"':
-                        inside = True
-                    elif mark in b"{[":
-                        level += 1
-                    elif mark == b",":
+                    if len(mark) > 1:
+                        continue
+                    if mark == b",":
                         if not level:
                             return start, position - 1
+                    elif mark == b'"':
+                        inside = True
+                        break
+                    elif mark in b"{[":
+                        level += 1
                     elif not level:  # a closing bracket of the array itself
                         return start, position - 1 if position - 1 > start else position
                     else:
                         level -= 1
                         if not level and not self.array:
                             return start, position
+                else:
+                    position = len(self.buffer)
+                if inside:
                     continue
-                position = len(self.buffer)
             if self.ended or len(self.buffer) - start > MAX_ROW + _CHUNK:
                 return start, None
             moved = self.more(start)
@@ -224,8 +236,10 @@ class _Elements:
         """Return where the next element opens after a broken one, at the indent the elements before it had."""
         position = start
         while match := _INDENT.search(self.buffer, position + 1):
+            opens = match.start() + 1
             if self.indent is None or match[1] == self.indent:
-                return match.start() + 1 if match.start() + 1 < end or b"}" not in self.buffer[start:end] else end
+                # an element that does end on its own brace was cut out rightly, however bad it is
+                return end if opens >= end and self.buffer[start:end].rstrip().endswith(b"}") else opens
             position = match.start()
         return None
 
@@ -245,7 +259,7 @@ class _Elements:
             detail = f"the element is larger than {MAX_ROW >> 20} MiB; nothing after it could be read"
             yield Quarantined(self.file, line, "line-too-long", detail, excerpt(data))
         self.buffer, self.at, self.ended, self.array = b"", 0, True, False
-        self.stream = io.BufferedReader(io.BytesIO(b""))  # type: ignore[arg-type]
+        self.stream = io.BufferedReader(io.BytesIO(b""))
 
     def _after(self) -> Iterator[Quarantined]:
         start = self._skip_space()

@@ -41,7 +41,7 @@ def _float(digits: str) -> float:
 
 _scan = json.JSONDecoder(
     object_pairs_hook=_pairs, parse_constant=_constant, parse_int=_int, parse_float=_float
-).scan_once
+).scan_once  # type: ignore[attr-defined]
 
 
 def parse_row(text: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def as_specs(specs: Specs) -> list[DataSpec]:
     """Return a list of sections from a path, a section or a list of either."""
     if isinstance(specs, (str, Path, DataSpec)):
         specs = [specs]
-    return [s if isinstance(s, DataSpec) else DataSpec(path=str(s)) for s in specs]
+    return [s if isinstance(s, DataSpec) else DataSpec.model_validate({"path": str(s)}) for s in specs]
 
 
 def source_names(specs: Sequence[DataSpec]) -> list[str]:

@@ -93,7 +93,7 @@ def open_bytes(path: str) -> tuple[io.BufferedReader, str]:
     try:
         # stdin is wrapped so that the compressed bytes taken from it can be counted
         raw: BinaryIO = cast(BinaryIO, _Counting(sys.stdin.buffer)) if path == "-" else open(path, "rb", buffering=0)
-        stream = io.BufferedReader(cast(io.RawIOBase, raw), _CHUNK)
+        stream: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, raw), _CHUNK)
         head = stream.peek(16)[:16]
     except FileNotFoundError:
         raise FileRefused(name, "no-such-file", "no such file") from None

@@ -135,7 +135,7 @@ def check_chat(turns: list[Turn], *, n_prompt: int = 0) -> list[Turn]:
 
 
 def looks_hh(text: str) -> bool:
-    """Tell whether a text is an HH-RLHF dialogue: it starts with `Human:`, the form `\\n\\nHuman: … \\n\\nAssistant:`."""
+    """Tell whether a text is an HH-RLHF dialogue: `\\n\\nHuman: … \\n\\nAssistant:` from its start."""
     return "Human:" in text[:16] and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
