@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from keepset.data.export import subset_suffix, write_subset
+from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, parse_budget
 from keepset.select import select
@@ -161,9 +161,7 @@ def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
 
 def finish(job: Job, subset: Subset) -> Subset:
     """Write `subsets/<name>` in the input's own dialect, mark the rows in the scores, and note the subset."""
-    folder = job.run.path / "subsets"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{subset.name}{subset_suffix(job.pool)}"
+    path = job.run.path / "subsets" / f"{subset.name}.jsonl"
     write_subset(job.pool, job.usable[subset.indices], path)
     index = job.run.load_json("subsets.json", {})
     entry = {k: v for k, v in asdict(subset).items() if k != "indices"}
