@@ -1,0 +1,1 @@
+"""Training at the edge, through TRL and PEFT: SFT, warm-up with Adam moments, preference training, reward models."""

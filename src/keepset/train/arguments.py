@@ -1,0 +1,113 @@
+"""From a `TrainSpec` to TRL's configuration: one place where defaults are set and unknown arguments are refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from keepset.errors import RecipeError, did_you_mean
+from keepset.recipe import ModelSpec, TrainSpec
+
+Config = TypeVar("Config")
+
+# What keepset decides itself: where things go, the seed, that nothing is truncated, and who is told about it.
+OURS = ("output_dir", "seed", "max_length", "dataset_kwargs", "dataset_text_field", "push_to_hub")
+
+
+def trainer_config(
+    config_class: type[Config], args: TrainSpec, out: Path, *, seed: int, model: ModelSpec | None = None, **more: Any
+) -> Config:
+    """Build an SFTConfig, DPOConfig or RewardConfig.
+
+    keepset's defaults where TRL's would change numbers or cost time: no truncation (`max_length=None`), no mixed
+    precision (weights keep `ModelSpec.dtype`), no gradient checkpointing, every step logged, a checkpoint an epoch of
+    which the last is kept, nothing reported to a service. `args.extra` overrides them.
+
+    Args:
+        config_class: TRL's class.
+        args: the recipe's training section.
+        out: the trainer's folder for checkpoints.
+        seed: of adapter initialisation, order and dropout.
+        model: for `device: cpu`.
+        **more: the caller's own defaults.
+
+    Raises:
+        RecipeError: `extra` holds an argument the class doesn't have, or one that has its own key in the recipe.
+    """
+    known = [f.name for f in fields(config_class) if f.init]  # type: ignore[arg-type]
+    own = [name for name in TrainSpec.model_fields if name != "extra"]
+    for name in args.extra:
+        if name in OURS:
+            raise RecipeError(f"extra.{name}: keepset sets this itself; remove it")
+        if name in own:
+            raise RecipeError(f"extra.{name}: set `{name}` beside `extra`, not inside it")
+        if name not in known:
+            raise RecipeError(f"extra.{name}: {config_class.__name__} has no such argument{did_you_mean(name, known)}")
+    if not 0 <= args.warmup_ratio < 1:
+        raise RecipeError(f"warmup_ratio: {args.warmup_ratio} is not a share of the steps, 0 <= warmup_ratio < 1")
+    settings: dict[str, Any] = {
+        "num_train_epochs": args.num_train_epochs,
+        "learning_rate": args.learning_rate,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "lr_scheduler_type": args.lr_scheduler_type,
+        "warmup_steps": args.warmup_ratio,  # below 1 transformers reads it as a share, rounded up
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would log the mean in place of a NaN
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": model is not None and model.device == "cpu",
+        **more,
+        **args.extra,
+        "output_dir": str(out),
+        "seed": seed,
+        "max_length": None,
+    }
+    try:
+        return config_class(**settings)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"training arguments: {str(error).splitlines()[0]}") from None
+
+
+def lora_config(lora: Any, model: Any) -> Any:
+    """Build PEFT's LoraConfig.
+
+    Args:
+        lora: the recipe's LoraSpec.
+        model: the model it is for.
+
+    Raises:
+        RecipeError: the model has none of the target modules; the message names its linear layers.
+    """
+    from peft import LoraConfig
+
+    wanted = lora.lora_target_modules
+    if wanted != "all-linear":
+        ends = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if not list(module.children())}
+        missing = [name for name in wanted if name.rsplit(".", 1)[-1] not in ends]
+        if missing:
+            linear = sorted(
+                {
+                    name.rsplit(".", 1)[-1]
+                    for name, module in model.named_modules()
+                    if type(module).__name__ in ("Linear", "Conv1D") and not name.endswith("lm_head")
+                }
+            )
+            raise RecipeError(
+                f"lora_target_modules: {', '.join(missing)} not in this model; it has {', '.join(linear)}"
+            )
+    return LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=wanted,
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,128 @@
+"""The warm-up of LESS and ROSE: a LoRA on a random share of the pool, a checkpoint an epoch with Adam's moments.
+
+Each checkpoint's weight in the influence sum is the mean learning rate of its epoch. LESS takes the rate that the
+trainer logs, which is the scheduler's after the step; so does `mean_lr` (the rate used in the step differs by 1-3 %).
+LESS's own `--data_seed` did not choose the subset; here the seed does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from keepset.errors import ModelError
+from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from keepset.encoding import Encoded
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A warm-up checkpoint: a PEFT adapter folder with `adam.safetensors` and `meta.json`.
+
+    Attributes:
+        path: the folder.
+        mean_lr: mean learning rate of its epoch.
+        step: optimiser steps taken.
+    """
+
+    path: Path
+    mean_lr: float
+    step: int
+
+
+def pick_subset(ids: ArrayLike, fraction: float, seed: int, *, min_rows: int = 1) -> np.ndarray:
+    """Draw the warm-up rows: `max(min_rows, ⌊fraction · n⌋)` of n, without replacement, from `default_rng(seed)`.
+
+    The draw is over the sorted ids, so a pool in another order gives the same rows, in the same order.
+
+    Args:
+        ids: (n,) unique ids.
+        fraction: share of the rows.
+        seed: chooses them.
+        min_rows: at least this many (all, if there are fewer).
+
+    Returns:
+        Indices into `ids`, sorted by id.
+    """
+    names = np.asarray(ids, dtype=str)
+    order = np.argsort(names, kind="stable")
+    n = len(names)
+    k = min(n, max(min_rows, int(fraction * n + 1e-9)))
+    drawn = np.random.default_rng(seed).choice(n, size=k, replace=False)
+    return order[np.sort(drawn)]
+
+
+def warmup(
+    spec: ModelSpec,
+    lora: LoraSpec,
+    rows: Sequence[Encoded],
+    out: Path,
+    args: TrainSpec,
+    *,
+    seed: int,
+    console: Console | None = None,
+) -> list[Checkpoint]:
+    """Train the warm-up adapter on `rows` (see `pick_subset`) and return its checkpoints, one an epoch.
+
+    Args:
+        spec: the base model.
+        lora: the adapter.
+        rows: the drawn rows.
+        out: result folder; checkpoints are `out/checkpoint-<step>`.
+        args: the recipe's warm-up section.
+        seed: of adapter initialisation and order.
+        console: where progress is shown.
+
+    Raises:
+        ModelError: an optimiser without Adam moments.
+        DataError, RecipeError: see `train_sft`.
+    """
+    from keepset.train.sft import train_sft
+
+    train_sft(spec, lora, rows, out, args, seed=seed, save_each_epoch_with_moments=True, console=console)
+    return list_checkpoints(out)
+
+
+def list_checkpoints(out: Path) -> list[Checkpoint]:
+    """Return the checkpoints in a warm-up folder, by step.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = []
+    for meta_path in Path(out).glob("checkpoint-*/meta.json"):
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        found.append(Checkpoint(meta_path.parent, float(meta["mean_lr"]), int(meta["step"])))
+    if not found:
+        raise ModelError(f"{out}: no warm-up checkpoint (checkpoint-*/meta.json) in this folder")
+    return sorted(found, key=lambda c: c.step)
+
+
+def linear_schedule_means(
+    learning_rate: float, steps: int, warmup_ratio: float, epoch_ends: Sequence[int]
+) -> list[float]:
+    """Mean logged learning rate of each epoch under linear warm-up and decay: what `mean_lr` is, without training.
+
+    With w = ⌈ratio · steps⌉, rate after step s = peak · s/w for s < w, else peak · (steps − s)/(steps − w).
+
+    Args:
+        learning_rate: the peak.
+        steps: optimiser steps in all.
+        warmup_ratio: share of them that warm up.
+        epoch_ends: the step after which each epoch ends.
+    """
+    w = int(np.ceil(warmup_ratio * steps))
+    s = np.arange(1, steps + 1)
+    rates = learning_rate * np.where(s < w, s / max(w, 1), (steps - s) / max(steps - w, 1))
+    bounds = [0, *epoch_ends]
+    return [float(rates[a:b].mean()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
