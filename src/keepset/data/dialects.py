@@ -58,7 +58,7 @@ def _prompt(name: str, value: Any) -> list[Turn]:
     if type(value) is list:
         return read_turns(value, name)
     text = text_field({name: value}, name, empty="empty-prompt")
-    return split_hh(text) if looks_hh(text) else [("user", text)]
+    return split_hh(text, prompt=True) if looks_hh(text) else [("user", text)]
 
 
 def _completion(name: str, value: Any, *, strip: bool = False) -> list[Turn]:
@@ -242,7 +242,7 @@ def _starts_with_prompt(value: list[Any]) -> bool:
 def _shared_text(chosen: str, rejected: str) -> Pair:
     """Take the shared prefix as the prompt: whole turns for HH dialogues, else back to the last white space."""
     if looks_hh(chosen) and looks_hh(rejected):
-        return _shared_turns(split_hh(chosen), split_hh(rejected))
+        return _shared_turns(split_hh(chosen, prompt=False), split_hh(rejected, prompt=False))
     if chosen.strip() == rejected.strip():
         raise RowProblem("identical-pair", "'chosen' and 'rejected' are the same")
     cut = 0

@@ -1,4 +1,4 @@
-"""Rows out: a subset in the input's own dialect and container, or in another one, and as Parquet that loads anywhere."""
+"""Rows out: a subset in the input's own dialect and container or in another one, and Parquet that loads anywhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
     if to is not None and to not in DIALECTS and to not in CONTAINERS.values():
         raise DataError(f"to '{to}' is not known; known: {', '.join([*dict.fromkeys(CONTAINERS.values()), *DIALECTS])}")
     texts = row_texts(chosen, to if to in DIALECTS else None)
-    container = to if to in CONTAINERS.values() else container_of(path) or _own_container(chosen)
+    container = container_of(path) or _own_container(chosen)
+    if to is not None and to not in DIALECTS:
+        container = to
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,16 +175,21 @@ def _own_schema(pool: Pool) -> pa.Schema | None:
     return schemas[0] if same else None
 
 
-def _packed(part: Path, path: Path) -> io.BufferedIOBase:
+@contextmanager
+def _packed(part: Path, path: Path) -> Iterator[Any]:
     """Open for writing; a .gz carries no name or time, so that the same rows give the same bytes."""
     suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.GzipFile(filename="", mode="wb", fileobj=open(part, "wb"), mtime=0)  # closed by its reader
-    if suffix == ".zst":
-        import zstandard
+    with open(part, "wb") as plain:
+        if suffix == ".gz":
+            with gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0) as out:
+                yield out
+        elif suffix == ".zst":
+            import zstandard
 
-        return zstandard.ZstdCompressor(level=10).stream_writer(open(part, "wb"))  # type: ignore[return-value]
-    return open(part, "wb")
+            with zstandard.ZstdCompressor(level=10).stream_writer(plain, closefd=False) as packed:
+                yield packed
+        else:
+            yield plain
 
 
 def _write_jsonl(texts: Iterable[str], out: Any) -> None:

@@ -217,8 +217,9 @@ class _Elements:
                         break
                     elif mark in b"{[":
                         level += 1
-                    elif not level:  # a closing bracket of the array itself
-                        return start, position - 1 if position - 1 > start else position
+                    elif not level:
+                        if mark == b"]":  # of the array itself
+                            return start, position - 1 if position - 1 > start else position
                     else:
                         level -= 1
                         if not level and not self.array:
@@ -227,6 +228,8 @@ class _Elements:
                     position = len(self.buffer)
                 if inside:
                     continue
+            if self.ended and not level and not inside:
+                return start, len(self.buffer)
             if self.ended or len(self.buffer) - start > MAX_ROW + _CHUNK:
                 return start, None
             moved = self.more(start)

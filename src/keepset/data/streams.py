@@ -48,16 +48,47 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
             data = self._unpacked.read(len(buffer))
-        except Exception as error:  # gzip, zlib and zstandard share no base class for a damaged stream
-            if isinstance(error, (EOFError, zlib.error, OSError)) or type(error).__module__.startswith("zstandard"):
-                raise StreamDamaged(str(error) or type(error).__name__) from None
-            raise
+        except (EOFError, zlib.error, OSError) as error:
+            raise StreamDamaged(str(error) or type(error).__name__) from None
         self._given += len(data)
         if self._given > BOMB_BYTES and self._given > BOMB_RATIO * max(self._packed.tell(), 1):
             detail = f"unpacks to more than {BOMB_RATIO} times its size; unpack it yourself if you trust it"
             raise FileRefused(self._name, "archive-bomb", detail)
         buffer[: len(data)] = data
         return len(data)
+
+
+class _Zstd:
+    """Unpacks Zstandard frames; unlike the library's own reader it tells a frame that was cut short."""
+
+    # an input block of 4 bytes can stand for 128 KiB: small sips keep what one call can give within 64 MiB
+    _SIP = 2048
+
+    def __init__(self, packed: io.BufferedReader) -> None:
+        import zstandard
+
+        self._packed, self._library = packed, zstandard
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._ready, self._fresh, self._rest = b"", True, b""
+
+    def read(self, size: int) -> bytes:
+        while not self._ready:
+            data = self._rest or self._packed.read(self._SIP)
+            self._rest = b""
+            if not data:
+                if not self._fresh:
+                    raise EOFError("the Zstandard stream ended before its end-of-frame mark")
+                return b""
+            try:
+                self._ready = self._frame.decompress(data)
+            except self._library.ZstdError as error:
+                raise EOFError(str(error)) from None
+            self._fresh = False
+            if self._frame.eof:
+                self._rest = self._frame.unused_data
+                self._frame, self._fresh = self._library.ZstdDecompressor().decompressobj(), True
+        data, self._ready = self._ready[:size], self._ready[size:]
+        return data
 
 
 class _Counting(io.RawIOBase):
@@ -111,10 +142,7 @@ def open_bytes(path: str) -> tuple[io.BufferedReader, str]:
     if head.startswith(b"\x1f\x8b"):
         packed, unpacked = "gzip", cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb"))
     elif head.startswith(b"\x28\xb5\x2f\xfd"):
-        import zstandard
-
-        packed = "zstd"
-        unpacked = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+        packed, unpacked = "zstd", cast(BinaryIO, _Zstd(stream))
     if packed:
         stream = io.BufferedReader(cast(io.RawIOBase, _Unpacked(name, raw, unpacked)), _CHUNK)
         try:
@@ -129,7 +157,8 @@ def open_bytes(path: str) -> tuple[io.BufferedReader, str]:
     if not jsonish and last in (".gz", ".zst", ".parquet", ".arrow"):
         code = {".gz": "gzip", ".zst": "zstd"}.get(last, last[1:])
         raise FileRefused(name, f"not-{code}", f"the name ends in {last} but the content is neither that nor JSON")
-    return stream, "csv" if last in (".csv", ".tsv") else "json"
+    # a nameless stream that is not JSON can only be CSV
+    return stream, "csv" if last in (".csv", ".tsv") or (path == "-" and not jsonish) else "json"
 
 
 def _refuse_foreign(name: str, head: bytes) -> None:

@@ -139,14 +139,14 @@ def looks_hh(text: str) -> bool:
     return "Human:" in text[:16] and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
-def split_hh(text: str) -> list[Turn]:
-    """Split an HH-RLHF dialogue into turns, white space around each removed; a final bare `Assistant:` is dropped."""
+def split_hh(text: str, *, prompt: bool) -> list[Turn]:
+    """Split an HH-RLHF dialogue into turns, white space around each removed; a prompt's last bare `Assistant:` goes."""
     parts = _HH_MARK.split(text)
     turns = [
         ("user" if speaker == "Human" else "assistant", content.strip())
         for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
-    if turns and turns[-1] == ("assistant", ""):
+    if prompt and turns and turns[-1] == ("assistant", ""):
         turns.pop()
     return turns
 
