@@ -20,6 +20,15 @@ LORA = LoraSpec(lora_r=2, lora_alpha=4)
 CPU = ModelSpec(device="cpu")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads on tiny matrices wait for each other more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def spec(**changes):
     return TrainSpec(**{"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, **changes})
 

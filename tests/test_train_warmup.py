@@ -21,6 +21,15 @@ from keepset.train.warmup import linear_schedule_means, list_checkpoints, pick_s
 LESS = [1.6877e-05, 1.2859e-05, 7.7030e-06, 2.5616e-06]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads on tiny matrices wait for each other more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def fit(out, **changes):
     args = WarmupSpec(**{"per_device_train_batch_size": 4, "learning_rate": 1e-2, **changes})
     return sft.fit_sft(
@@ -48,7 +57,7 @@ def test_published_mean_learning_rates():
     got = linear_schedule_means(2e-5, 422, 0.03, [105, 211, 317, 420])
     assert got[:3] == pytest.approx(LESS[:3], rel=0.0021) and got[3] == pytest.approx(LESS[3], rel=0.012)
     shares = np.array(got) / sum(got)
-    assert shares == pytest.approx([0.4219, 0.3215, 0.1926, 0.0640], abs=5e-4)
+    assert shares == pytest.approx([0.4219, 0.3215, 0.1926, 0.0640], abs=1e-3)
 
 
 def test_checkpoints_hold_their_epochs_mean_rate(tmp_path):
