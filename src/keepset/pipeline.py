@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from keepset import __version__
 from keepset.compare import Cell, compare, print_comparison
+from keepset.diagnose import diagnose_comparison, diagnose_leaks, diagnose_scores, diagnose_shares, record
 from keepset.errors import KeepsetError
 from keepset.finals import Items, Learner, evaluate_final, train_final
 from keepset.job import Job
@@ -45,6 +46,7 @@ def run_recipe(
         subsets = choose_all(job)
         cells = train_and_evaluate(job, subsets)
         result = compare(job, cells)
+        record(job, diagnose_comparison(result))
         finish_folder(job, subsets, time.perf_counter() - start)
         print_comparison(result, out or Console())
         job.say(f"run folder: {job.run.path}")
@@ -71,6 +73,11 @@ def choose_all(job: Job) -> list[Subset]:
     for spec, kind in [*wanted, *control_methods(job)]:
         scored(job, spec)
         subsets += [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
+        if kind == "method":
+            table = job.run.load_table(f"scores/{spec.label}.parquet")
+            record(job, diagnose_scores(table, spec.label) + diagnose_shares(table, spec.label))
+    if job.recipe.target:
+        record(job, diagnose_leaks(job.pool, job.target, "target"))
     subsets += [choose_mix(job, mix) for mix in job.recipe.mix]
     return [*subsets, *([full_subset(job)] if job.recipe.controls.full else [])]
 
@@ -82,6 +89,8 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
     if not (evaluation.pairs or evaluation.heldout or evaluation.gsm8k):
         job.say("evaluate: the recipe names no held-out pairs or rows, so nothing is trained or compared")
         return []
+    if learner.eval_pairs:
+        record(job, diagnose_leaks(job.pool, learner.eval_pairs[2], "evaluation"))
     base: Items | None = None
     cells: list[Cell] = []
     if job.recipe.controls.base or evaluation.pairs:

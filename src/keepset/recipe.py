@@ -77,7 +77,7 @@ class MixSpec(Strict):
     """A training set put together from several pools, each with its own method and budget (DavIR's Alpaca + GSM8K)."""
 
     label: str
-    parts: list[MixPart] = Field(min_length=1)
+    parts: list[MixPart] = Field(min_length=1, description="what each pool gives")
 
 
 class TrainSpec(Strict):
@@ -244,7 +244,7 @@ def parse_budget(budget: int | str, n_rows: int, n_tokens: int | None) -> tuple[
     number, unit = float(match[1]), match[3] or "rows"
     whole = n_rows if unit == "rows" else n_tokens
     if match[2]:
-        return unit, max(1, int(number / 100 * (whole if whole is not None else 1)))
+        return unit, max(1, int(number / 100 * (whole if whole is not None else 1) + 1e-9))
     if number != int(number):
         raise RecipeError(f"budget '{budget}': a count must be a whole number")
     return unit, int(number)
@@ -309,6 +309,3 @@ def load_recipe(path: str | Path) -> Recipe:
         if spec.path != "-" and not Path(spec.path).exists() and (path.parent / spec.path).exists():
             spec.path = str(path.parent / spec.path)
     return recipe
-
-
-PoolSpec = DataSpec

@@ -1,0 +1,165 @@
+"""What looks wrong with a scoring or a comparison: named findings, each with its figure and what to do about it.
+
+The names are failure signatures: scores near zero, scores that follow length, repeats, a base loss near zero, a
+reference that learnt nothing, gradients that are mostly shared momentum, leaks, a selection no better than Random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from keepset.data import Pool, Target
+from keepset.data.leakage import find_leaks
+from keepset.evaluate.statistics import correlations
+
+if TYPE_CHECKING:
+    from keepset.job import Job
+
+NEAR_ZERO_SCORE = 0.01  # median |DavIR| below this: the reference moved nothing
+STRONG_LENGTH = 0.5  # |Spearman| with length from here on is told as a warning
+NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
+SWAMPED = 0.5  # median cosine of the mapped gradient with the momentum that all rows share
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing worth knowing."""
+
+    name: str
+    level: str  # info | warning
+    method: str
+    figure: float | None
+    text: str
+    advice: str
+
+
+def diagnose_scores(table: pa.Table, label: str) -> list[Finding]:
+    """Findings from one method's scores table (see `scoring.score` for its columns)."""
+    scored = table.filter(pc.is_valid(table["score"]))
+    if scored.num_rows < 3:
+        return []
+    score = scored["score"].to_numpy()
+    n_tokens = scored["n_tokens"].to_numpy()
+    found: list[Finding] = []
+
+    def add(name: str, level: str, figure: float | None, text: str, advice: str) -> None:
+        found.append(Finding(name, level, label, None if figure is None else round(float(figure), 4), text, advice))
+
+    if np.ptp(score) == 0:
+        add("constant-scores", "warning", score[0], f"every row has the score {score[0]:g}",
+            "the method has no signal here: check the target, the reference or the warm-up")  # fmt: skip
+        return found
+    link = correlations(score, n_tokens)
+    level = "warning" if abs(link.spearman) >= STRONG_LENGTH else "info"
+    add("length-correlation", level, link.spearman,
+        f"score and length: Spearman {link.spearman:+.2f}, Pearson {link.pearson:+.2f}",
+        "hold the result against the `longest` control and read the length-matched figures" if level == "warning" else
+        "no strong tie to length")  # fmt: skip
+    if {"loss_ini", "loss_ref"} <= set(scored.column_names):
+        found += loss_findings(scored, label, score, n_tokens)
+    momentum = [name for name in scored.column_names if name.endswith(".momentum")]
+    if momentum:
+        share = float(np.median(np.abs(np.stack([scored[name].to_numpy() for name in momentum]))))
+        add(
+            "shared-momentum",
+            "warning" if share >= SWAMPED else "info",
+            share,
+            f"median cosine of a row's mapped gradient with the momentum shared by all rows: {share:.2f}",
+            "try `map: precondition`, which leaves the shared term out"
+            if share >= SWAMPED
+            else "the rows' own part leads",
+        )
+    repeats = scored.num_rows - len({i.split("-")[0] for i in scored["id"].to_pylist()})
+    if repeats:
+        add("duplicates", "warning", repeats, f"{repeats} rows are exact copies of others and score alike",
+            "set select.dedup: exact, or near")  # fmt: skip
+    return found
+
+
+def loss_findings(scored: pa.Table, label: str, score: np.ndarray, n_tokens: np.ndarray) -> list[Finding]:
+    """DavIR's own failure signatures."""
+    ini, ref = scored["loss_ini"].to_numpy(), scored["loss_ref"].to_numpy()
+    relative = (ini - ref) / ini
+    found: list[Finding] = []
+    middle = float(np.median(np.abs(relative)))
+    if middle < NEAR_ZERO_SCORE:
+        found.append(Finding("scores-near-zero", "warning", label, round(middle, 4),
+            f"median |DavIR| is {middle:.4f}: the reference hardly differs from the base",
+            "train the reference longer or with a larger learning rate"))  # fmt: skip
+    small = int((ini / n_tokens < NEAR_ZERO_LOSS).sum())
+    if small:
+        found.append(Finding("base-loss-near-zero", "warning", label, small,
+            f"{small} rows have a base loss below {NEAR_ZERO_LOSS} nats a token, by which DavIR divides",
+            "look at them: memorised or trivial answers; their scores are unstable"))  # fmt: skip
+    drop = float((ini - ref).sum() / n_tokens.sum())
+    level, advice = ("info", "in-sample: cross-fit with reference.folds to see what is memory") if drop > 0 else (
+        "warning", "the reference did not learn the pool: check its learning rate and epochs")  # fmt: skip
+    found.append(Finding("reference-gain", level, label, round(drop, 4),
+        f"the reference lowers the pool's loss by {drop:.3f} nats a token", advice))  # fmt: skip
+    plain = correlations(ini - ref, n_tokens)
+    normalised = correlations(relative, n_tokens)
+    found.append(Finding("length-before-after", "info", label, round(plain.spearman, 4),
+        f"length: summed drop (RHO) Spearman {plain.spearman:+.2f}, Pearson {plain.pearson:+.2f}; normalised (DavIR) "
+        f"{normalised.spearman:+.2f}, {normalised.pearson:+.2f}",
+        "the paper's claim is that dividing by the base loss weakens the tie to length"))  # fmt: skip
+    return found
+
+
+def diagnose_shares(table: pa.Table, label: str) -> list[Finding]:
+    """How each source's share changed by the selection."""
+    sources = table["source"].to_pylist()
+    chosen = table.filter(table["selected"])["source"].to_pylist()
+    if not chosen or len(set(sources)) < 2:
+        return []
+    parts = [f"{s} {sources.count(s) / len(sources):.0%} -> {chosen.count(s) / len(chosen):.0%}"
+             for s in sorted(set(sources))]  # fmt: skip
+    largest = max(chosen.count(s) / len(chosen) for s in set(sources))
+    return [Finding("source-shares", "info", label, round(largest, 4), "sources before -> after: " + ", ".join(parts),
+                    "select.quota keeps shares, if that is wanted")]  # fmt: skip
+
+
+def diagnose_comparison(result: dict[str, Any]) -> list[Finding]:
+    """Methods that Random of the same size matches on the headline, the first metric compared."""
+    found = []
+    for entry in result["summary"]:
+        if entry["kind"] != "method" or not entry["vs_random"]:
+            continue
+        metric, test = next(iter(entry["vs_random"].items()))
+        if test["low"] <= 0 <= test["high"]:
+            found.append(Finding("no-better-than-random", "warning", entry["label"], round(test["difference"], 4),
+                f"{metric}: {test['difference']:+.3f} against Random, 95 % interval {test['low']:+.3f} to "
+                f"{test['high']:+.3f}: not told apart",
+                "more held-out items, more seeds or a larger budget; or Random is enough here"))  # fmt: skip
+    return found
+
+
+def diagnose_leaks(pool: Pool, target: Target, what: str) -> list[Finding]:
+    """Rows of the pool that the target, or the held-out pairs, already hold.
+
+    Args:
+        pool: the pool.
+        target: few-shot target or held-out pairs.
+        what: "target" or "evaluation".
+    """
+    leaks = int((find_leaks(pool, target) != "").sum())
+    if not leaks:
+        return []
+    text = f"{leaks} rows of the pool hold a prompt or answer of the {what}"
+    return [Finding(f"{what}-in-pool", "warning", "", leaks, text,
+                    "they score high, or are learnt, by identity: take them out of one of the two")]  # fmt: skip
+
+
+def record(job: Job, findings: list[Finding]) -> None:
+    """Print the warnings and store all findings, replacing older ones of the same name and method."""
+    old = job.run.load_json("findings.json", [])
+    fresh = {(f.name, f.method) for f in findings}
+    kept = [entry for entry in old if (entry["name"], entry["method"]) not in fresh]
+    job.run.save_json("findings.json", kept + [asdict(f) for f in findings])
+    for finding in findings:
+        if finding.level == "warning":
+            job.say(f"  ! {finding.method + ': ' if finding.method else ''}{finding.text}; {finding.advice}")
