@@ -133,7 +133,7 @@ class SelectSpec(Strict):
 
     policy: Literal["top_k", "round_robin", "mmr", "facility_location", "sample"] = "top_k"
     quota: Literal["none", "proportional", "equal", "floor"] = Field("none", description="share a source gets")
-    quota_by: Literal["source", "category"] = "source"
+    quota_by: Literal["source", "category"] = Field("source", description="what a quota counts by")
     quota_floor: float = Field(0.05, ge=0, le=1, description="`floor`: least share of the budget a source gets")
     dedup: Literal["none", "exact", "near"] = Field("none", description="drop repeats, best score kept")
     near_threshold: float = Field(0.8, gt=0, le=1, description="`near`: MinHash Jaccard of word 5-grams")
