@@ -157,8 +157,8 @@ def open_bytes(path: str) -> tuple[io.BufferedReader, str]:
     if not jsonish and last in (".gz", ".zst", ".parquet", ".arrow"):
         code = {".gz": "gzip", ".zst": "zstd"}.get(last, last[1:])
         raise FileRefused(name, f"not-{code}", f"the name ends in {last} but the content is neither that nor JSON")
-    # a nameless stream that is not JSON can only be CSV
-    return stream, "csv" if last in (".csv", ".tsv") or (path == "-" and not jsonish) else "json"
+    # without a name to go by, what is not JSON can only be CSV
+    return stream, "csv" if last in (".csv", ".tsv") or (not last and not jsonish) else "json"
 
 
 def _refuse_foreign(name: str, head: bytes) -> None:

@@ -1,0 +1,205 @@
+"""Rows out again: every container and dialect gives back what came in, and other tools open it."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_rows import ALL, SFT, good, write_rows
+from keepset.data import load_pool, row_texts, rows_table, write_parquet, write_subset
+from keepset.errors import DataError
+
+CONTAINERS = [".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson", ".parquet"]
+
+
+@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("suffix", CONTAINERS)
+def test_own_dialect_in_every_container(tmp_path: Path, dialect: str, suffix: str) -> None:
+    rows = [good(dialect, k) for k in range(6)]
+    pool = load_pool(write_rows(tmp_path / "in.jsonl", rows))
+    out = tmp_path / f"out{suffix}"
+    write_subset(pool, [4, 0, 3], out)
+    again = load_pool(out)
+    assert again.ids.tolist() == pool.ids[[4, 0, 3]].tolist()
+    assert [json.loads(t) for t in again.table["raw"].to_pylist()] == [rows[4], rows[0], rows[3]]
+    assert list(json.loads(again.table["raw"][0].as_py())) == list(rows[4])  # the order of columns too
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz"])
+@pytest.mark.parametrize("dialect", ["messages", "sharegpt", "alpaca", "prompt-completion-chat", "preference", "text"])
+def test_csv(tmp_path: Path, dialect: str, suffix: str) -> None:
+    rows = [good(dialect, k) | {"note": 'a "b",\nc\t;', "none": None} for k in range(4)]
+    pool = load_pool(write_rows(tmp_path / "in.jsonl", rows))
+    write_subset(pool, range(4), tmp_path / f"out{suffix}")
+    again = load_pool(tmp_path / f"out{suffix}")
+    assert again.ids.tolist() == pool.ids.tolist()
+    row = json.loads(again.table["raw"][2].as_py())
+    assert (row["tag"], row["note"], row["none"]) == ("2", 'a "b",\nc\t;', "")
+
+
+def test_jsonl_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    lines = [
+        '{"instruction":"a" , "output":"\\u00e9\\ud83d\\ude00", "x": 1.50, "y": 1E5}',
+        '{"output": "z", "instruction": "b", "id": 12345678901234567}',
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    write_subset(load_pool(tmp_path / "in.jsonl"), [0, 1], tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "in.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("container", ["parquet", "arrow", "json", "csv", "jsonl"])
+def test_a_name_without_suffix_gets_the_container_of_the_input(tmp_path: Path, container: str) -> None:
+    rows = [good("alpaca", k) for k in range(3)]
+    path = tmp_path / f"in.{container}"
+    table = pa.Table.from_pylist(rows)
+    if container == "parquet":
+        pq.write_table(table, path)
+    elif container == "arrow":
+        with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        write_subset(load_pool(write_rows(tmp_path / "rows.jsonl", rows)), range(3), path)
+    pool = load_pool(path)
+    write_subset(pool, [2, 1], tmp_path / "subset")
+    again = load_pool(tmp_path / "subset")
+    assert again.ids.tolist() == pool.ids[[2, 1]].tolist()
+    assert again.files[0].container == {"arrow": "parquet", "json": "jsonl"}.get(container, container)
+    assert container != "json" or (tmp_path / "subset").read_bytes()[:1] == b"["
+
+
+def test_parquet_types_survive(tmp_path: Path) -> None:
+    day = datetime.datetime(2024, 5, 6, 7, 8, 9, 123456)
+    table = pa.table(
+        {
+            "instruction": ["a", "b", "c"],
+            "output": pa.array(["x", "y", "z"], pa.large_string()),
+            "when": pa.array([day, None, day], pa.timestamp("us")),
+            "day": pa.array([day.date()] * 3, pa.date32()),
+            "price": pa.array([decimal.Decimal("1.50"), None, decimal.Decimal("2.25")], pa.decimal128(8, 2)),
+            "blob": pa.array([b"\x00\xff", None, b""], pa.binary()),
+            "small": pa.array([1, 2, None], pa.int8()),
+            "score": pa.array([0.5, float("nan"), None], pa.float32()),
+            "kind": pa.array(["u", "v", "u"]).dictionary_encode(),
+            "list": pa.array([[1], [], None], pa.list_(pa.int16())),
+        }
+    ).replace_schema_metadata({"huggingface": '{"info": {}}'})
+    pq.write_table(table, tmp_path / "in.parquet")
+    pool = load_pool(tmp_path / "in.parquet")
+    write_subset(pool, [2, 0], tmp_path / "out.parquet")
+    again = pq.read_table(tmp_path / "out.parquet")
+    assert again.schema.equals(pq.read_table(tmp_path / "in.parquet").schema, check_metadata=True)
+    assert again.to_pylist() == table.take([2, 0]).to_pylist()
+
+
+def test_rows_from_json_infer_their_types_and_mixed_columns_become_text(tmp_path: Path) -> None:
+    texts = ['{"a": 1, "b": [1]}', '{"b": "x", "c": {"d": null}, "a": 2.5}', '{"e": true}']
+    table = rows_table(texts)
+    assert table.column_names == ["a", "b", "c", "e"]
+    assert table["a"].to_pylist() == [1.0, 2.5, None] and table["b"].to_pylist() == ["[1]", '"x"', None]
+    write_parquet(texts, tmp_path / "data" / "x.parquet")
+    assert pq.read_table(tmp_path / "data" / "x.parquet").equals(table)
+
+
+CHAT = ["messages", "sharegpt", "prompt-completion", "prompt-completion-chat", "alpaca", "question-answer"]
+
+
+@pytest.mark.parametrize("to", ["messages", "alpaca", "sharegpt", "prompt-completion"])
+@pytest.mark.parametrize("dialect", CHAT)
+def test_other_dialects_keep_the_content(tmp_path: Path, dialect: str, to: str) -> None:
+    rows = [good(dialect, k) for k in range(4)]
+    if "history" in to or dialect == "messages":
+        rows[1]["messages"] += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
+    pool = load_pool(write_rows(tmp_path / "in.jsonl", rows))
+    write_subset(pool, range(4), tmp_path / "out.jsonl", to=to)
+    again = load_pool(tmp_path / "out.jsonl")
+    assert again.dialect == to and again.ids.tolist() == pool.ids.tolist()
+
+
+def test_a_mixed_pool_is_written_as_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [write_rows(tmp_path / f"{d}.jsonl", [good(d, k)]) for k, d in enumerate(["alpaca", "sharegpt", "text"])]
+    pool = load_pool(paths)
+    write_subset(pool, [1, 0], tmp_path / "chats.jsonl")
+    again = load_pool(tmp_path / "chats.jsonl")
+    assert again.dialect == "messages" and again.ids.tolist() == pool.ids[[1, 0]].tolist()
+    write_subset(pool, [0], tmp_path / "one.jsonl")
+    assert load_pool(tmp_path / "one.jsonl").dialect == "alpaca"
+    assert row_texts(pool) == pool.table["raw"].to_pylist()
+    assert "mixes plain text with chats" in caplog.text
+
+
+def test_what_a_dialect_cannot_say_is_told(tmp_path: Path) -> None:
+    chat = good("messages", 0)["messages"]
+    tool = chat[:2] + [{"role": "assistant", "content": "call"}, {"role": "tool", "content": "4"}, chat[2]]
+    pool = load_pool(write_rows(tmp_path / "x.jsonl", [{"messages": chat}, {"messages": tool}]))
+    with pytest.raises(DataError, match=r"x\.jsonl:2: can't be written as alpaca"):
+        write_subset(pool, [0, 1], tmp_path / "out.jsonl", to="alpaca")
+    assert not (tmp_path / "out.jsonl").exists()
+    text = load_pool(write_rows(tmp_path / "t.jsonl", [good("text", 0)]))
+    for to in ("messages", "alpaca", "sharegpt", "prompt-completion"):
+        with pytest.raises(DataError, match="plain text, not a chat"):
+            write_subset(text, [0], tmp_path / "out.jsonl", to=to)
+    with pytest.raises(DataError, match="to 'yaml' is not known"):
+        write_subset(text, [0], tmp_path / "out.jsonl", to="yaml")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    pool = load_pool(write_rows(tmp_path / "x.jsonl", [good("alpaca", 0)]))
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(DataError, match="can't be written"):
+        write_subset(pool, [0], tmp_path / "taken", to="jsonl")
+    assert not list(tmp_path.glob("*.part"))
+    with pytest.raises(DataError, match="can't be written"):
+        write_subset(pool, [0], tmp_path / "x.jsonl" / "y.jsonl")
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    pool = load_pool(write_rows(tmp_path / "x.jsonl", [good("alpaca", k) for k in range(50)]))
+    for suffix in (".jsonl.gz", ".jsonl.zst", ".parquet", ".csv"):
+        a, b = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+        write_subset(pool, range(50), a)
+        write_subset(pool, range(50), b)
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_an_empty_subset(tmp_path: Path) -> None:
+    pool = load_pool(write_rows(tmp_path / "x.jsonl", [good("alpaca", 0)]))
+    for suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        write_subset(pool, [], tmp_path / f"none{suffix}")
+        assert (tmp_path / f"none{suffix}").exists()
+
+
+def test_datasets_opens_what_is_written(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for dialect in ("messages", "alpaca", "preference-implicit"):
+        rows = [good(dialect, k) for k in range(4)]
+        folder = tmp_path / dialect
+        write_parquet(row_texts(load_pool(write_rows(tmp_path / "x.jsonl", rows))), folder / "train-0.parquet")
+        found = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+        assert [dict(row) for row in found] == rows
+        found.save_to_disk(str(tmp_path / "saved" / dialect))
+        pool = load_pool(tmp_path / "saved" / dialect)
+        assert pool.ids.tolist() == load_pool(tmp_path / "x.jsonl").ids.tolist()
+
+
+def test_a_dataset_dict_from_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [good("messages", k) for k in range(5)]
+    whole: Any = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    whole.save_to_disk(str(tmp_path / "saved"))
+    assert len(load_pool(tmp_path / "saved")) == 5
+
+
+@pytest.mark.parametrize("dialect", SFT)
+def test_reading_twice_changes_nothing(tmp_path: Path, dialect: str) -> None:
+    first = load_pool(write_rows(tmp_path / "a.jsonl", [good(dialect, k) for k in range(5)]))
+    write_subset(first, range(5), tmp_path / "b.jsonl")
+    second = load_pool(tmp_path / "b.jsonl")
+    assert second.table.drop_columns(["file", "source"]).equals(first.table.drop_columns(["file", "source"]))
