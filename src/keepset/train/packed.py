@@ -85,7 +85,7 @@ class PackedSteps:
         losses = []
         for part in inputs["parts"]:
             losses.append(super().training_step(model, {"part": part}, num_items_in_batch))  # type: ignore[misc]
-            batch = part[0] if isinstance(part, tuple) else part
+            batch = getattr(part, "batch", part)
             if self.counted is not None:
                 self.counted.tokens += sum(batch.lengths)
                 self.counted.supervised += len(batch.labels)
