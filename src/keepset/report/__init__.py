@@ -1,0 +1,32 @@
+"""The report: one self-contained HTML page made from a run folder alone. No torch, no model, no outside request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from keepset.report.page import render
+from keepset.report.payload import build_payload
+from keepset.report.run_data import read_run
+from keepset.run import write_atomic
+
+__all__ = ["write_report"]
+
+
+def write_report(run_dir: Path, out: Path | None = None, *, max_rows: int = 20_000) -> Path:
+    """Write `report.html` from whatever the run folder holds so far.
+
+    Args:
+        run_dir: a run folder; missing pieces (no comparison yet, no findings) leave their section out.
+        out: where to write; default `run_dir/report.html`.
+        max_rows: rows put into the page; every kept row stays, the others are thinned by their id (a content hash).
+
+    Returns:
+        The path written.
+
+    Raises:
+        KeepsetError: `run_dir` holds no scores, or a file of it is damaged.
+    """
+    path = Path(out) if out is not None else Path(run_dir) / "report.html"
+    html = render(build_payload(read_run(Path(run_dir)), max_rows=max_rows))
+    write_atomic(path, html.encode("utf-8"))
+    return path

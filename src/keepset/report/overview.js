@@ -1,0 +1,179 @@
+// The overview: did choosing help, what looks wrong, and one method's figures.
+
+const DATA = JSON.parse($("data").textContent);
+const ROWS = DATA.rows, N = ROWS.id.length;
+const METHODS = Object.fromEntries(DATA.methods.map((m) => [m.label, m]));
+let current = (DATA.methods.find((m) => !m.control) || DATA.methods[0]).label;
+
+const lowerIsBetter = (metric) => /loss|perplexity|ppl|nll/i.test(metric);
+const byKind = { method: 0, mix: 1, random: 2, longest: 3, full: 4, base: 5 };
+const UNIT = DATA.summary.unit;
+const plainLabel = (row) => (row.kind === "random" ? "random" : row.label.split("@")[0]);
+
+// Seeds of one label and budget are one line: the mean over seeds with the summary's interval over items, if it is there,
+// else the range over seeds (one seed: its own interval).
+function groupsOf(metric) {
+  const groups = new Map();
+  for (const row of DATA.comparison) {
+    const found = row.metrics[metric];
+    if (!found || !isNumber(found.value)) continue;
+    const key = JSON.stringify([plainLabel(row), row.budget, row.budget === null ? row.n_rows : null]);
+    if (!groups.has(key)) groups.set(key, { label: plainLabel(row), budget: row.budget, kind: row.kind, n_rows: row.n_rows, n_tokens: row.n_tokens, cost: [], values: [], lows: [], highs: [] });
+    const group = groups.get(key);
+    group.values.push(found.value);
+    group.lows.push(found.low);
+    group.highs.push(found.high);
+    group.cost.push(row.cost_seconds);
+  }
+  const sign = lowerIsBetter(metric) ? 1 : -1;
+  return [...groups.values()].map((g) => {
+    const one = g.values.length === 1;
+    const told = DATA.verdicts.find((v) => plainLabel(v) === g.label && v.kind === g.kind && v.budget === g.budget), metrics = told ? told.metrics[metric] : null;
+    return { ...g, value: g.values.reduce((a, b) => a + b, 0) / g.values.length, versus: told ? told.versus[metric] : null, cost: told && isNumber(told.cost) ? [told.cost] : g.cost,
+      low: metrics ? metrics.low : one ? g.lows[0] : Math.min(...g.values), high: metrics ? metrics.high : one ? g.highs[0] : Math.max(...g.values) };
+  }).sort((a, b) => (byKind[a.kind] ?? 6) - (byKind[b.kind] ?? 6) || sign * (a.value - b.value));
+}
+
+// What decides comes first; the rest follows as the run wrote it.
+const FIRST = ["accuracy.policy_mean.matched", "accuracy.policy_mean", "accuracy.implicit_sum", "loss.chosen", "loss.heldout", "gsm8k.accuracy"];
+const metricNames = () => {
+  const all = [...new Set(DATA.comparison.flatMap((row) => Object.keys(row.metrics)))];
+  return [...FIRST.filter((m) => all.includes(m)), ...all.filter((m) => !FIRST.includes(m))];
+};
+
+function randomMean(groups) {
+  const all = groups.filter((g) => g.kind === "random"), random = all.filter((g) => g.budget === all[0].budget).flatMap((g) => g.values);
+  return random.length ? random.reduce((a, b) => a + b, 0) / random.length : null;
+}
+
+function head() {
+  const sum = DATA.summary, kept = DATA.methods.filter((m) => !m.control), metric = metricNames()[0];
+  $("title").textContent = visible(sum.run);
+  document.title = visible(sum.run) + " · keepset report";
+  const names = (kept.length ? kept : DATA.methods).map((m) => m.label);
+  const parts = [`${names.join(", ").replace(/, ([^,]*)$/, " and $1")} scored ${whole(sum.rows)} rows`];
+  if (sum.model) parts.push(`with ${sum.model}`);
+  if (sum.targets.length) parts.push(`for ${sum.targets.join(", ")}`);
+  let text = parts.join(" ") + (sum.budgets.length ? ` to keep ${sum.budgets.map((b) => (/%|tokens/.test(b) ? b : whole(+b) + " rows")).join(", ")}.` : ".");
+  if (metric) {
+    const groups = groupsOf(metric), best = groups.filter((g) => g.kind === "method")[0], random = randomMean(groups);
+    if (best) text += ` By ${words(metric)}, ${best.label} reached ${short(best.value)}` + (isNumber(best.low) ? ` [${short(best.low)}, ${short(best.high)}]` : "") + (isNumber(random) ? ` against ${short(random)} for a random choice of the same size.` : ".");
+  }
+  $("lede").textContent = visible(text);
+  const first = METHODS[current];
+  const facts = [["rows scored", whole(sum.rows)], ["kept", whole(first.kept), `${percent(first.kept, first.scored)} by ${first.label}`],
+    [UNIT + " kept", whole(first.kept_tokens), isNumber(sum.tokens) ? `${percent(first.kept_tokens, sum.tokens)} of ${whole(sum.tokens)}` : null],
+    ["quarantined", whole(sum.quarantined), sum.quarantined ? "see the tab" : null],
+    ["time spent", duration(sum.seconds), "all steps"],
+    ["findings", whole(DATA.findings.length), DATA.findings.some((f) => f.level === "warning") ? `${DATA.findings.filter((f) => f.level === "warning").length} to look at` : null]];
+  $("facts").append(...facts.filter((f) => f[1] !== "–").map(([name, value, note]) => h("div", {}, h("dt", {}, name), h("dd", {}, value, note && h("span", {}, visible(note))))));
+}
+
+function choice(label, options, value, onchange) {
+  return h("label", { class: "choice" }, h("span", {}, label), h("select", { onchange: (e) => onchange(e.target.value) },
+    options.map((o) => h("option", { value: o, selected: o === value }, visible(words(o))))));
+}
+
+function comparisonSection() {
+  const metrics = metricNames();
+  if (!metrics.length) return null;
+  const place = h("div", {});
+  const draw = (metric) => {
+    const groups = groupsOf(metric), several = new Set(groups.filter((g) => g.kind === "random" || g.kind === "method").map((g) => g.budget)).size > 1;
+    const main = several ? groups.map((g) => ({ ...g, label: g.kind === "base" || g.kind === "full" ? g.label : `${g.label} ${g.budget}` })) : groups;
+    const children = [figure(words(metric) + (lowerIsBetter(metric) ? ": lower is better" : ": higher is better"), (w) => intervalChart(w, main, metric, randomMean(groups)),
+      "Dot: the value; line: its 95 % interval. Small rings: single seeds. Dashed: the mean of the random choices" + (several ? " at the first budget." : ".") + "", { wide: true })];
+    const curves = new Map();
+    for (const g of groups) if (isNumber(g.n_rows) && g.kind !== "base" && g.kind !== "full") curves.set(g.label, [...(curves.get(g.label) || []), { x: g.n_rows, y: g.value, low: g.low, high: g.high, kind: g.kind }]);
+    const series = [...curves].map(([label, points]) => ({ label, kind: points[0].kind, points: points.sort((a, b) => a.x - b.x) })).filter((c) => c.points.length > 1);
+    if (series.length) children.push(figure("By budget", (w) => curveChart(w, series, { x: "rows kept", y: words(metric) }), "The same methods at several budgets.", { wide: true }));
+    place.replaceChildren(...children);
+  };
+  draw(metrics[0]);
+  return h("section", { "aria-labelledby": "h-quality" },
+    h("div", { class: "bar" }, h("h2", { id: "h-quality" }, "Did choosing help?"), metrics.length > 1 && choice("Measure", metrics, metrics[0], draw)),
+    place,
+    h("details", { class: "numbers" }, h("summary", {}, "All measures as a table"), comparisonTable(metrics)));
+}
+
+function comparisonTable(metrics) {
+  const groups = new Map();
+  for (const metric of metrics) for (const g of groupsOf(metric)) {
+    const key = JSON.stringify([g.label, g.budget, g.n_rows]);
+    groups.set(key, { ...g, cells: { ...(groups.get(key) || { cells: {} }).cells, [metric]: g } });
+  }
+  const cost = (g) => { const known = g.cost.filter(isNumber); return known.length ? duration(known.reduce((a, b) => a + b, 0) / known.length) : "–"; };
+  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "All measures" }, h("table", {},
+    h("thead", {}, h("tr", {}, ["trained on", "rows", UNIT, "seeds", ...metrics.map(words), "cost"].map((t, i) => h("th", { scope: "col", class: i ? "num" : "" }, visible(t))))),
+    h("tbody", {}, [...groups.values()].map((g) => h("tr", {}, h("th", { scope: "row" }, visible(g.label)), h("td", { class: "num" }, g.kind === "base" ? "–" : whole(g.n_rows)), h("td", { class: "num" }, g.kind === "base" ? "–" : whole(g.n_tokens)), h("td", { class: "num" }, g.values.length),
+      metrics.map((m) => { const c = g.cells[m]; return h("td", { class: "num" }, c ? short(c.value) : "–", c && isNumber(c.low) && h("small", {}, `${short(c.low)} to ${short(c.high)}`), c && c.versus && h("small", {}, `${c.versus.difference > 0 ? "+" : ""}${short(c.versus.difference)} to random, p ${short(c.versus.p_holm ?? c.versus.p)}`)); }), h("td", { class: "num" }, cost(g)))))));
+}
+
+function findingsSection() {
+  if (!DATA.findings.length) return null;
+  return h("section", { "aria-labelledby": "h-findings" }, h("h2", { id: "h-findings" }, "What to look at"),
+    h("ul", { class: "findings" }, DATA.findings.map((f) => h("li", { class: f.level === "warning" ? "warning" : "info" },
+      h("p", { class: "what" }, h("span", { class: "level" }, f.level === "warning" ? "Warning" : "Note"), f.method && h("span", { class: "who" }, visible(f.method)), visible(f.text || f.name || ""),
+        f.figure !== undefined && f.figure !== null && typeof f.figure !== "object" && h("span", { class: "figure" }, isNumber(f.figure) ? short(f.figure) : visible(f.figure))),
+      f.advice && h("p", { class: "advice" }, visible(f.advice))))));
+}
+
+function pointsOf(label, x, y, limit = 6000) {
+  const method = ROWS.methods[label], kept = [], rest = [];
+  for (let i = 0; i < N; i++) {
+    const px = x(method, i), py = y(method, i);
+    if (isNumber(px) && isNumber(py)) (method.selected[i] ? kept : rest).push({ x: px, y: py, row: i, kept: !!method.selected[i] });
+  }
+  // ids are content hashes, so every k-th row in id order is a fair draw
+  const thin = (list, room) => { const k = Math.max(1, Math.ceil(list.length / room)); return list.filter((_, i) => i % k === 0); };
+  return [...thin(rest, limit / 2), ...thin(kept, limit / 2)];
+}
+
+function methodFigures(label) {
+  const m = METHODS[label], out = [];
+  if (m.histogram) out.push(figure("Scores", (w) => histogramChart(w, m.histogram, m.cut),
+    h("span", {}, swatch("kept"), `kept (${whole(m.kept)})  `, swatch("rest"), `not kept (${whole(m.scored - m.kept)}). `, m.histogram.clipped ? `${whole(m.histogram.clipped)} far-out scores stand in the outermost bars.` : "")));
+  if (m.has_losses) {
+    const per = (name) => (method, i) => (isNumber(method[name][i]) ? method[name][i] / (ROWS.n_tokens[i] || 1) : null);
+    const points = pointsOf(label, per("loss_ini"), per("loss_ref"));
+    if (points.length) out.push(figure("Loss before and after the reference training", (w) => scatterChart(w, points, { x: "base loss, nats a token", y: "reference loss", alt: `Base loss against reference loss of ${points.length} rows; kept rows lie further below the diagonal if the method finds what can be learned.` }, { diagonal: true }),
+      "A row far below the diagonal was learned by the reference model; one on it taught nothing. Point at a dot to read it."));
+  }
+  const points = pointsOf(label, (_, i) => ROWS.n_tokens[i], (method, i) => method.score[i]);
+  if (points.length && m.length) out.push(figure("Score against length", (w) => scatterChart(w, points, { x: "supervised " + UNIT, y: "score", alt: `Score against length of ${points.length} rows; rank correlation ${short(m.length.spearman, 2)}.` }),
+    h("span", {}, "Rank correlation ", h("b", {}, short(m.length.spearman, 2)), `, linear ${short(m.length.pearson, 2)}. Mean length: ${short(m.mean_tokens[0])} ${UNIT} in the pool, ${short(m.mean_tokens[1])} kept. `,
+      Math.abs(m.length.spearman) >= 0.5 ? h("strong", { class: "flag" }, "The method follows length closely; hold it against the longest rows.") : "")));
+  if (m.heat) out.push(figure("What each target task asks for", (w) => heatChart(w, m.heat), "Mean part of the score that each target task gives to a group of rows. Blue-green pulls in, rust pushes out.", { wide: true }));
+  const totals = { pool: m.scored, kept: m.kept };
+  const mix = Object.entries(m.shares).filter(([, rows]) => rows.length > 1).map(([name, rows]) => figure("Shares by " + name, (w) => shareChart(w, rows, totals), h("span", {}, swatch("rest"), "in the pool  ", swatch("kept"), "kept")));
+  if (mix.length) out.push(h("div", { class: "wide mix" }, mix));
+  return out;
+}
+const swatch = (kind) => h("i", { class: "swatch " + kind, "aria-hidden": "true" });
+
+function methodSection() {
+  const place = h("div", { class: "figures" }); // filled again for each method
+  const draw = (label) => { current = label; place.replaceChildren(...methodFigures(label)); };
+  draw(current);
+  const labels = DATA.methods.map((m) => m.label);
+  return h("section", { "aria-labelledby": "h-method" }, h("div", { class: "bar" }, h("h2", { id: "h-method" }, "What was chosen"), labels.length > 1 && choice("Method", labels, current, draw)), DATA.summary.budgets.length > 1 && h("p", { class: "note" }, `What is kept at the first budget, ${visible(DATA.summary.budgets[0])}.`), place);
+}
+
+function overlapSection() {
+  const o = DATA.overlap;
+  if (!o) return null;
+  const cell = (i, j) => {
+    if (i === j) return h("td", { class: "self" }, "");
+    const value = i > j ? o.jaccard[i][j] : o.spearman[i][j], td = h("td", { class: i > j ? "low" : "up" }, short(value, 2));
+    td.style.setProperty("--heat", isNumber(value) ? Math.round(Math.abs(value) * 42) + "%" : "0%");
+    return td;
+  };
+  return h("section", { "aria-labelledby": "h-overlap" }, h("h2", { id: "h-overlap" }, "How the methods agree"),
+    h("p", { class: "note" }, "Below the diagonal: share of kept rows in common (Jaccard). Above: rank correlation of the scores."),
+    h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Agreement of the methods" }, h("table", { class: "overlap" }, h("thead", {}, h("tr", {}, h("td", {}), o.labels.map((l) => h("th", { scope: "col" }, visible(l))))),
+      h("tbody", {}, o.labels.map((l, i) => h("tr", {}, h("th", { scope: "row" }, visible(l)), o.labels.map((_, j) => cell(i, j))))))));
+}
+
+function overview() {
+  $("panel-overview").append(...[comparisonSection(), findingsSection(), methodSection(), overlapSection()].filter(Boolean));
+}

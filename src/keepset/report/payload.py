@@ -1,0 +1,216 @@
+"""The data that goes into the page: figures over all rows, and the rows themselves (a sample if there are many)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keepset.report.numbers import (
+    cut_of,
+    heat,
+    histogram,
+    length_bucket,
+    length_correlation,
+    number,
+    overlap,
+    shares,
+)
+from keepset.report.run_data import Message, RunData, as_dict
+
+TEXT_BUDGET = 12_000_000  # characters of row text in the page
+QUARANTINE_ROWS = 2_000
+CONTROLS = ("random", "longest", "length")
+
+
+def sample_rows(data: RunData, max_rows: int) -> np.ndarray:
+    """Indices of the rows that go into the page: every kept one, then the smallest ids (hashes: a fair draw)."""
+    n = len(data.ids)
+    kept = np.zeros(n, bool)
+    for columns in data.columns.values():
+        kept |= columns["selected"] > 0
+    others = np.flatnonzero(~kept)
+    room = max(0, max_rows - int(kept.sum()))
+    if len(others) > room:
+        others = others[np.argsort(data.ids[others].astype(str), kind="stable")[:room]]
+    return np.sort(np.concatenate([np.flatnonzero(kept), others]))
+
+
+def clipped(messages: list[Message], limit: int) -> list[list[str]]:
+    """Messages as [role, text], each text cut to its part of `limit` characters, saying how much is left out."""
+    room = max(80, limit // max(1, len(messages)))
+    out = []
+    for message in messages:
+        text = message["content"]
+        if len(text) > room:
+            text = f"{text[:room]}… ({len(text) - room:,} more characters)"
+        out.append([message["role"], text])
+    return out
+
+
+def codes(names: np.ndarray) -> tuple[list[str], list[int]]:
+    """Distinct names (sorted) and each row's index among them."""
+    distinct, inverse = np.unique(names.astype(str), return_inverse=True)
+    return [str(name) for name in distinct], [int(i) for i in inverse]
+
+
+def numbers(values: np.ndarray) -> list[float | int | None]:
+    """A column for JSON: whole numbers as int, the others with 8 digits, NaN as null."""
+    out: list[float | int | None] = []
+    for value in values:
+        rounded = number(float(value), 8)
+        out.append(int(rounded) if rounded is not None and rounded == int(rounded) else rounded)
+    return out
+
+
+def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
+    """Everything the page shows, as plain JSON values (no NaN)."""
+    rows = sample_rows(data, max_rows)
+    limit = min(6_000, max(300, TEXT_BUDGET // max(1, len(rows))))
+    sources, source = codes(data.source[rows])
+    categories, category = codes(data.category[rows])
+    return {
+        "summary": summary(data, len(rows)),
+        "methods": [method_numbers(data, label) for label in data.columns],
+        "overlap": overlap(data.columns),
+        "comparison": comparison_rows(data),
+        "verdicts": verdicts(data),
+        "findings": sorted(data.findings, key=lambda f: f.get("level") != "warning"),
+        "quarantine": data.quarantine[:QUARANTINE_ROWS],
+        "manifest": data.manifest,
+        "recipe": data.recipe_text,
+        "costs": data.costs,
+        "rows": {
+            "id": [str(i) for i in data.ids[rows]],
+            "sources": sources,
+            "source": source,
+            "categories": categories,
+            "category": category,
+            "n_tokens": numbers(data.n_tokens[rows]),
+            "messages": [clipped(data.messages.get(str(i), []), limit) for i in data.ids[rows]],
+            "methods": {
+                label: {name: numbers(values[rows]) for name, values in columns.items()}
+                for label, columns in data.columns.items()
+            },
+        },
+    }
+
+
+def summary(data: RunData, shown: int) -> dict[str, Any]:
+    """The facts of the head of the page."""
+    recipe = data.recipe
+    seconds = [float(entry["seconds"]) for entry in data.costs if isinstance(entry.get("seconds"), (int, float))]
+    return {
+        "run": data.path.resolve().name,
+        "rows": len(data.ids),
+        "shown": shown,
+        "without_text": sum(str(i) not in data.messages for i in data.ids),
+        "quarantined": len(data.quarantine),
+        "tokens": number(float(np.nansum(data.n_tokens))) if np.isfinite(data.n_tokens).any() else None,
+        "budgets": budgets(recipe.budget) if recipe else [],
+        "model": recipe.model.model_name_or_path if recipe else None,
+        "pools": [spec.name or spec.path for spec in recipe.pool] if recipe else [],
+        "targets": [spec.name or spec.path for spec in recipe.target] if recipe else [],
+        "seconds": number(sum(seconds)) if seconds else None,
+        "unit": data.length_unit,
+    }
+
+
+def budgets(value: Any) -> list[str]:
+    """The recipe's budget or budgets as text."""
+    return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def method_numbers(data: RunData, label: str) -> dict[str, Any]:
+    """One method's figures over all rows."""
+    columns = data.columns[label]
+    score, selected = columns["score"], columns["selected"]
+    kept = selected > 0
+    name = data.method_names.get(label, label)
+    tasks = {name.removeprefix("task."): values for name, values in columns.items() if name.startswith("task.")}
+    buckets = np.array([length_bucket(v) for v in data.n_tokens], dtype=object)
+    with_category = any(data.category)
+    return {
+        "label": label,
+        "name": name,
+        "control": name in CONTROLS,
+        "reasons": data.reasons.get(label, {}),
+        "kept": int(kept.sum()),
+        "scored": int(np.isfinite(score).sum()),
+        "kept_tokens": number(float(np.nansum(data.n_tokens[kept]))) if np.isfinite(data.n_tokens).any() else None,
+        "cut": number(cut_of(score, selected), 8),
+        "histogram": histogram(score, selected),
+        "length": length_correlation(score, data.n_tokens),
+        "mean_tokens": [
+            number(float(np.nanmean(data.n_tokens[mask]))) if np.isfinite(data.n_tokens[mask]).any() else None
+            for mask in (np.ones(len(kept), bool), kept)
+        ],
+        "shares": {
+            "source": shares(data.source, selected),
+            "category": shares(data.category, selected) if with_category else [],
+            f"length in {data.length_unit}": shares(buckets, selected, ordered=True)
+            if np.isfinite(data.n_tokens).any()
+            else [],
+        },
+        "heat": heat(tasks, data.category if with_category else data.source, selected),
+        "has_losses": {"loss_ini", "loss_ref"} <= set(columns),
+        "parts": [name for name in columns if name not in ("score", "rank", "selected")],
+    }
+
+
+def comparison_rows(data: RunData) -> list[dict[str, Any]]:
+    """The comparison's rows with the keys that the page needs; a row without metrics is left out."""
+    found = data.comparison.get("rows", [])
+    out = []
+    for row in found if isinstance(found, list) else []:
+        if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
+            continue
+        out.append(
+            {
+                "label": str(row.get("label", "?")),
+                "kind": str(row.get("kind", "method")),
+                "budget": row.get("budget"),
+                "n_rows": row.get("n_rows"),
+                "n_tokens": row.get("n_tokens"),
+                "seed": row.get("seed"),
+                "cost_seconds": row.get("cost_seconds"),
+                "metrics": figures_of(row["metrics"], ("value", "low", "high", "n"), "value"),
+            }
+        )
+    return out
+
+
+def verdicts(data: RunData) -> list[dict[str, Any]]:
+    """The comparison's summary: all seeds of a subset together, with the paired difference to Random."""
+    found = data.comparison.get("summary", [])
+    out = []
+    for entry in found if isinstance(found, list) else []:
+        if not isinstance(entry, dict):
+            continue
+        cost = as_dict(entry.get("cost"))
+        spent = [cost[key] for key in ("select_seconds", "train_seconds") if isinstance(cost.get(key), (int, float))]
+        out.append(
+            {
+                "label": str(entry.get("label", "?")),
+                "kind": str(entry.get("kind", "method")),
+                "budget": entry.get("budget"),
+                "metrics": figures_of(as_dict(entry.get("metrics")), ("value", "low", "high", "n"), "value"),
+                "versus": figures_of(
+                    as_dict(entry.get("vs_random")), ("difference", "low", "high", "p", "p_holm"), "difference"
+                ),
+                "cost": sum(spent) if spent else None,
+            }
+        )
+    return out
+
+
+def figures_of(metrics: dict[str, Any], keys: tuple[str, ...], needed: str) -> dict[str, dict[str, float | None]]:
+    """The numbers of each metric under `keys`; a metric without the needed one is left out."""
+    out = {}
+    for name, value in metrics.items():
+        value = value if isinstance(value, dict) else {needed: value}
+        if isinstance(value.get(needed), (int, float)):
+            out[str(name)] = {
+                key: number(float(value[key])) if isinstance(value.get(key), (int, float)) else None for key in keys
+            }
+    return out

@@ -1,0 +1,271 @@
+"""The report in a real headless Chromium, opened from a file: what a person sees, does and is safe from."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from chromium import BINARY, Browser
+from keepset.report import write_report
+from report_fixture import HOSTILE, make_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BINARY is None, reason="no chromium: apt-get install chromium")]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make_run(tmp_path_factory.mktemp("report"), 400, hostile=True)
+    write_report(run)
+    return run
+
+
+@pytest.fixture
+def page(browser: Browser, run: Path) -> Browser:
+    browser.call("Page.navigate", {"url": "about:blank"})
+    browser.requests.clear(), browser.errors.clear(), browser.dialogs.clear()
+    browser.open((run / "report.html").as_uri())
+    browser.settle()
+    return browser
+
+
+def tab(page: Browser, name: str) -> None:
+    page.run(f"document.getElementById('tab-{name}').click()")
+    page.settle()
+
+
+def say(page: Browser, element: str, value: str, event: str) -> None:
+    page.run(
+        f"{{ const e = document.getElementById('{element}'); e.value = {json.dumps(value)};"
+        f" e.dispatchEvent(new Event('{event}')) }}"
+    )
+
+
+def choose(page: Browser, element: str, value: str) -> None:
+    say(page, element, value, "change")
+
+
+def find(page: Browser, text: str) -> None:
+    say(page, "search", text, "input")
+
+
+def count(page: Browser) -> str:
+    return page.run("document.getElementById('count').textContent")
+
+
+def shown(page: Browser) -> list[str]:
+    return page.run("[...document.querySelectorAll('#rowtable tbody tr')].map(r => r.dataset.id)")
+
+
+def nothing_happened(page: Browser) -> None:
+    assert page.errors == []
+    assert page.dialogs == []
+    assert [r for r in page.requests if not r.startswith(("file:", "data:,"))] == []
+    assert len([r for r in page.requests if r.startswith("file:")]) <= 1
+    assert page.run("typeof window.hit") == "undefined"
+
+
+def test_every_part_opens_without_errors_and_requests(page: Browser) -> None:
+    for name in ("rows", "quarantine", "reproduce", "overview"):
+        tab(page, name)
+        assert page.run(f"document.getElementById('panel-{name}').innerText.length") > 100
+        assert page.run("document.querySelectorAll('[role=tabpanel]:not([hidden])').length") == 1
+    assert page.run("document.querySelectorAll('#panel-overview svg').length") >= 6
+    nothing_happened(page)
+
+
+def test_hostile_rows_do_nothing_and_are_shown_as_text(page: Browser) -> None:
+    tab(page, "rows")
+    for i in range(len(HOSTILE)):
+        find(page, f"question {i}:" if i >= len(HOSTILE) else f" {i}")
+        page.run(f"document.querySelectorAll('#rowtable .open')[{i % 3}].click()")
+    find(page, "<img src=x")
+    assert len(shown(page)) >= 2
+    page.run("document.querySelector('#rowtable .open').click()")
+    assert "<img src=x" in page.run("document.querySelector('#drawer .messages').textContent")
+    assert (
+        page.run(
+            "document.querySelectorAll('#drawer img, #rowtable img, #drawer script, main script, main iframe').length"
+        )
+        == 0
+    )
+    find(page, "gnp.exe")
+    page.run("document.querySelector('#rowtable .open').click()")
+    assert "⟨U+202E⟩" in page.run("document.querySelector('#drawer .messages').textContent")
+    for name in ("quarantine", "reproduce", "overview"):
+        tab(page, name)
+    page.settle()
+    nothing_happened(page)
+    assert page.run("document.title") == "spring-pool · keepset report"
+
+
+def test_the_policy_is_enforced(page: Browser) -> None:
+    page.run(
+        "{ const s = document.createElement('style'); s.textContent = 'h1{color:rgb(255,0,0)}';"
+        " document.head.append(s) }"
+    )
+    assert page.run("getComputedStyle(document.querySelector('h1')).color") != "rgb(255, 0, 0)"
+    assert (
+        page.run("(() => { try { document.body.innerHTML = '<b>x</b>'; return 'set' } catch (e) { return e.name } })()")
+        == "TypeError"
+    )
+
+
+@pytest.mark.parametrize("label", ["rose", "davir", "random-0"])
+def test_sort_and_filter_give_pyarrow_s_figures(page: Browser, run: Path, label: str) -> None:
+    table = pq.read_table(run / "scores" / f"{label}.parquet")
+    tab(page, "rows")
+    choose(page, "method", label)
+    by_rank = table.sort_by("rank")
+    assert shown(page) == by_rank["id"].to_pylist()[:50]
+    choose(page, "source", "=web")
+    web = by_rank.filter(pc.equal(by_rank["source"], "web"))
+    assert shown(page) == web["id"].to_pylist()[:50]
+    tokens, kept, mean = pc.sum(web["n_tokens"]).as_py(), pc.sum(web["selected"]).as_py(), pc.mean(web["score"]).as_py()
+    assert (
+        count(page).replace("−", "-")
+        == f"{web.num_rows} of 400 rows · {kept} kept · {tokens:,} tokens · mean score {mean:.4f}"
+    )
+    choose(page, "kept", "kept")
+    page.run("document.querySelector('[data-sort=n_tokens]').click()")
+    both = web.filter(web["selected"]).sort_by([("n_tokens", "descending"), ("id", "ascending")])
+    assert shown(page) == both["id"].to_pylist()[:50]
+    assert page.run("document.querySelector('[aria-sort=descending]').textContent") == "Tokens"
+    page.run("document.querySelector('[data-sort=n_tokens]').click()")
+    assert shown(page) == both.sort_by([("n_tokens", "ascending"), ("id", "ascending")])["id"].to_pylist()[:50]
+
+
+def test_search_and_pages(page: Browser) -> None:
+    tab(page, "rows")
+    find(page, "Question 1")
+    expected = 1 + 10 + 100 - 11  # 1, 10-19, 100-199 less the hostile rows' own prompts (1, 10-19)
+    assert count(page).startswith(f"{expected} of 400")
+    first = shown(page)
+    page.run("document.querySelectorAll('.pager button')[1].click()")
+    assert len(shown(page)) == 50 and not set(first) & set(shown(page))
+    find(page, "no such text anywhere")
+    assert shown(page) == [] and count(page).startswith("0 of 400")
+
+
+def test_the_drawer_shows_the_right_row_and_the_keyboard_reaches_it(page: Browser, run: Path) -> None:
+    table = pq.read_table(run / "scores" / "rose.parquet").sort_by("rank")
+    tab(page, "rows")
+    page.run("document.querySelectorAll('#rowtable .open')[2].focus()")
+    page.press("Enter")
+    page.settle()
+    third = table.slice(2, 1).to_pylist()[0]
+    assert page.run("document.getElementById('drawer').open")
+    assert third["id"] in page.run("document.getElementById('drawer-title').textContent")
+    assert "Kept by rose: rank 3 of 400" in page.run("document.getElementById('verdict').textContent")
+    parts = page.run("document.querySelector('#drawer .parts').innerText").replace("−", "-")
+    for task in ("travel", "sums", "support"):
+        assert f"{third['task.' + task]:.4f}" in parts
+    page.run("[...document.querySelectorAll('.drawer-acts > button')][1].click()")
+    assert table["id"][3].as_py() in page.run("document.getElementById('drawer-title').textContent")
+    page.press("Escape")
+    page.settle()
+    assert not page.run("document.getElementById('drawer').open")
+    choose(page, "kept", "not kept")
+    page.run("document.querySelector('#rowtable tbody tr').click()")
+    best_dropped = table.slice(40, 1).to_pylist()[0]
+    gap = table["score"][39].as_py() - best_dropped["score"]
+    verdict = page.run("document.getElementById('verdict').textContent")
+    assert verdict.startswith("Not kept by rose: rank 41 of 400; it would need")
+    assert float(verdict.split()[-2].replace("−", "-").replace("e-", "e-")) == pytest.approx(gap, rel=0.1, abs=1e-4)
+
+
+def test_tabs_by_arrow_keys(page: Browser) -> None:
+    page.run("document.getElementById('tab-overview').focus()")
+    page.press("ArrowRight")
+    page.settle()
+    assert page.run("document.activeElement.id") == "tab-rows"
+    assert page.run("!document.getElementById('panel-rows').hidden")
+    page.press("ArrowLeft")
+    page.settle()
+    assert page.run("document.activeElement.id") == "tab-overview"
+
+
+def test_marks_become_an_overrides_file(page: Browser, tmp_path: Path) -> None:
+    page.call("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}, session=False)
+    tab(page, "rows")
+    ids = shown(page)
+    page.run("document.querySelectorAll('#rowtable .mark .drop')[0].click()")
+    page.run("document.querySelectorAll('#rowtable .mark .keep')[1].click()")
+    page.run("document.querySelectorAll('#rowtable .mark .keep')[2].click()")
+    page.run("document.querySelectorAll('#rowtable .mark .keep')[2].click()")  # twice: taken back
+    assert page.run("document.getElementById('download').textContent") == "Download 2 overrides"
+    page.run("document.getElementById('download').click()")
+    until = time.monotonic() + 20
+    while not (tmp_path / "overrides.json").exists() and time.monotonic() < until:
+        page.settle()
+    assert json.loads((tmp_path / "overrides.json").read_text()) == {"keep": [ids[1]], "drop": [ids[0]]}
+    page.run("document.querySelectorAll('#rowtable .mark .drop')[0].click()")
+    page.run("document.querySelectorAll('#rowtable .mark .keep')[1].click()")
+    assert page.run("document.getElementById('download').hidden")
+    assert page.errors == []
+
+
+def test_names_for_screen_readers(page: Browser) -> None:
+    tab(page, "rows")
+    nameless = page.run(
+        "[...document.querySelectorAll('button, select, input, svg, [role=region]')]"
+        ".filter(e => !e.hidden && !(e.getAttribute('aria-label')"
+        " || e.textContent.trim() || e.labels?.length || e.placeholder)).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert nameless == []
+    assert page.run(
+        "[...document.querySelectorAll('svg')].every(e => e.getAttribute('role') === 'img'"
+        " && e.getAttribute('aria-label').length > 20)"
+    )
+
+
+@pytest.mark.parametrize("width", [360, 390, 768, 1280])
+def test_no_width_scrolls_sideways(browser: Browser, run: Path, width: int) -> None:
+    browser.call("Page.navigate", {"url": "about:blank"})
+    browser.open((run / "report.html").as_uri(), width=width)
+    for name in ("overview", "rows", "quarantine", "reproduce"):
+        tab(browser, name)
+        assert browser.run("document.documentElement.scrollWidth") <= width, name
+
+
+def test_it_prints_every_part_but_the_table_of_rows(page: Browser, run: Path) -> None:
+    data = page.call("Page.printToPDF", {"printBackground": True})["data"]
+    assert len(data) > 20_000
+    page.call("Emulation.setEmulatedMedia", {"media": "print"})
+    visible = page.run(
+        "['overview','rows','quarantine','reproduce']"
+        ".filter(n => getComputedStyle(document.getElementById('panel-' + n)).display !== 'none')"
+    )
+    page.call("Emulation.setEmulatedMedia", {"media": ""})
+    assert visible == ["overview", "quarantine", "reproduce"]
+    assert page.run("document.getElementById('panel-reproduce').textContent.includes('recipe.yaml')")
+
+
+def test_twenty_thousand_rows_open_and_filter_in_time(browser: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path, 20_000)
+    browser.call("Page.navigate", {"url": "about:blank"})
+    opened = browser.open(write_report(run).as_uri() + "#rows")
+    browser.settle()
+    assert count(browser).startswith("20,000 of 20,000")
+    assert opened <= 3.0
+    spent = browser.run(
+        "(() => { const e = document.getElementById('search'), out = [];"
+        " for (const t of ['a', 'river', 'harbours before', 'x9']) {"
+        " e.value = t; const at = performance.now(); e.dispatchEvent(new Event('input')); document.body.offsetHeight;"
+        " out.push(performance.now() - at); } return out })()"
+    )
+    print(f"20k rows: open {opened:.2f} s, filters {[round(s) for s in spent]} ms")
+    assert max(spent[1:]) <= 200, spent
+    assert spent[0] <= 400, "the first search also builds its index"
+    assert browser.errors == []
