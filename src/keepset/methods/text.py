@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 WORD = re.compile(r"\w+")
+WORD_OR_PUNCTUATION = re.compile(r"\w+|[^\w\s]+")
 _BASE = 0x9E3779B97F4A7C15 | 1
 _ABSENT, _WORD, _OTHER = 0, 1, 2  # classes of characters
 
@@ -33,6 +34,9 @@ class Hashes:
 
     values: np.ndarray  # (t,) uint64
     offsets: np.ndarray  # (n + 1,) int64
+    starts: np.ndarray  # (t,) int64, where in `joined` each token, or an n-gram's first token, begins
+    ends: np.ndarray  # (t,) int64, where it, or an n-gram's last token, ends
+    joined: str  # the lower-cased texts, a line break after each
 
     def __len__(self) -> int:
         """Return the number of texts."""
@@ -71,15 +75,17 @@ def hash_tokens(texts: Sequence[str], *, punctuation: bool = False) -> Hashes:
     if not punctuation:
         kinds = np.where(kinds == _OTHER, np.uint8(_ABSENT), kinds)
     before = np.concatenate([np.zeros(1, np.uint8), kinds[:-1]])
-    starts = np.flatnonzero((kinds != before) & (kinds != _ABSENT))
+    change = kinds != before
+    starts = np.flatnonzero(change & (kinds != _ABSENT))
+    ends = np.flatnonzero(change & (before != _ABSENT))  # every text ends in a line break, so every token has one
     powers, inverses = _powers(1 << max(10, len(codes).bit_length()))
     numbers *= powers[: len(codes)]
     numbers[kinds == _ABSENT] = 0  # so that a sum up to the next token's start is the token's own sum
     values = np.add.reduceat(numbers, starts) if len(starts) else np.zeros(0, np.uint64)
     values = mix(values * inverses[starts])
-    ends = np.cumsum(np.fromiter((len(t) + 1 for t in lower), dtype=np.int64, count=len(lower)))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.searchsorted(starts, ends)])
-    return Hashes(values, offsets)
+    last = np.cumsum(np.fromiter((len(t) + 1 for t in lower), dtype=np.int64, count=len(lower)))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.searchsorted(starts, last)])
+    return Hashes(values, offsets, starts, ends, joined)
 
 
 def ngrams(tokens: Hashes, n: int) -> Hashes:
@@ -91,7 +97,8 @@ def ngrams(tokens: Hashes, n: int) -> Hashes:
     values = tokens.values[starts]
     for step in range(1, n):
         values = mix(values * np.uint64(_BASE) + tokens.values[starts + step])
-    return Hashes(values, np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(counts - n + 1, 0))]))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(counts - n + 1, 0))])
+    return Hashes(values, offsets, tokens.starts[starts], tokens.ends[starts + (n - 1)], tokens.joined)
 
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

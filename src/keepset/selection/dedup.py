@@ -89,7 +89,9 @@ def shingles(texts: Sequence[str], n: int) -> Hashes:
         following = tokens.values[np.where(inside, tokens.offsets[short] + step, 0)]
         whole = np.where(inside, mix(whole * np.uint64(0x9E3779B97F4A7C15) + following), whole)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.diff(runs.offsets) + ((counts > 0) & (counts < n)))])
-    return Hashes(np.insert(runs.values, runs.offsets[short], whole), offsets)
+    starts = np.insert(runs.starts, runs.offsets[short], tokens.starts[tokens.offsets[short]])
+    ends = np.insert(runs.ends, runs.offsets[short], tokens.ends[tokens.offsets[short + 1] - 1])
+    return Hashes(np.insert(runs.values, runs.offsets[short], whole), offsets, starts, ends, runs.joined)
 
 
 def signatures(hashed: Hashes, n_hashes: int = N_HASHES) -> np.ndarray:

@@ -1,0 +1,33 @@
+"""EL2N and GraNd: data diet (arXiv 2107.07075), for sequences.
+
+    S_EL2N(z)  = (1/T) Σ_t ‖softmax(f_t) − onehot(y_t)‖₂
+    S_GraNd(z) = mean_c ‖∇ℓ(z; θ_c)‖₂
+
+f_t: logits at the t-th of T supervised tokens, y_t: the token; θ_c: checkpoints early in training. Larger = harder =
+first, as in the paper. The paper averages over several initialisations of a classifier; with one pre-trained model
+there is one, and the mean over tokens is our extension. GraNd here takes the adapter's gradients.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def el2n(error_norms: np.ndarray, n_tokens: np.ndarray | None = None) -> np.ndarray:
+    """Score rows by the mean length of their error vectors.
+
+    Args:
+        error_norms: (n,) or (c, n): Σ_t ‖p_t − onehot(y_t)‖₂ over supervised tokens, per checkpoint.
+        n_tokens: (n,) supervised tokens; None: the norms are means already.
+
+    Returns:
+        (n,) float64 in [0, √2], the mean over checkpoints.
+    """
+    norms = np.atleast_2d(np.asarray(error_norms, dtype=np.float64))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (norms if n_tokens is None else norms / np.asarray(n_tokens)).mean(axis=0)
+
+
+def grand(norms: np.ndarray) -> np.ndarray:
+    """Score rows by their gradient norm (c, n) or (n,), mean over checkpoints: (n,) float64."""
+    return np.atleast_2d(np.asarray(norms, dtype=np.float64)).mean(axis=0)

@@ -1,0 +1,41 @@
+"""IFD: instruction-following difficulty, "Cherry" (arXiv 2308.12032; Superfiltering, 2402.00530, by a small model).
+
+    S(z) = IFD = L(y | x) / L(y)   if IFD ≤ 1,   else −IFD
+
+L(y | x): mean nats a token of the answer given the prompt. L(y): the same answer without any prompt. High but below
+1: the prompt helps, yet little. Above 1 the prompt hurts, a sign of a mismatched pair: the authors filter these out;
+here they rank below every other row, so that no row vanishes. `ceiling=None` ranks by plain IFD.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def ifd(
+    nll_given_prompt: np.ndarray,
+    nll_alone: np.ndarray,
+    n_tokens: np.ndarray | None = None,
+    n_tokens_alone: np.ndarray | None = None,
+    *,
+    ceiling: float | None = 1.0,
+) -> np.ndarray:
+    """Score rows by how little their prompt helps their answer.
+
+    Args:
+        nll_given_prompt: (n,) nats of the answer given the prompt, summed over its tokens.
+        nll_alone: (n,) nats of the answer alone, summed.
+        n_tokens: (n,) supervised tokens of the first; None: both losses are means already.
+        n_tokens_alone: (n,) of the second, where it differs (without a prompt the first token may go unpredicted).
+        ceiling: IFD above it ranks last.
+
+    Returns:
+        (n,) float64; NaN for a row without tokens.
+    """
+    given, alone = np.asarray(nll_given_prompt, dtype=np.float64), np.asarray(nll_alone, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if n_tokens is not None:
+            given = given / n_tokens
+            alone = alone / (n_tokens if n_tokens_alone is None else n_tokens_alone)
+        ratio = given / alone
+        return ratio if ceiling is None else np.where(ratio > ceiling, -ratio, ratio)

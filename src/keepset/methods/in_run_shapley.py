@@ -1,0 +1,56 @@
+"""In-run data Shapley (arXiv 2406.11011): the value of each row in one training run, from its own gradients.
+
+    U_t(A) = ℓ_val(θ_t) − ℓ_val(θ_t − η_t Σ_{i in A} g_i),    A a part of step t's batch,    φ = Σ_t φ_t
+    first order:   φ_t(z) = η_t <v_t, g_z>
+    second order:  φ_t(z) = η_t <v_t, g_z> − (η_t² / 2) g_zᵀ H_t Σ_{i in batch} g_i
+
+g_i: gradient of row i as it enters the step (divided by the batch size where the loss is a mean), v_t and H_t:
+gradient and Hessian of the target's loss. φ_t is the exact Shapley value of U_t's Taylor expansion. The paper takes U
+as the change of the loss (negative = good); here the sign is turned. Its runs take SGD steps; with Adam the dot
+products are those of the mapped gradients and the values are an approximation. Rows are valued in the run's batches
+only: others get 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from keepset.methods.tasks import Reduce, reduce_tasks
+
+
+def in_run_shapley(
+    dots: np.ndarray,
+    lr: np.ndarray,
+    in_batch: np.ndarray,
+    curvature: np.ndarray | None = None,
+    *,
+    reduce: Reduce = "mean",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum the steps' Shapley values.
+
+    Args:
+        dots: (t, n, j) <v_tj, g_i>; what stands for rows outside a step's batch is ignored.
+        lr: (t,) learning rates.
+        in_batch: (t, n) bool.
+        curvature: (t, n, j) g_iᵀ H_tj Σ_{batch} g; None: first order.
+        reduce: over target tasks.
+
+    Returns:
+        scores (n,) and per_task (n, j).
+
+    Raises:
+        ValueError: shapes that don't fit.
+    """
+    dots, lr, in_batch = np.asarray(dots, np.float64), np.asarray(lr, np.float64), np.asarray(in_batch, bool)
+    if dots.ndim != 3 or lr.shape != dots.shape[:1] or in_batch.shape != dots.shape[:2]:
+        raise ValueError(
+            f"dots (t, n, j), lr (t,), in_batch (t, n) don't fit: {dots.shape}, {lr.shape}, {in_batch.shape}"
+        )
+    rate = lr[:, None, None]
+    values = rate * dots
+    if curvature is not None:
+        if np.shape(curvature) != dots.shape:
+            raise ValueError(f"curvature {np.shape(curvature)} and dots {dots.shape} must have one shape")
+        values = values - rate**2 / 2 * np.asarray(curvature, np.float64)
+    per_task = np.where(in_batch[:, :, None], values, 0.0).sum(axis=0)
+    return reduce_tasks(per_task, reduce), per_task
