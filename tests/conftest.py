@@ -94,6 +94,7 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0, attn: str = "keeps
     else:
         kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
         config = kinds[architecture](**{**common, **changes})
+    torch.set_num_threads(1)  # threads cost more than they bring at this size, and far more on a busy machine
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=torch.float32)
     return model.eval()

@@ -1,0 +1,246 @@
+"""Summed losses of every row under the base and under its LoRA, in one sweep: what DavIR, RHO, IFD and perplexity start
+from.
+
+L_i = sum over supervised t of l(z_t, y_t), in nats, token values in float32 and sums in float64. The token loss l is
+one of
+
+    ce              nll = logsumexp(z) - z_y label-smoothed  (1 - e) * nll + e * (logsumexp(z) - mean(z))        e = 0.1
+    (Szegedy et al. 2016; torch's label_smoothing) focal           (1 - p_y)^g * nll,  p_y = exp(-nll)
+    g = 2     (Lin et al. 2017, eq. 4)
+
+How it is made cheap: rows are packed without padding; a beginning that many rows share (a system line, a template's
+first words) is computed once a batch; the output head runs at supervised positions only, over blocks of the vocabulary;
+for the adapter pass W + s·B·A is formed once a call, so that it costs what the base pass costs. Two separate full
+models are two calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keepset import head, packing
+
+log = logging.getLogger(__name__)
+
+TokenLoss = Literal["ce", "label-smoothed", "focal"]
+SMOOTHING, GAMMA = 0.1, 2.0
+SHORTEST_PREFIX, FEWEST_ROWS = 8, 4
+"""A shared beginning pays from about this many tokens and rows."""
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Losses in the order of the given rows.
+
+    Attributes:
+        nll: (passes, n) float64, summed nats per row; one pass for each of `adapters`.
+        n_tokens: (n,) int64 supervised tokens.
+        token_nll: per pass a list of n arrays (n_tokens[i],) float32, if asked for.
+    """
+
+    nll: np.ndarray
+    n_tokens: np.ndarray
+    token_nll: list[list[np.ndarray]] | None = None
+
+
+def row_losses(
+    model: Any,
+    rows: Sequence[packing.Row],
+    *,
+    token_budget: int,
+    adapters: tuple[bool, ...] = (True,),
+    token_loss: TokenLoss = "ce",
+    per_token: bool = False,
+    share_prefix: bool = True,
+    merge: bool = True,
+) -> RowLosses:
+    """Score rows under one model, with its adapter on and / or off.
+
+    Args:
+        model: causal LM, or PeftModel around one.
+        rows: encoded rows.
+        token_budget: tokens a batch holds.
+        adapters: the passes over each batch: True as the model stands, False with its adapter off (a model without an
+        adapter
+            gives the same twice).
+        token_loss: see the module docstring.
+        per_token: also return every token's loss.
+        share_prefix: compute a beginning that rows have in common once (CPU, packed).
+        merge: use merged LoRA weights in the adapter pass where that is exact.
+
+    Returns:
+        Losses in the order of `rows`. A row whose loss is not finite keeps its NaN or Inf: the caller quarantines it.
+    """
+    packed = packing.supports_packing(model)
+    device = next(model.parameters()).device
+    nll = np.zeros((len(adapters), len(rows)))
+    tokens: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] * len(rows) for _ in adapters]
+    peft = hasattr(model, "disable_adapter")
+    share = share_prefix and packed and device.type == "cpu"
+    with torch.no_grad():  # not inference_mode: the merged tensors take the place of parameters for a while
+        weights = merged_weights(model) if merge and peft and True in adapters else None
+    with torch.inference_mode():
+        for index, prefix in plan(rows, token_budget, share=share, window=sliding_window(model)):
+            batch = packing.pack(rows, index, packed=packed, device=device, prefix=prefix)
+            counts = np.bincount(batch.row_of.cpu().numpy(), minlength=len(index)) if per_token else None
+            for k, on in enumerate(adapters):
+                with _pass(model, on, peft, weights):
+                    values = token_values(model, batch, token_loss)
+                nll[k, index] = packing.row_sums(values, batch.row_of, len(index)).cpu().numpy()
+                if counts is not None:
+                    parts = np.split(values.float().cpu().numpy(), np.cumsum(counts)[:-1])
+                    for i, part in zip(index, parts, strict=True):
+                        tokens[k][int(i)] = part
+    n_tokens = np.asarray([int(np.count_nonzero(row.supervised)) for row in rows], dtype=np.int64)
+    return RowLosses(nll, n_tokens, tokens if per_token else None)
+
+
+def token_values(model: Any, batch: packing.Batch, token_loss: TokenLoss) -> Tensor:
+    """Return the token loss at every supervised position, (S,) float32, no gradient."""
+    if token_loss == "ce":
+        return packing.token_nll(model, batch)
+    if token_loss == "focal":
+        nll = packing.token_nll(model, batch)
+        return (1 - torch.exp(-nll)) ** GAMMA * nll
+    if token_loss != "label-smoothed":
+        raise ValueError(f"token_loss '{token_loss}' is not one of ce, label-smoothed, focal")
+    inner = packing.bare(model)
+    z = inner.get_output_embeddings()
+    if type(z) is not nn.Linear:
+        raise ValueError("label-smoothed losses need a plain linear output head (no adapter on it)")
+    hidden = packing.last_hidden(model, batch)[batch.predict]
+    stats = head.head_stats(hidden, batch.labels, z.weight, z.bias, head.logit_map(inner.config), with_mean=True)
+    return (1 - SMOOTHING) * (stats.lse - stats.label) + SMOOTHING * (stats.lse - stats.mean)
+
+
+def sliding_window(model: Any) -> int | None:
+    """Return the sliding window of the model's layers, if it has one: a shared prefix must fit inside it."""
+    text = packing.bare(model).config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    return int(window) if window and getattr(text, "use_sliding_window", True) else None
+
+
+# -- which rows share a beginning -----------------------------------------------------------------------------------
+
+
+def plan(
+    rows: Sequence[packing.Row], token_budget: int, *, share: bool, window: int | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (indices, length of the shared beginning) of each batch; a pure function of the rows.
+
+    Rows are put into groups with a common unsupervised beginning, each group is batched by length. Rows longer than a
+    sliding window go without sharing.
+    """
+    everyone = np.arange(len(rows))
+    lengths = np.asarray([len(row.input_ids) for row in rows])
+    groups: list[tuple[np.ndarray, int]] = [(everyone, 0)]
+    if share and len(rows):
+        short = everyone if window is None else everyone[lengths <= window]
+        groups = prefix_groups(rows, short)
+        rest = np.setdiff1d(everyone, short)
+        if len(rest):
+            groups.append((rest, 0))
+    for members, prefix in groups:
+        for batch in packing.plan_batches(lengths[members] - prefix, max(1, token_budget - prefix)):
+            yield members[batch], prefix if len(batch) > 1 else 0
+
+
+def prefix_groups(rows: Sequence[packing.Row], members: np.ndarray) -> list[tuple[np.ndarray, int]]:
+    """Group rows by common beginnings: a group splits off where `SHORTEST_PREFIX` more tokens are shared by enough
+    rows.
+
+    Returns:
+        (indices, prefix length) of each group; the first token that is supervised is never part of the beginning.
+    """
+    free = {int(i): int(np.argmax(rows[int(i)].supervised)) for i in members}
+
+    def split(group: list[int], depth: int) -> list[tuple[np.ndarray, int]]:
+        # Up to where do all agree?
+        limit = min(free[i] for i in group)
+        first = np.asarray(rows[group[0]].input_ids[:limit])
+        for i in group:
+            same = first[: limit if limit <= len(first) else len(first)] == np.asarray(rows[i].input_ids[: len(first)])
+            if not same.all():
+                first = first[: int(np.argmin(same))]
+        depth = len(first)
+        after: dict[int, list[int]] = {}
+        for i in group:
+            if free[i] >= depth + SHORTEST_PREFIX:
+                after.setdefault(int(rows[i].input_ids[depth]), []).append(i)
+        out: list[tuple[np.ndarray, int]] = []
+        rest = set(group)
+        for some in after.values():
+            if len(some) >= 4 * FEWEST_ROWS and len(some) < len(group):
+                deeper = split(some, depth)
+                for indices, length in deeper:
+                    if length >= depth + SHORTEST_PREFIX:
+                        out.append((indices, length))
+                        rest -= {int(i) for i in indices}
+        if rest:
+            out.append(
+                (np.asarray(sorted(rest)), depth if depth >= SHORTEST_PREFIX and len(rest) >= FEWEST_ROWS else 0)
+            )
+        return out
+
+    return split([int(i) for i in members], 0) if len(members) else []
+
+
+# -- merged adapter weights -----------------------------------------------------------------------------------------
+
+
+def merged_weights(model: Any) -> list[tuple[Any, Tensor, Tensor]] | None:
+    """Form W + s·B·A of every LoRA layer; None unless all of the adapter is one plain LoRA on float32 linear layers."""
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    out: list[tuple[Any, Tensor, Tensor]] = []
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for module in layers:
+        plain = (
+            type(module) is LoraLinear
+            and isinstance(module, LoraLayer)
+            and type(module.get_base_layer()) is nn.Linear
+            and len(module.active_adapters) == 1
+            and module.active_adapters[0] in module.lora_A
+            and not module.merged
+            and not module.lora_variant
+            and not module.disable_adapters
+            and not module.lora_bias.get(module.active_adapters[0], False)
+        )
+        if not plain:
+            return None
+        base = module.get_base_layer().weight
+        if base.dtype != torch.float32:
+            return None
+        name = module.active_adapters[0]
+        delta = module.lora_B[name].weight @ module.lora_A[name].weight
+        out.append((module, base.data, torch.add(base.data, delta, alpha=float(module.scaling[name]))))
+    modules_to_save = any("modules_to_save" in n for n, _ in model.named_modules())
+    return out if out and not modules_to_save else None
+
+
+@contextmanager
+def _pass(model: Any, on: bool, peft: bool, weights: list[tuple[Any, Tensor, Tensor]] | None) -> Iterator[None]:
+    """Run with the adapter on or off; with merged weights the adapter is off and W or W + s·B·A is in place."""
+    if not peft or (on and weights is None):
+        yield
+        return
+    with model.disable_adapter():
+        if on and weights is not None:
+            for module, _, both in weights:
+                module.get_base_layer().weight.data = both
+        try:
+            yield
+        finally:
+            if on and weights is not None:
+                for module, base, _ in weights:
+                    module.get_base_layer().weight.data = base

@@ -1,0 +1,299 @@
+"""Loading a causal LM, its tokenizer and an adapter: hub names, safetensors folders, GGUF files, the demonstration
+models.
+
+Weights are read from safetensors only: a pickle (`.bin`, `.pt`) can run any program when it is opened, so a folder that
+has nothing else is refused. Code from a model's repository runs only with `trust_remote_code` and a pinned
+`model_revision`.
+
+Models are loaded with keepset's attention, which packs rows without padding and is transformers' `sdpa` for every other
+call (`keepset.attention`). An architecture it can't serve says so and takes padded batches: the same numbers, more
+slowly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keepset.encoding import Encoder
+from keepset.errors import ModelError
+from keepset.gguf import DEMO_MODELS, demo_folder, gguf_folder
+from keepset.recipe import LoraSpec, ModelSpec
+
+log = logging.getLogger(__name__)
+
+FUSED = {
+    "q_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv"),
+    "k_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv"),
+    "v_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv"),
+    "o_proj": ("attn.c_proj", "attention.dense", "self_attention.dense", "out_proj"),
+}
+"""What a LoRA target is called where Llama's name does not exist (GPT-2, Phi-3, GPT-NeoX, Falcon, MPT)."""
+
+
+@dataclass
+class Loaded:
+    """A model ready to score.
+
+    Attributes:
+        model: PreTrainedModel or PeftModel, in eval mode.
+        tokenizer: its fast tokenizer.
+        encoder: messages -> tokens for it.
+        spec: what was asked for.
+        fingerprint: hash of weights, config, adapter and dtype.
+    """
+
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    spec: ModelSpec
+    fingerprint: str
+
+
+def resolve(spec: ModelSpec) -> str:
+    """Return the local folder (GGUF files and demonstration models are converted once) or the hub name.
+
+    Raises:
+        ModelError: nothing there, pickled weights only, an adapter instead of a model, remote code without a revision.
+    """
+    name = spec.model_name_or_path
+    if spec.trust_remote_code and not spec.model_revision:
+        raise ModelError("trust_remote_code runs code from the model's repository: pin it with model_revision")
+    if name in DEMO_MODELS and not Path(name).exists():
+        return str(demo_folder(name))
+    path = Path(name).expanduser()
+    if name.lower().endswith(".gguf"):
+        return str(gguf_folder(path))
+    if path.is_dir():
+        _check_folder(path)
+        return str(path)
+    if path.is_file():
+        raise ModelError(f"{name}: a model is a folder with config.json and safetensors, or a .gguf file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such model folder")
+    return name
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(f"{path}: an adapter, not a model; name its base model and give this as the adapter")
+        raise ModelError(f"{path}: no config.json, so not a model folder")
+    if not any(path.glob("*.safetensors")):
+        pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickled:
+            raise ModelError(
+                f"{path}: only pickled weights ({pickled[0]}), which can run any code when opened; save the model "
+                "again with save_pretrained(..., safe_serialization=True)"
+            )
+        raise ModelError(f"{path}: no .safetensors weights")
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """Return the model's fast tokenizer; padding is on the right and pad falls back to eos.
+
+    Raises:
+        ModelError: it can't be found or read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = resolve(spec)
+    options: dict[str, Any] = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
+    with _one_line(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **options)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.keepset_context = context_length(config)
+    return tokenizer
+
+
+def context_length(config: Any) -> int | None:
+    """Return the longest input a model has positions for, if its config says so."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+class _one_line:
+    """Turn what transformers and safetensors raise while loading into a ModelError of one line."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # safetensors raises its own SafetensorError, huggingface_hub its own HTTP errors: all are plain Exceptions
+        # here.
+        if isinstance(error, Exception) and not isinstance(error, ModelError):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise ModelError(f"{self.source}: can't be loaded: {lines[0][:300]}") from error
+
+
+def pick_device(name: str) -> str:
+    """Return `name`, or for `auto` cuda if there is one, else cpu.
+
+    Raises:
+        ModelError: cuda was asked for and there is none.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device {name}: torch sees no GPU here; use device: cpu")
+    return name
+
+
+def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
+    """Load a model, its tokenizer and, if given, a PEFT adapter (safetensors only); eval mode.
+
+    Args:
+        spec: which model, dtype, device, attention, and how rows become tokens.
+        adapter: a folder with adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        ModelError: one line that says what is wrong and what to do.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from keepset import attention, packing
+
+    source = resolve(spec)
+    tokenizer = load_tokenizer(spec)
+    device = pick_device(spec.device)
+    options: dict[str, Any] = {
+        "revision": spec.model_revision,
+        "trust_remote_code": spec.trust_remote_code,
+        "dtype": getattr(torch, spec.dtype),
+        "use_safetensors": True,
+    }
+    attn = spec.attn_implementation or attention.NAME
+    with _one_line(source):
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attn, **options)
+        except (ValueError, ImportError):
+            if spec.attn_implementation is not None:
+                raise
+            # Loaded again below with the architecture's own default; if that fails too, its error is the one to show.
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
+    model = model.to(device).eval()
+    fingerprint = [_fingerprint(source, model), spec.dtype]
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+        fingerprint.append(file_hash(Path(adapter) / "adapter_model.safetensors"))
+        fingerprint.append(file_hash(Path(adapter) / "adapter_config.json"))
+    if attn == attention.NAME and not packing.supports_packing(model) and not packing.probe(model):
+        log.warning(
+            "%s (%s) can't be run packed: padded batches instead, the same numbers more slowly",
+            spec.model_name_or_path,
+            model.config.model_type,
+        )
+    digest = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
+    return Loaded(model, tokenizer, Encoder(tokenizer, spec), spec, digest)
+
+
+def load_adapter(model: Any, adapter: str | Path) -> Any:
+    """Put a PEFT adapter on a model and return the PeftModel in eval mode; safetensors only.
+
+    Raises:
+        ModelError: no adapter there, a pickled one, or one made for another model.
+    """
+    from peft import PeftModel
+
+    folder = Path(adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{adapter}: no adapter_config.json, so not an adapter folder")
+    if not (folder / "adapter_model.safetensors").is_file():
+        what = "pickled weights" if (folder / "adapter_model.bin").exists() else "no weights"
+        raise ModelError(f"{adapter}: {what}; an adapter needs adapter_model.safetensors")
+    with _one_line(str(adapter)):
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprint(source: str, model: Any) -> str:
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"{source}@{getattr(model.config, '_commit_hash', None)}"
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return json.dumps([[p.name, file_hash(p)] for p in files])
+
+
+def linear_names(model: Any) -> list[str]:
+    """Return the full names of the linear modules (Conv1D of GPT-2 included), the output head left out."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+
+
+def lora_targets(names: list[str], wanted: list[str]) -> list[str]:
+    """Map LoRA targets to the modules a model has; fused projections stand in for q, k, v and o.
+
+    Args:
+        names: `linear_names(model)`.
+        wanted: the spec's `lora_target_modules`.
+
+    Raises:
+        ModelError: a target the model does not have, with those it has.
+    """
+
+    def there(target: str) -> bool:
+        return any(n == target or n.endswith(f".{target}") for n in names)
+
+    chosen: list[str] = []
+    for target in wanted:
+        found = target if there(target) else next((c for c in FUSED.get(target, ()) if there(c)), None)
+        if found is None:
+            kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
+            raise ModelError(f"lora_target_modules: the model has no '{target}'; its linear modules are: {kinds}")
+        if found not in chosen:
+            chosen.append(found)
+    if chosen != wanted:
+        log.warning("LoRA targets %s are called %s in this model", ", ".join(wanted), ", ".join(chosen))
+    return chosen
+
+
+def apply_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
+    """Wrap a model in a fresh LoRA (B = 0, so the numbers are unchanged) and return the PeftModel.
+
+    Args:
+        model: a loaded model without an adapter.
+        lora: rank, alpha, dropout, targets.
+        seed: decides A; the global random state is left as it was.
+
+    Raises:
+        ModelError: a target module the model does not have.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    wanted = lora.lora_target_modules
+    targets: Any = wanted if isinstance(wanted, str) else lora_targets(linear_names(model), list(wanted))
+    config = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float works
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
