@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import random_rows, tiny_model, tiny_tokenizer
-from keepset.errors import DataError, RecipeError
+from keepset.errors import DataError, ModelError, RecipeError
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train import sft
 from keepset.train.sft import fit_sft
@@ -81,6 +81,13 @@ def test_packed_step_equals_trl(tmp_path, monkeypatch, architecture, accumulate)
     a, b = weights(tmp_path / "ours"), weights(tmp_path / "trl")
     for name in a:
         assert torch.allclose(a[name], b[name], atol=2e-4), name
+
+
+def test_a_model_with_attention_dropout_and_other_module_names(tmp_path):
+    rows = random_rows(8)
+    result = fit(tmp_path / "gpt2", rows, architecture="gpt2", num_train_epochs=4)
+    assert result.losses[-1] < result.losses[0]
+    assert all("c_attn" in name or "c_proj" in name for name in weights(tmp_path / "gpt2"))
 
 
 def test_first_loss_is_the_token_mean(tmp_path):
@@ -171,8 +178,8 @@ def test_arguments(tmp_path):
         fit(tmp_path, extra={"max_length": 5})
     with pytest.raises(RecipeError, match="warmup_ratio"):
         fit(tmp_path, warmup_ratio=1.0)
-    with pytest.raises(RecipeError, match="not in this model; it has c_attn, c_fc, c_proj"):
-        fit(tmp_path, architecture="gpt2")
+    with pytest.raises(ModelError, match="the model has no 'up_prj'; its linear modules are: .*up_proj"):
+        fit(tmp_path, lora=LoraSpec(lora_target_modules=["up_prj"]))
     assert fit(tmp_path / "steps", extra={"max_steps": 2, "adam_beta1": 0.5}).steps == 2
 
 
@@ -186,3 +193,19 @@ def test_bad_rows_and_a_loss_that_explodes(tmp_path):
     with pytest.raises(DataError, match="NaN or infinite at step"):
         fit(tmp_path / "nan", learning_rate=1e30, max_grad_norm=0, warmup_ratio=0, num_train_epochs=3, full=True)
     assert not (tmp_path / "nan" / "training.json").exists()
+
+
+def test_from_a_model_folder_and_back(tmp_path):
+    """`train_sft` loads the base itself; its result is an adapter that `keepset.model.load` puts on."""
+    from keepset.model import load
+
+    base = ModelSpec(model_name_or_path=str(tmp_path / "base"), device="cpu")
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [
+        load(base).encoder.encode([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the answer"}])
+    ]
+    result = sft.train_sft(base, LORA, rows * 4, tmp_path / "out", spec(num_train_epochs=5), seed=0)
+    assert result.losses[-1] < result.losses[0]
+    trained = load(base, adapter=tmp_path / "out")
+    assert trained.model.peft_config["default"].r == 2

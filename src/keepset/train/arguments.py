@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from keepset.errors import RecipeError, did_you_mean
-from keepset.recipe import ModelSpec, TrainSpec
+from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 
 Config = TypeVar("Config")
 
@@ -77,37 +77,28 @@ def trainer_config(
         raise RecipeError(f"training arguments: {str(error).splitlines()[0]}") from None
 
 
-def lora_config(lora: Any, model: Any) -> Any:
-    """Build PEFT's LoraConfig.
+def lora_config(lora: LoraSpec, model: Any) -> Any:
+    """Build PEFT's LoraConfig for a trainer, which initialises the adapter after setting its seed.
 
     Args:
-        lora: the recipe's LoraSpec.
+        lora: the recipe's section.
         model: the model it is for.
 
     Raises:
-        RecipeError: the model has none of the target modules; the message names its linear layers.
+        ModelError: the model has none of the target modules; the message names those it has.
     """
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    from keepset.model import linear_names, lora_targets
 
     wanted = lora.lora_target_modules
-    if wanted != "all-linear":
-        ends = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if not list(module.children())}
-        missing = [name for name in wanted if name.rsplit(".", 1)[-1] not in ends]
-        if missing:
-            linear = sorted(
-                {
-                    name.rsplit(".", 1)[-1]
-                    for name, module in model.named_modules()
-                    if type(module).__name__ in ("Linear", "Conv1D") and not name.endswith("lm_head")
-                }
-            )
-            raise RecipeError(
-                f"lora_target_modules: {', '.join(missing)} not in this model; it has {', '.join(linear)}"
-            )
+    targets: Any = wanted if isinstance(wanted, str) else lora_targets(linear_names(model), list(wanted))
     return LoraConfig(
         r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float works
         lora_dropout=lora.lora_dropout,
-        target_modules=wanted,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
         task_type="CAUSAL_LM",
     )

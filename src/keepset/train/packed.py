@@ -55,9 +55,16 @@ class PackedCollator:
         return {"parts": self.parts(rows), "n_items": sum(int(r.supervised.sum()) for r in rows)}
 
 
+def trains_packed(model: Any) -> bool:
+    """Say whether the model's attention serves packed rows in training, which is without attention dropout."""
+    config = model.config.get_text_config()
+    dropout = max(float(getattr(config, name, None) or 0) for name in ("attention_dropout", "attn_pdrop"))
+    return supports_packing(model) and dropout == 0
+
+
 def collator_for(model: Any, pad_token_id: int) -> PackedCollator:
     """Packed where the model's attention allows it, else padded; the head is at supervised positions either way."""
-    return PackedCollator(supports_packing(model), pad_token_id)
+    return PackedCollator(trains_packed(model), pad_token_id)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from keepset import losses
 from keepset.errors import DataError, RecipeError, did_you_mean
-from keepset.packing import Batch, pack, row_sums, supports_packing, token_nll
+from keepset.packing import Batch, pack, row_sums, token_nll
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.train.packed import MICRO_TOKENS, PackedSteps, Tokens, to_device
+from keepset.train.packed import MICRO_TOKENS, PackedSteps, Tokens, to_device, trains_packed
 from keepset.train.sft import TrainResult, check_rows, finished, plan_of, run_trainer, trainer_arguments
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def dpo_trainer(
         )
     pad = tokenizer.pad_token_id or 0
     kind: Any = PackedDPO if own else Prepared
-    collator = PairCollator(supports_packing(model), pad) if own else PaddedPairs(pad)
+    collator = PairCollator(trains_packed(model), pad) if own else PaddedPairs(pad)
     more: dict[str, Any] = {"peft_config": lora_config(lora, model)} if lora is not None else {}
     return kind(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, data_collator=collator, **more

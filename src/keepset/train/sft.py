@@ -282,7 +282,7 @@ def prepare_work(work: Path, plan: str, resume: bool) -> Path | None:
     same = stamp.exists() and stamp.read_text(encoding="utf-8") == plan
     checkpoint = last_whole_checkpoint(work) if resume and same else None
     if checkpoint is None:
-        if work.exists() and resume and not same:
+        if resume and not same and any(work.glob("checkpoint-*")):
             log.warning("%s: checkpoints of another training are dropped", work)
         shutil.rmtree(work, ignore_errors=True)
         write_atomic(stamp, plan.encode())
