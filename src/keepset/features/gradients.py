@@ -17,9 +17,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,11 +43,16 @@ class Sink(Protocol):
 
 @dataclass
 class Recorder:
-    """The layers being recorded, and where their gradients go: set both before each backward pass."""
+    """The layers being recorded, and where their gradients go; `run_backward` sets sink and batch.
+
+    A recorded head sees predicting positions only, so it has a batch of its own.
+    """
 
     linears: dict[str, Linear]
     sink: Sink | None = None
     batch: Batch | None = None
+    head: Linear | None = None
+    head_batch: Batch | None = None
     anchor: Tensor = field(default_factory=lambda: torch.zeros(0, requires_grad=True))
 
     @property
@@ -73,7 +79,7 @@ class _Recorded(torch.autograd.Function):
 
 def hand_over(linear: Linear, x: Tensor, grad: Tensor, recorder: Recorder) -> None:
     """Give the sink one layer's factors, from its input x (B*T, in) and its output's gradient (B*T, out)."""
-    sink, batch = recorder.sink, recorder.batch
+    sink, batch = recorder.sink, recorder.head_batch if linear is recorder.head else recorder.batch
     if sink is None or batch is None:
         raise RuntimeError("a backward pass ran without a sink and a batch set on the recorder")
     if linear.lora is not None:
@@ -102,6 +108,8 @@ def recording(
     linears = find_linears(model, matrices=matrices, last_layers=last_layers)
     device = next(model.parameters()).device
     recorder = Recorder(linears, anchor=torch.zeros(0, device=device, requires_grad=True))
+    output = bare(model).get_output_embeddings()
+    recorder.head = next((linear for linear in linears.values() if linear.module is output), None)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
@@ -160,8 +168,16 @@ def run_backward(model: nn.Module, recorder: Recorder, batch: Batch, weights: Te
             hidden = last_hidden(model, batch)
             inner = bare(model)
             output = inner.get_output_embeddings()
-            if type(output) is not nn.Linear or "forward" in vars(output) or not hidden.requires_grad:
-                nll = token_nll(model, batch, hidden=hidden)  # the head itself is recorded
+            if recorder.head is not None:  # its inputs stand at predicting positions only
+                counts = np.bincount(batch.row_of.cpu().numpy(), minlength=len(batch.lengths))
+                starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+                recorder.head_batch = replace(batch, lengths=counts.tolist(), offsets=starts.tolist())
+                logits = head.logit_map(inner.config)(output(hidden[batch.predict]))
+                nll = F.cross_entropy(logits, batch.labels, reduction="none")
+                (nll * weights).sum().backward()
+                return nll.detach()
+            if type(output) is not nn.Linear:
+                nll = token_nll(model, batch, hidden=hidden)
                 (nll * weights).sum().backward()
                 return nll.detach()
             nll, grad = head_gradient(hidden.detach()[batch.predict], batch.labels, weights, output, inner.config)
@@ -169,7 +185,7 @@ def run_backward(model: nn.Module, recorder: Recorder, batch: Batch, weights: Te
             hidden.backward(full)
             return nll
     finally:
-        recorder.sink = recorder.batch = None
+        recorder.sink = recorder.batch = recorder.head_batch = None
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def find_linears(
     check_dropout(model)
     found = _full(model, matrices) if matrices is not None else _lora(model)
     if last_layers is not None:
-        total = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
+        total = int(bare(model).config.get_text_config().num_hidden_layers)
         layers = {n: layer_of(n) for n in found}
         found = {n: f for n, f in found.items() if (k := layers[n]) is None or k >= total - last_layers}
     if not found:
@@ -136,7 +136,7 @@ def _lora(model: nn.Module) -> dict[str, Linear]:
 
 
 def _full(model: nn.Module, patterns: Sequence[str]) -> dict[str, Linear]:
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    embedding = model.get_input_embeddings().weight
     found: dict[str, Linear] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
