@@ -23,6 +23,14 @@ def vectors(target):
     return np.stack([flat({n: b[k] for n, b in target.blocks.items()}) for k in range(target.n_targets)])
 
 
+def summed_margin(model, pair):
+    return token_logps(model, pair[0]).sum() - token_logps(model, pair[1]).sum()
+
+
+def mean_gap(model, pair):
+    return token_logps(model, pair[1]).mean() - token_logps(model, pair[0]).mean()
+
+
 def unit(v):
     return v / np.linalg.norm(v, axis=-1, keepdims=True)
 
@@ -108,25 +116,19 @@ def test_beta_and_reference_cancel_per_pair_but_not_per_task(architecture) -> No
     }
     first = found["pair", 0.01, "base"]
     assert all(np.abs(v - first).max() < 1e-7 for k, v in found.items() if k[0] == "pair")
-    spread = [
-        float((unit(v) * unit(found["task", 5.0, "none"])).sum(1).min()) for k, v in found.items() if k[0] == "task"
-    ]
-    assert min(spread) < 0.99
+    last = unit(found["task", 5.0, "none"])
+    cosines = [float((unit(v) * last).sum(1).min()) for k, v in found.items() if k[0] == "task"]
+    assert min(cosines) < 0.99
 
 
 def test_mean_of_unit_gradients_gives_the_mean_of_cosines() -> None:
     model, pairs = setup()
     target = target_vectors(model, pairs, np.zeros(5, int), loss="margin")
     names = list(target.blocks)
-    each = np.stack(
-        [
-            flat(gradient(model, names, lambda p=p: token_logps(model, p[1]).sum() - token_logps(model, p[0]).sum()))
-            for p in pairs
-        ]
-    )
+    each = np.stack([flat(gradient(model, names, lambda p=p: -summed_margin(model, p))) for p in pairs])
     assert np.abs(vectors(target)[0] - unit(each).mean(0)).max() < 1e-6
     assert np.allclose(target.norms, np.linalg.norm(each, axis=1), rtol=1e-5)
-    margins = [float(token_logps(model, w).sum() - token_logps(model, l).sum()) for w, l in pairs]
+    margins = [float(summed_margin(model, p).detach()) for p in pairs]
     assert np.allclose(target.margin, margins, rtol=1e-4, atol=1e-4)
 
 
@@ -137,16 +139,14 @@ def test_sft_and_mean_margin() -> None:
     for k, (w, l) in enumerate(pairs):
         want = flat(gradient(model, names, lambda w=w: -token_logps(model, w).mean()))
         assert np.abs(vectors(target)[k] - unit(want)).max() < 1e-5
-        both = flat(
-            gradient(model, names, lambda w=w, l=l: token_logps(model, l).mean() - token_logps(model, w).mean())
-        )
+        both = flat(gradient(model, names, lambda p=(w, l): mean_gap(model, p)))
         found = target_vectors(model, [(w, l)], np.array([0]), loss="mean_margin")
         assert np.abs(vectors(found)[0] - unit(both)).max() < 1e-5
     assert np.isnan(target.margin).all()
 
 
 def test_easy_pairs_never_underflow() -> None:
-    """beta·sigma(-beta·Delta) of e^-2000 is 0 in any float; the vector is whole all the same, and its log weight known."""
+    """beta·sigma(-beta·Delta) of e^-2000 is 0 in any float; the vector is whole all the same, its log weight known."""
     model, pairs = setup(n=3)
     target = target_vectors(model, pairs, np.array([0, 1, 2]), beta=1e4, reference="none", normalise="task")
     assert target.log_weight.min() < -800

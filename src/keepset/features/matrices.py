@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from keepset.errors import ModelError
+from keepset.packing import bare
 
 
 @dataclass
@@ -136,7 +137,7 @@ def _lora(model: nn.Module) -> dict[str, Linear]:
 
 
 def _full(model: nn.Module, patterns: Sequence[str]) -> dict[str, Linear]:
-    embedding = model.get_input_embeddings().weight
+    embedding = bare(model).get_input_embeddings().weight
     found: dict[str, Linear] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
