@@ -55,6 +55,8 @@ def select(
     order = rank_order(scores, ids)
     order = order[_distinct(ids, order, texts, spec)[order]]
     unit, amount = budget
+    if not len(order):
+        return order
     if unit == "tokens" and n_tokens is None:
         raise RecipeError("a token budget needs the number of tokens of every row")
     costs = np.ones(len(scores), dtype=np.int64) if n_tokens is None or unit == "rows" else np.asarray(n_tokens)

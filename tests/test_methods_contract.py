@@ -1,0 +1,165 @@
+"""What every method must do alike: shape, finiteness, permutation, seed, duplicates tie, k = n."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import keepset.methods
+from keepset.methods.bm25 import bm25
+from keepset.methods.datainf import datainf
+from keepset.methods.davir import davir, davir_ref, rho
+from keepset.methods.dsir import dsir
+from keepset.methods.el2n import el2n, grand
+from keepset.methods.forgetting import forgetting
+from keepset.methods.ifd import ifd
+from keepset.methods.in_run_shapley import in_run_shapley
+from keepset.methods.influence import influence
+from keepset.methods.knn_shapley import knn_shapley
+from keepset.methods.length import length
+from keepset.methods.less import less, tracin
+from keepset.methods.perplexity import perplexity
+from keepset.methods.random_ import random_
+from keepset.methods.rds import rds
+from keepset.methods.rose import rose
+from keepset.select import select
+
+N = 40
+WORDS = "sum apple river add three seven paint minus equals cloud dog cat run code loop".split()
+
+
+def pool(seed: int = 0) -> dict:
+    """Return per-row arrays with the row as first axis (row 1 repeats row 0), and what is not per row."""
+    rng = np.random.default_rng(seed)
+    rows = {
+        "ids": np.array([f"{i:032x}" for i in rng.permutation(N)], dtype=object),
+        "text": np.array([" ".join(rng.choice(WORDS, rng.integers(3, 30))) for _ in range(N)], dtype=object),
+        "n_tokens": rng.integers(3, 90, N),
+        "ini": rng.gamma(3, 20, N),
+        "ref": rng.gamma(3, 15, N),
+        "dots": rng.normal(size=(N, 3, 2)),
+        "norms": rng.gamma(3, 1, (N, 3)),
+        "losses": rng.gamma(3, 1, (N, 5)),
+        "vectors": rng.normal(size=(N, 6)),
+        "layers": rng.normal(size=(N, 2, 4)),
+    }
+    for name, values in rows.items():
+        if name != "ids":
+            values[1] = values[0]
+    rows["ids"][1] = rows["ids"][0] + "-1"
+    return rows
+
+
+QUERIES = ["add three and seven", "sum minus three", "cat dog"]
+TASKS = ["sums", "sums", "pets"]
+LR = np.array([2e-5, 1e-5, 5e-6])
+VECTORS = np.random.default_rng(9).normal(size=(3, 6))
+LAYERS = np.random.default_rng(8).normal(size=(3, 2, 4))
+
+
+def swap(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 0, 1)  # (n, c, ...) -> (c, n, ...)
+
+
+METHODS = {
+    "random": lambda r: random_(r["ids"], 3),
+    "length": lambda r: length(r["n_tokens"]),
+    "davir": lambda r: davir(r["ini"], r["ref"]),
+    "davir_ref": lambda r: davir_ref(r["ini"], r["ref"]),
+    "rho_sum": lambda r: rho(r["ini"], r["ref"]),
+    "rho_mean": lambda r: rho(r["ini"], r["ref"], r["n_tokens"], form="mean"),
+    "ifd": lambda r: ifd(r["ini"], r["ref"], r["n_tokens"]),
+    "perplexity_low": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="low"),
+    "perplexity_mid": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="mid"),
+    "perplexity_high": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="high"),
+    "el2n": lambda r: el2n(r["ini"], r["n_tokens"]),
+    "grand": lambda r: grand(r["norms"].T),
+    "forgetting": lambda r: forgetting(r["losses"].T),
+    "rose": lambda r: rose(swap(r["dots"]), r["norms"].T, LR)[0],
+    "less": lambda r: less(swap(r["dots"]), r["norms"].T, LR, reduce="mean")[0],
+    "tracin": lambda r: tracin(swap(r["dots"]), LR)[0],
+    "influence": lambda r: influence(r["dots"][:, 0])[0],
+    "datainf": lambda r: datainf(list(swap(r["layers"])), list(swap(LAYERS))).mean(axis=1),
+    "bm25": lambda r: bm25(list(r["text"]), QUERIES, TASKS)[0],
+    "dsir": lambda r: dsir(list(r["text"]), QUERIES, gumbel=False)[0],
+    "dsir_tasks": lambda r: dsir(list(r["text"]), QUERIES, TASKS, gumbel=False, per_token=True, hash="fast")[0],
+    "rds": lambda r: rds(r["vectors"], VECTORS, TASKS)[0],
+    "rds_query": lambda r: rds(r["vectors"], VECTORS, TASKS, per="query", reduce="mean")[0],
+    "knn_shapley": lambda r: knn_shapley(r["vectors"], VECTORS, TASKS, k=3)[0],
+    "in_run_shapley": lambda r: in_run_shapley(swap(r["dots"]), LR, (r["norms"] > 2).T, swap(r["dots"]) ** 2)[0],
+}
+each = pytest.mark.parametrize("name", METHODS)
+
+
+@each
+def test_one_finite_float_a_row(name):
+    scores = METHODS[name](pool())
+    assert scores.shape == (N,) and scores.dtype == np.float64 and np.isfinite(scores).all()
+
+
+@each
+def test_permuting_the_pool_permutes_the_scores(name):
+    rows, order = pool(), np.random.default_rng(1).permutation(N)
+    shuffled = {key: values[order] for key, values in rows.items()}
+    np.testing.assert_allclose(METHODS[name](shuffled), METHODS[name](rows)[order], rtol=1e-12, atol=1e-12)
+
+
+@each
+def test_the_same_again_and_inputs_untouched(name):
+    rows = pool()
+    first = METHODS[name](rows)
+    np.testing.assert_array_equal(first, METHODS[name](rows))
+    for key, values in pool().items():
+        np.testing.assert_array_equal(values, rows[key])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+def test_duplicates_tie(name):
+    scores = METHODS[name](pool())
+    assert scores[0] == pytest.approx(scores[1], rel=1e-12, abs=1e-12)
+    assert len(np.unique(scores.round(12))) > 3  # and not because all rows tie
+
+
+@each
+def test_scores_follow_the_data(name):
+    assert not np.array_equal(METHODS[name](pool(0)), METHODS[name](pool(1)))
+
+
+@each
+def test_choosing_all_rows_returns_each_once(name):
+    rows = pool()
+    chosen = select(METHODS[name](rows), rows["ids"], ("rows", N))
+    assert sorted(chosen) == list(range(N))
+
+
+def test_seeds_draw_differently_and_copies_of_a_row_are_separate_draws():
+    rows = pool()
+    a, b = random_(rows["ids"], 0), random_(rows["ids"], 1)
+    assert not np.array_equal(a, b) and a[0] != a[1] and (a > 0).all() and (a < 1).all()
+    noisy = [dsir(list(rows["text"]), QUERIES, ids=rows["ids"], seed=seed)[0] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(noisy[0], noisy[1])
+    assert not np.array_equal(noisy[0], noisy[2])
+
+
+def test_no_method_touches_torch_or_files():
+    folder = Path(keepset.methods.__file__).parent
+    for path in folder.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {
+            alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
+        names |= {
+            node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+        }
+        assert not names & {"torch", "transformers", "datasets", "os", "pathlib"}, path.name
+        assert "open(" not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_every_method_states_its_source():
+    folder = Path(keepset.methods.__file__).parent
+    shared = {"__init__.py", "tasks.py", "text.py", "noise.py", "buckets.py", "random_.py"}
+    for path in folder.glob("*.py"):
+        if path.name not in shared:
+            doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+            assert "arXiv" in doc or "Robertson" in doc, path.name
