@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:  # torch and transformers only where a test asks for a model
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# a busy machine is no bug: a property may take its time
+settings.register_profile("keepset", deadline=None)
+settings.load_profile("keepset")
 
 ARCHITECTURES = ["llama", "gemma3", "gpt2", "qwen2", "qwen3", "mistral"]
 VOCABULARY = 320
