@@ -170,7 +170,7 @@ def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, l
             pool: Pool = load_pool(specs)
         except KeepsetError:
             continue  # a report without some texts is better than none; the page says that they are missing
-        for i, id_ in enumerate(pool.ids):
+        for id_, messages in zip(pool.ids, pool.all_messages(), strict=True):
             if str(id_) in wanted and str(id_) not in found:
-                found[str(id_)] = [{"role": m["role"], "content": m["content"]} for m in pool.messages(i)]
+                found[str(id_)] = messages
     return found

@@ -1,0 +1,245 @@
+"""`keepset inspect`: what a data file holds and what is wrong with it, before anything is spent on it.
+
+Torch-free. With a model named, its tokenizer adds token lengths, the rows that its template refuses, and three rows as
+the model will see them, supervised tokens marked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keepset.data import REASONS, Message, Pool, Quarantined, Target, find_leaks, load_pool, load_target
+from keepset.data.dialects import PAIRS
+from keepset.data.target import LENGTH_MATCH
+from keepset.inspect_print import print_inspection
+from keepset.near import near_copies, near_pairs
+from keepset.recipe import DataSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from keepset.encoding import Encoder
+
+__all__ = ["inspect_data", "print_inspection"]
+
+LEAK_WORDS = 8
+TEMPLATE_REASONS = {
+    "over-long": "the row is longer than max_length",
+    "no-supervised-token": "no token of the row would be supervised",
+    "template-refused": "the chat template raised an error, or its text could not be followed",
+    "special-token-in-text": "a message holds one of the model's control tokens",
+}
+
+
+def inspect_data(
+    data: DataSpec | str | Path,
+    *,
+    target: Sequence[DataSpec | str | Path] = (),
+    evaluation: Sequence[DataSpec | str | Path] = (),
+    model: ModelSpec | None = None,
+    near_threshold: float = 0.8,
+) -> dict[str, Any]:
+    """Look at one data file, folder or hub dataset.
+
+    Args:
+        data: the file; with a `DataSpec` its format, limit and columns are honoured.
+        target: few-shot rows or pairs that must not be in it.
+        evaluation: held-out pairs that must not be in it.
+        model: adds token lengths and rendered rows by this model's tokenizer and template.
+        near_threshold: Jaccard of word 5-grams from which on two rows count as near copies.
+
+    Returns:
+        JSON-ready facts: `format`, `container`, `columns`, `rows_in` = `rows` + `quarantined`, `duplicates`,
+        `near_duplicates`, `reasons`, `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`, `examples`,
+        `leakage`, `advice`.
+
+    Raises:
+        DataError: a file that is refused as a whole.
+        ModelError: the named model's tokenizer can't be loaded.
+    """
+    spec = data if isinstance(data, DataSpec) else DataSpec.model_validate({"path": str(data)})
+    pool = load_pool(spec, allow_empty=True)
+    messages = list(pool.all_messages())
+    texts = [answer_text(row) for row in messages]
+    encoder, encoded, refused = encode(model, messages) if model is not None else (None, None, [])
+    counts = [len(text.split()) for text in texts] if encoded is None else [n for n in encoded if n]
+    facts: dict[str, Any] = {
+        "path": spec.path,
+        "format": pool.dialect if len(pool) else "unknown",
+        "container": sorted({info.container for info in pool.files}),
+        "columns": sorted({column for info in pool.files for column in info.columns}),
+        "rows_in": pool.n_in,
+        "rows": len(pool),
+        "quarantined": len(pool.quarantine),
+        "duplicates": pool.duplicates,
+        "near_duplicates": near_copies([whole_text(row) for row in messages], near_threshold),
+        "reasons": reasons(pool.quarantine, refused, pool),
+        "roles": dict(Counter(" ".join(m["role"] for m in row[:6]) for row in messages).most_common(6)),
+        "sources": dict(Counter(str(s) for s in pool.sources()).most_common(12)),
+        "categories": dict(Counter(str(c) for c in pool.categories() if c is not None).most_common(12)),
+        "lengths": lengths(counts, "words" if encoded is None else "supervised tokens"),
+        "pairs": pair_facts(load_target(spec, allow_empty=True)) if pool.dialect in PAIRS else None,
+        "examples": examples(pool, messages, texts, encoder),
+        "leakage": [
+            leakage(pool, messages, load_target(other), name, near_threshold)
+            for name, others in (("target", target), ("evaluation", evaluation))
+            for other in others
+        ],
+    }
+    facts["advice"] = advice(facts)
+    return facts
+
+
+def answer_text(messages: list[Message]) -> str:
+    """What would be supervised: the assistant turns (or the whole of a plain text)."""
+    return "\n".join(m["content"] for m in messages if m["role"] in ("assistant", "text"))
+
+
+def whole_text(messages: list[Message]) -> str:
+    """All turns but a system one."""
+    return "\n".join(m["content"] for m in messages if m["role"] != "system")
+
+
+def encode(model: ModelSpec, messages: list[list[Message]]) -> tuple[Encoder, list[int], list[tuple[int, str, str]]]:
+    """The encoder, each row's supervised tokens (0 where refused) and the refusals (index, reason, detail)."""
+    from keepset.encoding import Encoder, encode_all
+    from keepset.model import load_tokenizer
+
+    encoder = Encoder(load_tokenizer(model), model)
+    rows, refused = encode_all(encoder, messages)
+    return encoder, [0 if row is None else int(row.supervised.sum()) for row in rows], refused
+
+
+def reasons(quarantine: Sequence[Quarantined], refused: list[tuple[int, str, str]], pool: Pool) -> list[dict[str, Any]]:
+    """Bad rows by reason, most frequent first, each with the first place it was met."""
+    places: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for q in quarantine:
+        places[q.reason].append({"file": q.file, "line": q.line, "detail": q.detail, "excerpt": q.excerpt})
+    files, lines = pool.table["file"], pool.table["line"]
+    for index, reason, detail in refused:
+        where = {"file": files[index].as_py(), "line": lines[index].as_py()}
+        places[reason].append({**where, "detail": detail, "excerpt": ""})
+    return [
+        {"reason": name, "rows": len(found), "meaning": REASONS.get(name) or TEMPLATE_REASONS.get(name, ""),
+         "first": found[0]}
+        for name, found in sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]  # fmt: skip
+
+
+def lengths(counts: Sequence[int], unit: str) -> dict[str, Any] | None:
+    """Quantiles and a power-of-two histogram of the answers' lengths; None without a row."""
+    if not counts:
+        return None
+    values = np.asarray(counts)
+    top = int(np.ceil(np.log2(max(2, values.max() + 1))))
+    edges = [0, *(2**k for k in range(2, max(3, top + 1)))]
+    quantiles = {f"p{q}": float(np.quantile(values, q / 100)) for q in (10, 50, 90, 99)}
+    histogram = [
+        {"from": low, "to": high - 1, "rows": int(((values >= low) & (values < high)).sum())}
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+    return {"unit": unit, "total": int(values.sum()), "mean": float(values.mean()), "min": int(values.min()),
+            "max": int(values.max()), **quantiles, "histogram": histogram}  # fmt: skip
+
+
+def pair_facts(target: Target) -> dict[str, Any]:
+    """Chosen against rejected: tasks, and how far length alone would tell them apart (in characters)."""
+    sides = [
+        (sum(len(m["content"]) for m in chosen), sum(len(m["content"]) for m in rejected))
+        for _, chosen, rejected in (target.pair(i) for i in range(len(target)))
+        if rejected is not None
+    ]
+    matched = [abs(c - r) <= LENGTH_MATCH * max(c, r) for c, r in sides]
+    return {
+        "pairs": len(sides),
+        "tasks": dict(Counter(str(t) for t in target.tasks)),
+        "chosen_longer": float(np.mean([c > r for c, r in sides])) if sides else None,
+        "length_matched": float(np.mean(matched)) if sides else None,
+    }
+
+
+def leakage(pool: Pool, messages: list[list[Message]], target: Target, name: str, threshold: float) -> dict[str, Any]:
+    """Rows that a target or evaluation set already holds: exactly (case and white space aside), or nearly."""
+    exact = find_leaks(pool, target)
+    sides = [
+        (whole_text([*prompt, *side]), answer_text(side))
+        for prompt, chosen, rejected in (target.pair(i) for i in range(len(target)))
+        for side in (chosen, rejected)
+        if side is not None
+    ]
+    near = near_pairs([whole_text(row) for row in messages], [whole for whole, _ in sides], threshold)
+    # An answer alone is evidence too, if it is long enough not to be a stock phrase.
+    answers = [text if len(text.split()) >= LEAK_WORDS else "" for text in map(answer_text, messages)]
+    near |= near_pairs(answers, [answer for _, answer in sides], threshold)
+    only_near = sorted(i for i in near if not exact[i])
+    first = [i for i in range(len(pool)) if exact[i]][:3] + only_near[:3]
+    return {
+        "against": name,
+        "path": ", ".join(sorted({info.file for info in target.files})),
+        "rows": len(target),
+        "exact": dict(Counter(str(kind) for kind in exact if kind)),
+        "near": len(only_near),
+        "first": [{"id": str(pool.ids[i]), "file": pool.table["file"][i].as_py(), "line": pool.table["line"][i].as_py(),
+                   "kind": str(exact[i]) or "near"} for i in first],
+    }  # fmt: skip
+
+
+def examples(
+    pool: Pool, messages: list[list[Message]], texts: list[str], encoder: Encoder | None
+) -> list[dict[str, Any]]:
+    """Three rows: the first, one of middle length and the longest; rendered, where there is a template.
+
+    `pieces` are [text, supervised] in order; without an encoder the assistant's text counts as supervised.
+    """
+    if not len(pool):
+        return []
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    chosen = dict.fromkeys([0, int(order[len(order) // 2]), int(order[-1])])
+    out = []
+    for i in chosen:
+        place = {"file": pool.table["file"][i].as_py(), "line": pool.table["line"][i].as_py()}
+        out.append({"id": str(pool.ids[i]), **place, **rendered(messages[i], encoder)})
+    return out
+
+
+def rendered(messages: list[Message], encoder: Encoder | None) -> dict[str, Any]:
+    """One row as [text, supervised] pieces, or why it is refused."""
+    if encoder is None:
+        parts = [([f"{m['role']}: ", False], [m["content"], m["role"] in ("assistant", "text")]) for m in messages]
+        return {"pieces": [piece for part in parts for piece in (*part, ["\n", False])]}
+    from keepset.encoding import RowRefused
+
+    try:
+        row = encoder.encode(messages)
+    except RowRefused as refusal:
+        return {"pieces": [], "refused": str(refusal)}
+    cuts = [0, *(np.flatnonzero(np.diff(row.supervised.astype(np.int8))) + 1).tolist(), len(row.input_ids)]
+    pieces = [
+        [encoder.tokenizer.decode(row.input_ids[a:b].tolist()), bool(row.supervised[a])]
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    return {"pieces": pieces, "tokens": len(row.input_ids), "supervised": int(row.supervised.sum())}
+
+
+def advice(facts: dict[str, Any]) -> list[str]:
+    """One line for each thing that should be mended before a run."""
+    lines = []
+    bad = sum(entry["rows"] for entry in facts["reasons"])
+    if bad > 0.05 * max(1, facts["rows_in"]):
+        lines.append(f"{bad} of {facts['rows_in']} rows can't be used: see the reasons, or name the right --format")
+    if facts["duplicates"]:
+        lines.append(f"{facts['duplicates']} exact copies: set `select: {{dedup: exact}}`, so that none is kept twice")
+    if facts["near_duplicates"] > facts["duplicates"] + 0.02 * facts["rows"]:
+        lines.append(f"{facts['near_duplicates']} near copies: set `select: {{dedup: near}}`")
+    for leak in facts["leakage"]:
+        n = sum(leak["exact"].values()) + leak["near"]
+        if n:
+            lines.append(f"{n} rows stand in the {leak['against']} ({leak['path']}) as well: take them out of the data")
+    pairs = facts["pairs"]
+    if pairs and pairs["chosen_longer"] is not None and abs(pairs["chosen_longer"] - 0.5) > 0.2:
+        lines.append(f"chosen is longer in {pairs['chosen_longer']:.0%} of the pairs, so length alone may decide; "
+                     "set `length_matched: true`, or read the length-matched figures")  # fmt: skip
+    return lines
