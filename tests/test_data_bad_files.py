@@ -60,6 +60,8 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "answers only": ("x.jsonl", b'{"output": "x"}\n{"output": "y"}\n', "unknown-dialect"),
     "CSV header only blank names": ("x.csv", b"instruction,,output\na,b,c\n", "no-header"),
     "CSV header repeated names": ("x.csv", b"output,output\na,b\n", "no-header"),
+    "CSV header not UTF-8": ("x.csv", b"instruct\xffion,output\na,b\n", "no-header"),
+    "CSV header with NUL": ("x.csv", b"instruction,output,x\0\na,b,c\n", "no-header"),
     "CSV of a header alone": ("x.csv", b"instruction,output\n", "empty-file"),
 }
 

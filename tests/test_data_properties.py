@@ -182,7 +182,7 @@ def damaged(data: st.DataObject, content: bytes) -> bytes:
     return bytes(broken)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data(), st.sampled_from(ALL), st.sampled_from([".jsonl", ".json", ".csv"]))
 def test_random_damage_loses_no_row_and_raises_nothing_else(data: st.DataObject, dialect: str, suffix: str) -> None:
     """JSON Lines: rows in = lines that are not blank. Any container: nothing but a DataError, and only known codes."""
@@ -200,8 +200,15 @@ def test_random_damage_loses_no_row_and_raises_nothing_else(data: st.DataObject,
             assert "\n" not in str(refused)
             return
         assert found.n_in == len(found) + len(found.quarantine)
-        assert all(q.reason in REASONS and q.line >= 1 and len(q.excerpt) <= 200 for q in found.quarantine)
-        if suffix == ".jsonl" and not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        assert all(
+            q.reason in REASONS and q.line >= 1 and len(q.excerpt) <= 200 and q.detail.isprintable()
+            for q in found.quarantine
+        )
+        start = content.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+        first, _, second = start.partition(b"\n")
+        # a line break that fell in behind `{` or `,` makes an object spread over lines, which is one row
+        spread = first.strip().endswith((b"{", b",")) and second.lstrip().startswith(b'"')
+        if suffix == ".jsonl" and not start.startswith(b"[") and not spread:
             lines = [
                 k
                 for k, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
@@ -249,7 +256,7 @@ def test_the_parser_raises_row_problems_only(text: str) -> None:
     try:
         assert isinstance(parse_row(text), dict)
     except RowProblem as bad:
-        assert bad.reason in REASONS and "\n" not in bad.detail[:40].strip()
+        assert bad.reason in REASONS and bad.detail.isprintable()
 
 
 @quick

@@ -52,10 +52,9 @@ def _is_line_of_lines(first: bytes, stream: io.BufferedReader) -> bool:
 def _is_spread(first: bytes, stream: io.BufferedReader) -> bool:
     """Tell whether a first line that starts with `{` opens an object that is spread over several lines."""
     text = first.strip()
-    if text == b"{":
-        return True
-    following = stream.peek(1)[:256].lstrip()[:1]
-    return text.endswith(b",") and following == b'"'
+    if text != b"{" and not text.endswith(b","):
+        return False
+    return stream.peek(1)[:256].lstrip()[:1] == b'"'
 
 
 def _lines(stream: io.BufferedReader, file: str, first: bytes, line: int) -> Iterator[RawRow | Quarantined]:

@@ -78,6 +78,11 @@ class Quarantined:
     excerpt: str
 
 
+def one_line(text: str) -> str:
+    """Return a text with line breaks, terminal escapes and the like as spaces: data may stand in any message."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
 class RowProblem(Exception):
     """Raised while one row is read or converted; the reader turns it into a `Quarantined`."""
 
@@ -85,7 +90,7 @@ class RowProblem(Exception):
         """Take a code of `REASONS` and one line that names the field."""
         super().__init__(reason, detail)
         self.reason = reason
-        self.detail = detail
+        self.detail = one_line(detail)
 
 
 class FileRefused(DataError):
@@ -96,7 +101,7 @@ class FileRefused(DataError):
     ) -> None:
         """Take the place, a code of `REASONS` and one line with the fix; `line` 0 means the whole file."""
         place = f"{file}:{line}" if line else file
-        super().__init__(f"{place}: {detail} [{reason}]")
+        super().__init__(one_line(f"{place}: {detail} [{reason}]"))
         self.file = file
         self.line = line
         self.reason = reason
@@ -107,4 +112,4 @@ def excerpt(text: str | bytes) -> str:
     """Return at most 200 printable characters of a row, for people to recognise it by."""
     if isinstance(text, bytes):
         text = text[: 4 * EXCERPT].decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else " " for c in text[:EXCERPT].replace("\ufffd", "?")).strip()
+    return one_line(text[:EXCERPT].replace("\ufffd", "?")).strip()

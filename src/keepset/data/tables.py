@@ -88,6 +88,10 @@ def read_csv(stream: io.BufferedReader, file: str) -> Iterator[RawRow | Quaranti
             continue
         if header is None:
             header = cells
+            if any("\udc80" <= c <= "\udcff" or c == "\0" for c in "".join(cells)):
+                raise FileRefused(
+                    file, "no-header", "the header line holds bytes that are not UTF-8, or NUL", line=line
+                )
             if len(set(cells)) != len(cells) or not all(c.strip() for c in cells):
                 raise FileRefused(file, "no-header", "the header line has empty or repeated column names", line=line)
             continue
