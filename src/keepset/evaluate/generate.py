@@ -1,0 +1,152 @@
+"""Batched generation from message prompts, and AlpacaEval's `model_outputs.json`.
+
+The prompt's tokens are those the model was trained on: a row with a one-letter answer is encoded as for training and
+cut before its first supervised token. That serves every template, also one without a generation prompt. Spaces at the
+cut go as well: they belong to the answer's first token. The token that ends a turn is read from the same row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keepset.errors import DataError
+from keepset.run import write_atomic
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer.
+
+    Attributes:
+        text: without special tokens, stripped.
+        n_tokens: tokens generated, the end of turn included.
+        finished: False if `max_new_tokens` cut it.
+    """
+
+    text: str
+    n_tokens: int
+    finished: bool
+
+
+def prompt_ids(encoder: Any, prompt: Sequence[Message]) -> tuple[np.ndarray, int | None]:
+    """Return a prompt's tokens (L,) and the token that ends the answer's turn (None if the template writes none).
+
+    Args:
+        encoder: the model's `keepset.encoding.Encoder`.
+        prompt: messages, the last one being the user's.
+
+    Raises:
+        keepset.encoding.RowRefused: the template refuses the prompt, or it is too long.
+    """
+    row = encoder.encode_pair(list(prompt), [{"role": "assistant", "content": "A"}])
+    supervised = np.flatnonzero(row.supervised)
+    last = int(row.input_ids[supervised[-1]])
+    content = encoder.tokenizer.decode([last], skip_special_tokens=False)
+    cut = int(supervised[0])
+    while cut > 1 and not encoder.tokenizer.decode([int(row.input_ids[cut - 1])]).strip(" "):
+        cut -= 1
+    return np.asarray(row.input_ids[:cut]), None if content.strip() == "A" else last
+
+
+def generate(
+    model: Any,
+    encoder: Any,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> list[Generated]:
+    """Answer every prompt, greedily unless `temperature` is positive; the order is kept.
+
+    Prompts of similar length run together, padded on the left.
+
+    Args:
+        model: causal LM or PeftModel.
+        encoder: its encoder.
+        prompts: n prompts of messages.
+        max_new_tokens: longest answer.
+        batch_size: prompts that run together.
+        temperature: 0 is greedy; otherwise sampling.
+        seed: of the sampling.
+        advance: called with the number of prompts done.
+
+    Raises:
+        DataError: a prompt that the template refuses or that leaves no room in the model's context.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    from keepset.encoding import RowRefused
+
+    tokens, ends = [], set()
+    for i, prompt in enumerate(prompts):
+        try:
+            ids, end = prompt_ids(encoder, prompt)
+        except RowRefused as refused:
+            raise DataError(f"prompt {i + 1}: {refused}") from None
+        tokens.append(ids)
+        ends |= {end} - {None}
+    tokenizer = encoder.tokenizer
+    ends |= {tokenizer.eos_token_id} - {None}
+    context = getattr(tokenizer, "keepset_context", None)
+    if context and tokens and max(len(t) for t in tokens) + 1 > context:
+        raise DataError(f"a prompt of {max(len(t) for t in tokens)} tokens leaves no room in a context of {context}")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    device = next(model.parameters()).device
+    results: list[Generated | None] = [None] * len(tokens)
+    order = np.argsort([-len(t) for t in tokens], kind="stable")
+    settings: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": pad, "eos_token_id": sorted(ends)}
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = max(len(tokens[i]) for i in chosen)
+            padded = torch.full((len(chosen), width), pad, dtype=torch.long)
+            mask = torch.zeros_like(padded)
+            for row, i in enumerate(chosen):
+                padded[row, width - len(tokens[i]) :] = torch.from_numpy(tokens[i].astype(np.int64))
+                mask[row, width - len(tokens[i]) :] = 1
+            room = max_new_tokens if not context else min(max_new_tokens, context - width)
+            config = GenerationConfig(max_new_tokens=room, **settings)
+            out = model.generate(input_ids=padded.to(device), attention_mask=mask.to(device), generation_config=config)
+            for row, i in enumerate(chosen):
+                results[i] = _answer(out[row, width:].tolist(), ends, tokenizer)
+            if advance:
+                advance(len(chosen))
+    return [r for r in results if r is not None]
+
+
+def _answer(ids: list[int], ends: set[Any], tokenizer: Any) -> Generated:
+    stop = next((k for k, token in enumerate(ids) if token in ends), None)
+    body = ids if stop is None else ids[:stop]
+    text = tokenizer.decode(body, skip_special_tokens=True).strip()
+    return Generated(text, len(body) + (stop is not None), stop is not None)
+
+
+def write_model_outputs(path: str | Path, generator: str, instructions: Sequence[str], outputs: Sequence[str]) -> None:
+    """Write AlpacaEval's `model_outputs.json`, on which the official tool can be run.
+
+    Args:
+        path: the file.
+        generator: the model's name in its leaderboard.
+        instructions: n prompts, word for word as in AlpacaEval.
+        outputs: n answers.
+
+    Raises:
+        ValueError: the two differ in number.
+    """
+    rows = [{"instruction": i, "output": o, "generator": generator} for i, o in zip(instructions, outputs, strict=True)]
+    write_atomic(Path(path), (json.dumps(rows, ensure_ascii=False, indent=1) + "\n").encode())
