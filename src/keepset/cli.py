@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -333,6 +336,9 @@ def methods(
 
 def main() -> None:
     """Run a command; what a user can mend is printed in one line, with its exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress lines say what is done
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logging.StreamHandler(sys.stderr)])
     try:
         app(standalone_mode=False)
     except KeepsetError as error:

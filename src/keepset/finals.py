@@ -16,7 +16,7 @@ from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
 from keepset.evaluate.preference import PairLogps, correct, length_matched, margins, pair_logps, preference_table
 from keepset.job import encode_pairs
 from keepset.run import digest, file_digest
-from keepset.stages import VERSION, count_tokens
+from keepset.stages import VERSION, count_tokens, id_order
 from keepset.subsets import Subset
 
 if TYPE_CHECKING:
@@ -49,12 +49,13 @@ class Learner:
         return self.loaded.encoder if self.transfer else self.job.encoder
 
     def rows(self, subset: Subset) -> list[Encoded]:
-        """The subset's rows as this model's tokens; rows that its template refuses are said and left out."""
+        """The subset's rows as this model's tokens, in the order of their ids; what its template refuses is said."""
+        indices = subset.indices[id_order(subset.ids(self.job))]
         if not self.transfer:
-            return [self.job.rows[i] for i in subset.indices]
+            return [self.job.rows[i] for i in indices]
         from keepset.encoding import encode_all
 
-        rows, refused = encode_all(self.encoder, (self.job.pool.messages(i) for i in self.job.usable[subset.indices]))
+        rows, refused = encode_all(self.encoder, (self.job.pool.messages(i) for i in self.job.usable[indices]))
         if refused:
             self.job.say(f"{subset.name}: {len(refused)} rows left out by the other model's template: {refused[0][1]}")
         return [row for row in rows if row is not None]
@@ -114,7 +115,7 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
         epochs = args.num_train_epochs
         job.say(f"training {subset.name} (seed {seed}): {len(rows)} rows, {n_tokens} tokens, {epochs:g} epochs")
         with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
-            result = train_sft(learner.spec, job.recipe.lora, rows, path, args, seed=seed)
+            result = train_sft(learner.spec, job.recipe.lora, rows, path, args, seed=seed, console=job.console)
             spent["tokens"] = int(n_tokens * epochs)
             spent["flops"] = flops(learner.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * epochs
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens}

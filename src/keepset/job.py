@@ -48,7 +48,7 @@ class Job:
 
     def say(self, text: str) -> None:
         """Print a line for the person at the terminal."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     # -- data ---------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,10 @@ def track(console: Console, what: str, total: int, unit: str = "rows") -> Iterat
         now = time.monotonic()
         if now - last >= LINE_EVERY and done < total:
             rate = done / (now - start)
-            console.print(f"{what}: {done}/{total} {unit}, {rate:.1f} {unit}/s, {(total - done) / rate:.0f} s left")
+            console.print(
+                f"{what}: {done}/{total} {unit}, {rate:.1f} {unit}/s, {(total - done) / rate:.0f} s left",
+                soft_wrap=True,
+            )
             last = now
 
     console.print(f"{what}: {total} {unit}")

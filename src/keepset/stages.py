@@ -16,6 +16,8 @@ from keepset.run import Arrays, digest
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
+    from keepset.features.losses import TokenLoss
+    from keepset.features.representations import Pooling
     from keepset.job import Job
     from keepset.train.warmup import Checkpoint
 
@@ -30,17 +32,17 @@ def count_tokens(rows: list[Encoded]) -> tuple[int, int]:
 # -- losses -----------------------------------------------------------------------------------------------------
 
 
-def base_losses(job: Job, *, token_loss: str = "ce") -> Arrays:
+def base_losses(job: Job, *, token_loss: TokenLoss = "ce") -> Arrays:
     """Summed NLL in nats (`nll`, (n,) float64) and supervised tokens (`n_tokens`, (n,)) under the base."""
     return loss_sweep(job, {"losses-base": base_key(job, token_loss)}, None, token_loss)["losses-base"]
 
 
-def base_key(job: Job, token_loss: str) -> dict[str, Any]:
+def base_key(job: Job, token_loss: TokenLoss) -> dict[str, Any]:
     """Everything a base loss depends on."""
     return {"version": VERSION, **job.data_key(), "token_loss": token_loss}
 
 
-def reference_losses(job: Job, *, token_loss: str = "ce") -> tuple[Arrays, Arrays]:
+def reference_losses(job: Job, *, token_loss: TokenLoss = "ce") -> tuple[Arrays, Arrays]:
     """Losses under the base and under the reference model, in one sweep where the reference is an adapter.
 
     With `reference.folds` each row is scored by the reference that was not trained on it.
@@ -56,7 +58,9 @@ def reference_losses(job: Job, *, token_loss: str = "ce") -> tuple[Arrays, Array
     return out[base_name], out["losses-reference"]
 
 
-def loss_sweep(job: Job, stages: dict[str, dict[str, Any]], adapter: Path | None, token_loss: str) -> dict[str, Arrays]:
+def loss_sweep(
+    job: Job, stages: dict[str, dict[str, Any]], adapter: Path | None, token_loss: TokenLoss
+) -> dict[str, Arrays]:
     """One pass over the rows under the base and / or one adapter, whichever is missing on disk."""
     from keepset.features.losses import row_losses
 
@@ -85,7 +89,7 @@ def loss_sweep(job: Job, stages: dict[str, dict[str, Any]], adapter: Path | None
     return out
 
 
-def full_reference_losses(job: Job, path: Path, key: dict[str, Any], token_loss: str) -> Arrays:
+def full_reference_losses(job: Job, path: Path, key: dict[str, Any], token_loss: TokenLoss) -> Arrays:
     """Losses under a fully fine-tuned reference: a second model, loaded after the base is done."""
     from keepset.features.losses import row_losses
     from keepset.model import load
@@ -128,10 +132,19 @@ def train_key(job: Job, args: TrainSpec, ids: np.ndarray, seed: int) -> dict[str
     }
 
 
+def id_order(ids: np.ndarray) -> np.ndarray:
+    """Indices that sort ids."""
+    return np.argsort(ids.astype(str), kind="stable")
+
+
 def train_rows(
     job: Job, folder: str, rows: list[Encoded], ids: np.ndarray, args: TrainSpec, seed: int
 ) -> dict[str, Any]:
-    """Fine-tune the base on some rows into `folder`, unless that was done; returns its facts (seconds, tokens ...)."""
+    """Fine-tune the base on some rows into `folder`, unless that was done; returns its facts (seconds, tokens ...).
+
+    The rows are put in the order of their ids, so that the order of the pool's files doesn't change the weights.
+    """
+    rows = [rows[i] for i in id_order(ids)]
     from keepset.train.sft import train_sft
 
     def work(path: Path) -> dict[str, Any]:
@@ -139,7 +152,7 @@ def train_rows(
         passes = 3 if args.full else 2
         with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
             job.say(f"training {folder}: {len(rows)} rows, {n_tokens} tokens, {args.num_train_epochs:g} epochs")
-            result = train_sft(job.recipe.model, job.recipe.lora, rows, path, args, seed=seed)
+            result = train_sft(job.recipe.model, job.recipe.lora, rows, path, args, seed=seed, console=job.console)
             spent["tokens"] = int(n_tokens * args.num_train_epochs)
             spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=passes) * args.num_train_epochs
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens,
@@ -171,7 +184,7 @@ def folds_of(ids: np.ndarray, k: int) -> np.ndarray:
     return np.array([int(digest(["fold", str(i)])[:8], 16) % k for i in ids])
 
 
-def crossfit_losses(job: Job, token_loss: str) -> Arrays:
+def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
     """Reference losses where each row's reference was trained on the other K - 1 folds."""
     spec = job.recipe.reference
     fold = folds_of(job.ids, spec.folds)
@@ -225,13 +238,14 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
     spec = job.recipe.warmup
     seed = job.recipe.seed if spec.seed is None else spec.seed
     picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
+    picked = picked[id_order(job.ids[picked])]
     rows = [job.rows[i] for i in picked]
 
     def work(path: Path) -> dict[str, Any]:
         n_tokens, n_head = count_tokens(rows)
         with job.run.timed("train models/warmup", rows=len(rows)) as spent:
             job.say(f"warm-up: {len(rows)} rows, {n_tokens} tokens, {spec.num_train_epochs:g} epochs")
-            found = warmup(job.recipe.model, job.recipe.lora, rows, path, spec, seed=seed)
+            found = warmup(job.recipe.model, job.recipe.lora, rows, path, spec, seed=seed, console=job.console)
             spent["tokens"] = int(n_tokens * spec.num_train_epochs)
             spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=2) * spec.num_train_epochs
         return {"rows": len(rows), "checkpoints": [c.path.name for c in found]}
@@ -246,16 +260,18 @@ def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]
     Requests in `others` with the same map are computed in the same pass over the pool and stay on disk for their turn.
     """
     checkpoints = warmup_checkpoints(job)
-    requests = list(dict.fromkeys([wanted, *(r for r in others if r.map == wanted.map)]))
-    found = [checkpoint_influence(job, checkpoint, requests) for checkpoint in checkpoints]
+    requests = list(dict.fromkeys([*(r for r in others if r.map == wanted.map), wanted]))  # in the recipe's order
+    found = [checkpoint_influence(job, checkpoint, requests)[wanted] for checkpoint in checkpoints]
     return {
         **{name: np.stack([f[name] for f in found]) for name in ("dots", "norms", "momentum")},
         "lr": np.array([c.mean_lr for c in checkpoints]),
     }
 
 
-def checkpoint_influence(job: Job, checkpoint: Checkpoint, requests: list[InfluenceRequest]) -> Arrays:
-    """All requests at one checkpoint in one pass; returns the first one's arrays."""
+def checkpoint_influence(
+    job: Job, checkpoint: Checkpoint, requests: list[InfluenceRequest]
+) -> dict[InfluenceRequest, Arrays]:
+    """All requests (of one map) at one checkpoint, in one pass over the pool."""
     from keepset.features.adam import load_adam
     from keepset.features.influence import influence as row_influence
     from keepset.features.targets import concatenate, target_vectors
@@ -307,13 +323,13 @@ def checkpoint_influence(job: Job, checkpoint: Checkpoint, requests: list[Influe
         spent.update(tokens=0, flops=0.0, rows=len(rows))
         out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
         spent["skip"] = spent["tokens"] == 0
-    return out[next(iter(stages))]
+    return {by_name[name]: arrays for name, arrays in out.items()}
 
 
 # -- representations ------------------------------------------------------------------------------------------------
 
 
-def representations(job: Job, pooling: str) -> tuple[np.ndarray, np.ndarray]:
+def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]:
     """Pooled last hidden states of the pool (n, d) and of the target's prompts + chosen answers (m, d)."""
     from keepset.features.representations import representations as pool_states
 
