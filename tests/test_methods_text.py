@@ -160,6 +160,14 @@ def test_the_table_of_buckets_grows_without_forgetting():
     assert 2 * table.size <= len(table.keys)
 
 
+def test_a_full_table_still_answers_right():
+    table = Sha256Buckets(97, most=100)
+    texts = [f"word{i}" for i in range(300)]
+    for _ in range(2):
+        assert table(hash_tokens(texts), 1).tolist() == [int(sha256(t.encode()).hexdigest(), 16) % 97 for t in texts]
+    assert table.size == 100
+
+
 def test_a_second_pass_over_kept_and_unkept_chunks_is_the_same():
     texts = [f"some words number {i}" for i in range(50)]
     hashing = NgramBuckets()

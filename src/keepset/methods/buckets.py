@@ -23,23 +23,26 @@ Chunk = list[tuple[np.ndarray, np.ndarray]]  # per order of n-gram: buckets (t,)
 
 
 class Sha256Buckets:
-    """A growing open-addressing table from an n-gram's 64-bit hash to its bucket; about 24 bytes an n-gram it knows."""
+    """An open-addressing table from an n-gram's 64-bit hash to its bucket; 24 to 48 bytes an n-gram it knows."""
 
-    def __init__(self, n_buckets: int) -> None:
-        """Make an empty table."""
-        self.n_buckets = n_buckets
+    def __init__(self, n_buckets: int, most: int = 1 << 22) -> None:
+        """Make an empty table that will remember `most` n-grams; later newcomers are digested each time."""
+        self.n_buckets, self.most = n_buckets, most
         self.size = 0
         self._allocate(20)
 
     def __call__(self, hashed: Hashes, n: int) -> np.ndarray:
         """Return the buckets (t,) int32 of hashed n-grams of n tokens each; new ones are digested and kept."""
         slots, known = self._find(hashed.values)
+        buckets = self.buckets[slots]
         missing = np.flatnonzero(~known)
         if len(missing):
-            values, first = np.unique(hashed.values[missing], return_index=True)
-            self._insert(values, self._digest(hashed, missing[first], n))
-            slots, _ = self._find(hashed.values)
-        return self.buckets[slots]
+            values, first, back = np.unique(hashed.values[missing], return_index=True, return_inverse=True)
+            new = self._digest(hashed, missing[first], n)
+            buckets[missing] = new[back]
+            room = self.most - self.size
+            self._insert(values[:room], new[:room])
+        return buckets
 
     def _allocate(self, log2_slots: int) -> None:
         self.log2_slots = log2_slots
