@@ -33,7 +33,7 @@ def main() -> None:
     matched = [r for r in held if like_length(r)]
     rest = [r for r in held if not like_length(r)]
     n = min(40, len(matched))
-    pairs = [*draw(matched, n), *draw(rest, 80 - n)]
+    pairs = [*draw(matched, n), *draw(rest, 64 - n)]
 
     write(out / "alpaca.jsonl", [{k: r[k] for k in ("instruction", "input", "output")} for r in draw(alpaca, 150)])
     gsm8k = draw(read(data / "gsm8k/train.jsonl.zst"), 75)

@@ -102,6 +102,7 @@ class WarmupSpec(TrainSpec):
     min_rows: int = Field(8, ge=1, description="at least this many rows")
     num_train_epochs: float = 4
     learning_rate: float = 2e-5
+    checkpoints: Literal["all", "last"] = Field("all", description="which epochs' ends are scored at; last is cheaper")
     seed: int | None = Field(None, description="picks the subset and the order; default: the recipe's seed")
 
 

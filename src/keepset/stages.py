@@ -126,7 +126,7 @@ def train_key(job: Job, args: TrainSpec, ids: np.ndarray, seed: int) -> dict[str
         "model": job.loaded.fingerprint,
         "encoder": job.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(),
-        "args": args.model_dump(mode="json"),
+        "args": args.model_dump(mode="json", exclude={"checkpoints"}),
         "ids": digest(sorted(str(i) for i in ids)),
         "seed": seed,
     }
@@ -251,7 +251,8 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
         return {"rows": len(rows), "checkpoints": [c.path.name for c in found]}
 
     job.run.step("models/warmup", train_key(job, spec, job.ids[picked], seed), work)
-    return list_checkpoints(job.run.path / "models/warmup")
+    checkpoints = list_checkpoints(job.run.path / "models/warmup")
+    return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
 
 
 def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]) -> dict[str, np.ndarray]:
