@@ -11,8 +11,9 @@ from keepset.errors import RecipeError
 from keepset.methods.text import hash_tokens, words
 from keepset.recipe import SelectSpec
 from keepset.select import select
-from keepset.selection.budget import shares
+from keepset.selection.budget import Ledger, shares
 from keepset.selection.dedup import band_keys, content_key, jaccard, near_keep, shingles, signatures
+from keepset.selection.greedy import facility_location
 from keepset.selection.ranking import percentile, rank_order, soft_scores
 
 POLICIES = ["top_k", "round_robin", "mmr", "facility_location", "sample"]
@@ -315,6 +316,19 @@ def test_facility_location_covers_clusters_that_top_k_misses():
     assert set(cluster[diverse]) == {0, 1, 2, 3} and set(cluster[select(scores, ids, ("rows", 4))]) == {0}
     blocks = select(scores, ids, ("rows", 20), spec=options, embeddings=vectors)
     assert len(set(blocks.tolist())) == 20
+
+
+def test_facility_location_is_the_same_without_room_for_all_similarities():
+    rng = np.random.default_rng(0)
+    vectors, rows = rng.normal(size=(60, 4)), np.arange(60)
+    taken = []
+    for keep_bytes in (0, 1 << 20):
+        ledger = Ledger(12, np.ones(60), rows)
+        facility_location(
+            vectors, np.linspace(1, 0, 60), rows, ledger, k=12, diversity=0.7, block=7, keep_bytes=keep_bytes
+        )
+        taken.append(ledger.taken)
+    assert taken[0] == taken[1] and len(taken[0]) == 12
 
 
 def test_texts_stand_in_for_embeddings():

@@ -50,6 +50,7 @@ def facility_location(
     k: int,
     diversity: float,
     block: int = 512,
+    keep_bytes: int = 1 << 30,
 ) -> None:
     """Greedily maximise relevance plus coverage of the pool:
 
@@ -58,7 +59,8 @@ def facility_location(
     F is monotone and submodular, so for a budget of k rows without quotas greedy reaches (1 − 1/e) of the best F
     (Nemhauser, Wolsey & Fisher 1978; coverage: facility location as in Lin & Bilmes 2011). With quotas, a partition
     matroid, the bound is 1/2. k / n puts both sums on [0, k]. Lazy (Minoux 1978): a gain once seen bounds later ones,
-    so few are computed anew. Similarities are made a block at a time, never n x n; the first pass costs n² d.
+    so few are computed anew. Without room for all similarities they are made a block at a time; the first pass costs
+    n² d either way.
 
     Args:
         embeddings: (n, d) in rank order; rows of length 0 cover nothing.
@@ -68,6 +70,7 @@ def facility_location(
         k: rows expected to be taken, for the scale of the coverage.
         diversity: λ in [0, 1].
         block: candidates whose similarities are held at a time (block x n float32).
+        keep_bytes: keep all n² similarities if they fit in this (16,384 rows in 1 GiB), which saves making them anew.
     """
     unit = np.nan_to_num(unit_rows(embeddings)).astype(np.float32)
     n = len(unit)
@@ -75,8 +78,10 @@ def facility_location(
     base = (1 - diversity) * np.asarray(relevance, dtype=np.float64)
     scale = diversity * k / max(1, n)
 
+    whole = unit @ unit.T if 4 * n * n <= keep_bytes else None
+
     def gains(some: np.ndarray) -> np.ndarray:
-        more = unit[some] @ unit.T - covered
+        more = (unit[some] @ unit.T if whole is None else whole[some]) - covered
         return base[some] + scale * np.maximum(more, 0, out=more).sum(axis=1, dtype=np.float64)
 
     starts = range(0, n, block)
