@@ -1,0 +1,47 @@
+"""Planted truth: a tenth of the rows shares the target's direction; each target-aware method must bring it up."""
+
+import numpy as np
+import pytest
+
+from keepset.methods.datainf import datainf
+from keepset.methods.in_run_shapley import in_run_shapley
+from keepset.methods.influence import dense_solve, influence
+from keepset.methods.knn_shapley import knn_shapley
+from keepset.methods.less import less, tracin
+from keepset.methods.random_ import random_
+from keepset.methods.rds import rds
+from keepset.methods.rose import rose
+
+N, D = 400, 64
+RNG = np.random.default_rng(0)
+TRUTH = np.arange(N) % 10 == 0
+TOPIC = RNG.normal(size=D) / np.sqrt(D)
+ROWS = RNG.normal(size=(N, D)) / np.sqrt(D) + TRUTH[:, None] * TOPIC
+QUERIES = RNG.normal(size=(8, D)) / np.sqrt(D) + TOPIC
+TASKS = ["a"] * 5 + ["b"] * 3
+TARGET = QUERIES.mean(axis=0)[None]
+DOTS, NORMS = (ROWS @ TARGET.T)[None], np.linalg.norm(ROWS, axis=1)[None]
+
+METHODS = {
+    "rds": lambda: rds(ROWS, QUERIES, TASKS)[0],
+    "knn-shapley": lambda: knn_shapley(ROWS, QUERIES, TASKS)[0],
+    "rose": lambda: rose(DOTS, NORMS)[0],
+    "less": lambda: less(DOTS, NORMS)[0],
+    "tracin": lambda: tracin(DOTS)[0],
+    "datainf": lambda: datainf([ROWS], [TARGET])[:, 0],
+    "influence": lambda: influence(ROWS @ dense_solve(ROWS.T @ ROWS / N, TARGET, damping=0.1).T)[0],
+    "in-run-shapley": lambda: in_run_shapley(DOTS, np.ones(1), np.ones((1, N), bool))[0],
+}
+
+
+def recall(scores: np.ndarray) -> float:
+    return float(TRUTH[np.argsort(-scores)[: N // 10]].mean())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_planted_tenth_is_found(name):
+    assert recall(METHODS[name]()) >= 0.9
+
+
+def test_random_finds_its_tenth():
+    assert np.mean([recall(random_(N, seed)) for seed in range(40)]) == pytest.approx(0.1, abs=0.02)
