@@ -1,0 +1,335 @@
+"""Scoring rows under a base and its LoRA: keepset against two plain padded forward passes and against the usual tools.
+
+Run `python benchmarks/losses.py` (about 15 minutes on two cores). All contenders score the same encoded rows with the
+same model in memory and the same LoRA (r = 8 on q, k, v, o; random B), adapter off and adapter on; repetitions are
+interleaved and the ratio is taken inside each repetition, so a busy machine disturbs both sides.
+
+    two forwards    HF + PEFT + sdpa, length-bucketed padded batches of at most 1,024 tokens, full logits, per-row sums
+    Trainer         transformers.Trainer.predict, batch 8 in the given order, prediction_step that returns per-row
+    losses lm-eval-like    what HFLM.loglikelihood does (0.4.13): longest first, batch 8, log_softmax of full logits,
+    argmax check one row         model(input_ids, labels) row by row
+
+Peak memory is the high-water mark of a fresh process that loads Gemma and scores batches of 1,024 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+import zstandard
+
+from keepset.encoding import Encoded, encode_all
+from keepset.features.losses import plan, row_losses, sliding_window
+from keepset.model import apply_lora, load
+from keepset.packing import bare, plan_batches
+from keepset.recipe import LoraSpec, ModelSpec
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent.parent / "shared" / "data" / "alpaca" / "alpaca_union.jsonl.zst"
+BUDGET = 1024
+
+
+def read_rows(path: Path, n: int, seed: int) -> list[list[dict[str, str]]]:
+    """Draw n Alpaca rows and turn them into a question and an answer."""
+    if not path.exists():
+        sys.exit(f"{path}: no data; give --data or set KEEPSET_BENCH_DATA to an Alpaca .jsonl or .jsonl.zst")
+    raw = path.open("rb")
+    stream: Any = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
+    lines = io.TextIOWrapper(stream, encoding="utf-8").read().splitlines()
+    rows = []
+    for i in np.random.default_rng(seed).permutation(len(lines)):
+        row = json.loads(lines[int(i)])
+        question = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
+        rows.append([{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}])
+        if len(rows) == n:
+            break
+    return rows
+
+
+def prepare(name: str, data: Path, n: int) -> tuple[Any, list[Encoded]]:
+    """Load a model with a LoRA that really changes its numbers, and encode n rows that fit."""
+    loaded = load(ModelSpec(model_name_or_path=name))
+    rows = [r for r in encode_all(loaded.encoder, read_rows(data, 2 * n, 0))[0] if r is not None][:n]
+    peft = apply_lora(loaded.model, LoraSpec(lora_r=8, lora_alpha=16), 0).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in peft.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(0, 0.02)
+    return peft, rows
+
+
+def padded(rows: list[Encoded], index: np.ndarray) -> dict[str, torch.Tensor]:
+    """Right-padded ids, mask and labels, as a data collator makes them."""
+    width = max(len(rows[i].input_ids) for i in index)
+    ids = torch.zeros(len(index), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for r, i in enumerate(index):
+        n = len(rows[i].input_ids)
+        ids[r, :n] = torch.from_numpy(rows[i].input_ids.astype(np.int64))
+        mask[r, :n] = 1
+        labels[r, :n] = torch.where(torch.from_numpy(rows[i].supervised), ids[r, :n], -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def row_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy of each padded row."""
+    flat = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="none"
+    )
+    return flat.view(len(labels), -1).sum(1)
+
+
+def twice(model: Any, one_pass: Callable[[], np.ndarray]) -> np.ndarray:
+    """Adapter off, adapter on."""
+    with torch.no_grad():
+        with model.disable_adapter():
+            off = one_pass()
+        return np.stack([off, one_pass()])
+
+
+def bucketed(lengths: list[int]) -> list[np.ndarray]:
+    """Batches of at most BUDGET padded tokens, longest rows first."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > BUDGET:
+            batches.append([])
+        batches[-1].append(i)
+    return [np.asarray(b) for b in batches]
+
+
+def two_forwards(model: Any, rows: list[Encoded]) -> np.ndarray:
+    def one_pass() -> np.ndarray:
+        out = np.zeros(len(rows))
+        for index in bucketed([len(r.input_ids) for r in rows]):
+            batch = padded(rows, index)
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            out[index] = row_loss(logits, batch["labels"]).numpy()
+        return out
+
+    return twice(model, one_pass)
+
+
+def one_row(model: Any, rows: list[Encoded]) -> np.ndarray:
+    def one_pass() -> np.ndarray:
+        out = []
+        for i in range(len(rows)):
+            batch = padded(rows, np.asarray([i]))
+            loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+            out.append(loss.item() * int(rows[i].supervised.sum()))
+        return np.asarray(out)
+
+    return twice(model, one_pass)
+
+
+def lm_eval_like(model: Any, rows: list[Encoded]) -> np.ndarray:
+    def one_pass() -> np.ndarray:
+        out = np.zeros(len(rows))
+        order = np.asarray(sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids)))
+        for start in range(0, len(order), 8):
+            index = order[start : start + 8]
+            batch = padded(rows, index)
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            scores = torch.log_softmax(logits, dim=-1)
+            for r, i in enumerate(index):
+                t = torch.from_numpy(np.flatnonzero(rows[i].supervised))
+                wanted = scores[r, t - 1]
+                target = batch["input_ids"][r, t]
+                (wanted.argmax(-1) == target).all().item()
+                out[i] = -wanted.gather(-1, target[:, None]).sum().item()
+        return out
+
+    return twice(model, one_pass)
+
+
+def trainer_predict(model: Any, rows: list[Encoded]) -> np.ndarray:
+    from transformers import Trainer, TrainingArguments
+
+    class PerRow(Trainer):
+        def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad():
+                logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+                losses = row_loss(logits, inputs["labels"])
+            return losses.mean(), losses, inputs["labels"][:, :1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            per_device_eval_batch_size=8,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        dataset: Any = list(range(len(rows)))
+        trainer = PerRow(model=model, args=args, data_collator=lambda some: padded(rows, np.asarray(some)))
+        return twice(model, lambda: np.asarray(trainer.predict(dataset).predictions, dtype=np.float64))
+
+
+def keepset(model: Any, rows: list[Encoded], **options: Any) -> np.ndarray:
+    return row_losses(model, rows, token_budget=BUDGET, adapters=(False, True), **options).nll
+
+
+def measure(model: Any, rows: list[Encoded], contenders: dict[str, tuple[Callable[..., np.ndarray], int]]) -> dict:
+    """Time every contender, interleaved; contender -> (function, repetitions)."""
+    inner = bare(model)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    results: dict[str, np.ndarray] = {}
+    for repetition in range(1 + max(n for _, n in contenders.values())):
+        for name, (function, repetitions) in contenders.items():
+            if repetition > repetitions:
+                continue
+            ours = name.startswith("keepset")
+            inner.set_attn_implementation("keepset" if ours else "sdpa")
+            some = rows if repetition else rows[:4]  # repetition 0 warms up
+            start = time.perf_counter()
+            result = function(model, some)
+            seconds = time.perf_counter() - start
+            if repetition:
+                times[name].append(seconds)
+                results[name] = result
+                print(f"  {repetition} {name:24s} {seconds:7.2f} s", flush=True)
+    floor = times["two forwards"]
+    table = {}
+    for name, seconds in times.items():
+        ratios = [s / f for s, f in zip(seconds, floor, strict=False)]
+        difference = np.abs(results[name] / results["two forwards"] - 1).max()
+        table[name] = {
+            "seconds": round(statistics.median(seconds), 3),
+            "over_two_forwards": round(statistics.median(ratios), 4),
+            "range": [round(min(ratios), 4), round(max(ratios), 4)],
+            "repetitions": len(ratios),
+            "max_relative_difference": float(f"{difference:.2g}"),
+        }
+    return table
+
+
+def describe(model: Any, rows: list[Encoded]) -> dict[str, Any]:
+    """What the ratio depends on: supervised share, padding waste of the plain pass, tokens a shared beginning saves."""
+    lengths = [len(r.input_ids) for r in rows]
+    real = sum(lengths)
+    plain = sum(len(b) * max(lengths[i] for i in b) for b in bucketed(lengths))
+    made = list(plan(rows, BUDGET, share=True, window=sliding_window(model)))
+    run = sum(p + sum(lengths[i] - p for i in index) for index, p in made)
+    return {
+        "rows": len(rows),
+        "tokens": real,
+        "supervised_share": round(sum(int(r.supervised.sum()) for r in rows) / real, 4),
+        "padding_waste_of_two_forwards": round(plain / real - 1, 4),
+        "tokens_saved_by_shared_beginnings": round(1 - run / real, 4),
+        "batches": len(made),
+        "batches_unshared": len(plan_batches(lengths, BUDGET)),
+    }
+
+
+def show(title: str, about: dict[str, Any], table: dict[str, Any]) -> None:
+    print(f"\n{title}: " + ", ".join(f"{k} {v}" for k, v in about.items()))
+    for name, row in sorted(table.items(), key=lambda item: item[1]["over_two_forwards"]):
+        low, high = row["range"]
+        print(
+            f"  {name:24s} {row['seconds']:8.2f} s   {row['over_two_forwards']:.3f} [{low:.3f}, {high:.3f}] of two,"
+            f" max rel. difference {row['max_relative_difference']:.1e}"
+        )
+
+
+def peak(data: Path, rows_wanted: int) -> dict[str, float]:
+    """Load Gemma, score two full batches; high-water marks in GiB."""
+
+    def high_water() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+    model, rows = prepare("gemma3-270m-demo", data, rows_wanted)
+    after_load = high_water()
+    keepset(model, rows)
+    return {"gemma_peak_gib": round(high_water(), 3), "gemma_peak_gib_after_load": round(after_load, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("KEEPSET_BENCH_DATA", DATA)))
+    parser.add_argument("--rows", type=int, default=48, help="rows for SmolLM2")
+    parser.add_argument("--gemma-rows", type=int, default=24)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=["smollm2", "gemma"], choices=["smollm2", "gemma"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "losses.json")
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(json.dumps(peak(args.data, args.gemma_rows)))
+        return
+    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "command": "python benchmarks/losses.py"}
+    n = args.repetitions
+    if "smollm2" in args.models:
+        model, rows = prepare("demo", args.data, args.rows)
+        contenders: dict[str, tuple[Callable[..., np.ndarray], int]] = {
+            "two forwards": (two_forwards, n),
+            "keepset": (keepset, n),
+            "Trainer.predict": (trainer_predict, n),
+            "lm-eval-like": (lm_eval_like, n),
+            "one row": (one_row, n),
+            "keepset, nothing shared": (lambda m, r: keepset(m, r, share_prefix=False), n),
+            "keepset, LoRA not merged": (lambda m, r: keepset(m, r, merge=False), n),
+        }
+        about, table = describe(model, rows), measure(model, rows, contenders)
+        show("SmolLM2-135M-Instruct", about, table)
+        others = {k: table[k]["over_two_forwards"] for k in ("Trainer.predict", "lm-eval-like", "one row")}
+        ours = table["keepset"]["over_two_forwards"]
+        result |= {
+            "smollm2_over_two_forwards": ours,
+            "speedup_over_trainer_predict": round(others["Trainer.predict"] / ours, 3),
+            "speedup_over_lm_eval_like": round(others["lm-eval-like"] / ours, 3),
+            "speedup_over_one_row": round(others["one row"] / ours, 3),
+            "speedup_over_fastest_other": round(min(others.values()) / ours, 3),
+            "smollm2": {"about": about, "table": table},
+        }
+        del model
+    if "gemma" in args.models:
+        model, rows = prepare("gemma3-270m-demo", args.data, args.gemma_rows)
+        contenders = {
+            "two forwards": (two_forwards, n),
+            "keepset": (keepset, n),
+            "keepset, nothing shared": (lambda m, r: keepset(m, r, share_prefix=False), 1),
+        }
+        about, table = describe(model, rows), measure(model, rows, contenders)
+        show("Gemma 3 270M", about, table)
+        del model
+        command = [sys.executable, __file__, "--peak", "--data", str(args.data), "--gemma-rows", str(args.gemma_rows)]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()
+        memory = json.loads(lines[-1])
+        print(f"  peak memory of a fresh process: {memory['gemma_peak_gib']} GiB")
+        result |= {
+            "gemma_over_two_forwards": table["keepset"]["over_two_forwards"],
+            **memory,
+            "gemma": {"about": about, "table": table},
+        }
+    result |= {"threads": args.threads, "torch": torch.__version__}
+    if set(args.models) != {"smollm2", "gemma"} and args.out.exists():
+        result = {**json.loads(args.out.read_text()), **result}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nwritten: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
