@@ -1,0 +1,124 @@
+"""The tokens of one row whose loss fell (or rose) from the base to the reference model: what DavIR's score is made of.
+
+Needs the run's model; the reference is never trained here, only read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from keepset.errors import KeepsetError
+from keepset.explain import find_row
+from keepset.report.run_data import RunData, read_run
+
+if TYPE_CHECKING:
+    from keepset.encoding import Encoded
+
+SHOWN = 5
+STRONG = 2.0  # nats of change that get the full colour
+
+
+def token_changes(run_dir: Path, row_id: str) -> dict[str, Any]:
+    """Loss of every supervised token of a row under the base and under the run's reference model.
+
+    Args:
+        run_dir: a run folder whose reference model is still there.
+        row_id: the row's id, or its beginning.
+
+    Returns:
+        `id`, `before` and `after` (summed nats) and `tokens`: [{"text", "before", "after"}] in order, nats.
+
+    Raises:
+        KeepsetError: no such row, its text is gone, the run has no reference model, or the row can't be encoded.
+    """
+    from keepset.encoding import RowRefused
+    from keepset.model import load
+
+    data = read_run(Path(run_dir))
+    id_ = str(data.ids[find_row(data, row_id)])
+    if data.recipe is None or id_ not in data.messages:
+        raise KeepsetError(f"{run_dir}: the text of row {id_} is gone: its pool file is not where the recipe says")
+    folder = reference_folder(data, id_)
+    loaded = load(data.recipe.model)
+    try:
+        row = loaded.encoder.encode(data.messages[id_])
+    except RowRefused as refusal:
+        raise KeepsetError(f"{run_dir}: row {id_} can't be encoded: {refusal}") from None
+    before, after = token_losses(loaded.model, row, folder, data)
+    ids = row.input_ids[row.supervised].tolist()
+    tokens = [
+        {"text": loaded.tokenizer.decode([token]), "before": float(a), "after": float(b)}
+        for token, a, b in zip(ids, before, after, strict=True)
+    ]
+    return {
+        "id": id_,
+        "before": sum(t["before"] for t in tokens),
+        "after": sum(t["after"] for t in tokens),
+        "tokens": tokens,
+    }
+
+
+def reference_folder(data: RunData, id_: str) -> Path:
+    """Where the reference model for this row stands.
+
+    Raises:
+        KeepsetError: the run trained none.
+    """
+    assert data.recipe is not None
+    spec = data.recipe.reference
+    if spec.path:
+        return Path(spec.path)
+    name = "models/reference"
+    if spec.folds >= 2:
+        import numpy as np
+
+        from keepset.stages import folds_of
+
+        name = f"models/reference-fold{int(folds_of(np.array([id_]), spec.folds)[0])}"
+    if not (data.path / name).is_dir():
+        raise KeepsetError(f"{data.path}: no reference model here ({name}); `keepset score davir` trains one")
+    return data.path / name
+
+
+def token_losses(model: Any, row: Encoded, folder: Path, data: RunData) -> tuple[Any, Any]:
+    """Per-token losses (T,) under the base and under the reference in `folder`, an adapter or a whole model."""
+    from keepset.adapters import attached
+    from keepset.features.losses import row_losses
+    from keepset.model import load
+
+    assert data.recipe is not None
+    budget = max(data.recipe.batching.token_budget, len(row.input_ids))
+    if (folder / "adapter_config.json").exists():
+        with attached(model, folder) as adapted:
+            found = row_losses(adapted, [row], token_budget=budget, adapters=(False, True), per_token=True)
+        assert found.token_nll is not None
+        return found.token_nll[0][0], found.token_nll[1][0]
+    other = load(data.recipe.model.model_copy(update={"model_name_or_path": str(folder)})).model
+    both = [row_losses(m, [row], token_budget=budget, per_token=True).token_nll for m in (model, other)]
+    assert both[0] is not None and both[1] is not None
+    return both[0][0][0], both[1][0][0]
+
+
+def print_token_changes(facts: dict[str, Any], console: Console) -> None:
+    """The row's tokens, green where the loss fell and red where it rose, and the largest changes as numbers."""
+    text = Text()
+    for token in facts["tokens"]:
+        change = token["before"] - token["after"]
+        depth = int(40 + 160 * min(1.0, abs(change) / STRONG))
+        style = f"on rgb(0,{depth},0)" if change > 0 else f"on rgb({depth},0,0)"
+        text.append(token["text"], style=f"white {style}")
+    console.print(text)
+    share = (facts["before"] - facts["after"]) / facts["before"] if facts["before"] else 0.0
+    console.print(
+        f"loss {facts['before']:.3f} → {facts['after']:.3f} nats ({share:+.1%} of it learned)", highlight=False
+    )
+    order = sorted(facts["tokens"], key=lambda t: t["after"] - t["before"])
+    for title, some in (("fell most", order[:SHOWN]), ("rose most", order[::-1][:SHOWN])):
+        sign = 1 if title == "fell most" else -1
+        moved = [t for t in some if sign * (t["before"] - t["after"]) > 0]
+        told = "  ".join(f"{t['text']!r} {t['before']:.2f}→{t['after']:.2f}" for t in moved)
+        console.print(Text(f"{title}: {told or 'none'}"))

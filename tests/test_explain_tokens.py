@@ -1,0 +1,75 @@
+"""Per-token loss changes of one row: the same numbers as the model gives token by token."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from rich.console import Console
+
+from conftest import tiny_lora, tiny_model
+from keepset.errors import KeepsetError
+from keepset.explain_tokens import print_token_changes, token_changes
+from keepset.model import load
+from keepset.recipe import ModelSpec
+from report_fixture import make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    run = make_run(folder, 30, methods=("davir",))
+    tiny_model("llama").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    tiny_lora(tiny_model("llama")).save_pretrained(run / "models" / "reference")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["model_name_or_path"] = str(folder / "model")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return run
+
+
+def first_id(run: Path) -> str:
+    return str(pq.read_table(run / "scores" / "davir.parquet")["id"][0])
+
+
+def test_the_losses_are_the_model_s_own(run: Path) -> None:
+    import torch
+    from peft import PeftModel
+
+    facts = token_changes(run, first_id(run))
+    loaded = load(ModelSpec(model_name_or_path=str(run.parent / "model")))
+    from keepset.data import load_pool
+
+    row = loaded.encoder.encode(load_pool(run.parent / "pool.jsonl").messages(0))
+    ids = torch.tensor(row.input_ids[None].astype("int64"))
+    adapted = PeftModel.from_pretrained(loaded.model, str(run / "models" / "reference"))
+    with torch.no_grad():
+        after = -adapted(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        with adapted.disable_adapter():
+            before = -adapted(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    mask = torch.tensor(row.supervised[1:])
+    assert [t["before"] for t in facts["tokens"]] == pytest.approx(before[mask].tolist(), rel=1e-4)
+    assert [t["after"] for t in facts["tokens"]] == pytest.approx(after[mask].tolist(), rel=1e-4)
+    assert facts["before"] != pytest.approx(facts["after"], rel=1e-3)
+    assert "".join(t["text"] for t in facts["tokens"]).endswith("<|im_end|>")
+
+
+def test_printing_names_the_largest_changes(run: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    facts = token_changes(run, first_id(run)[:16])
+    print_token_changes(facts, console)
+    most = max(facts["tokens"], key=lambda t: t["before"] - t["after"])
+    assert f"fell most: {most['text']!r} {most['before']:.2f}→{most['after']:.2f}" in console.file.getvalue()
+
+
+def test_without_a_reference_it_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 10, methods=("davir",))
+    with pytest.raises(KeepsetError, match="no reference model here"):
+        token_changes(run, first_id(run))
+    (tmp_path / "pool.jsonl").unlink()
+    with pytest.raises(KeepsetError, match="the text of row"):
+        token_changes(run, first_id(run))
