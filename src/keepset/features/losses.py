@@ -81,25 +81,29 @@ def row_losses(
     """
     packed = packing.supports_packing(model)
     device = next(model.parameters()).device
-    nll = np.zeros((len(adapters), len(rows)))
-    tokens: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] * len(rows) for _ in adapters]
     peft = hasattr(model, "disable_adapter")
     share = share_prefix and packed and device.type == "cpu"
+    n_tokens = np.asarray([int(np.count_nonzero(row.supervised)) for row in rows], dtype=np.int64)
+    # Results stay on the device until the end: reading them back after every batch would make a GPU wait.
+    done: list[tuple[int, np.ndarray, Tensor, Tensor | None]] = []
     with torch.no_grad():  # not inference_mode: the merged tensors take the place of parameters for a while
         weights = merged_weights(model) if merge and peft and True in adapters else None
     with torch.inference_mode():
         for index, prefix in plan(rows, token_budget, share=share, window=sliding_window(model)):
             batch = packing.pack(rows, index, packed=packed, device=device, prefix=prefix)
-            counts = np.bincount(batch.row_of.cpu().numpy(), minlength=len(index)) if per_token else None
             for k, on in enumerate(adapters):
                 with _pass(model, on, peft, weights):
                     values = token_values(model, batch, token_loss)
-                nll[k, index] = packing.row_sums(values, batch.row_of, len(index)).cpu().numpy()
-                if counts is not None:
-                    parts = np.split(values.float().cpu().numpy(), np.cumsum(counts)[:-1])
-                    for i, part in zip(index, parts, strict=True):
-                        tokens[k][int(i)] = part
-    n_tokens = np.asarray([int(np.count_nonzero(row.supervised)) for row in rows], dtype=np.int64)
+                sums = packing.row_sums(values, batch.row_of, len(index))
+                done.append((k, index, sums, values if per_token else None))
+    nll = np.zeros((len(adapters), len(rows)))
+    tokens: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] * len(rows) for _ in adapters]
+    for k, index, sums, kept in done:
+        nll[k, index] = sums.cpu().numpy()
+        if kept is not None:
+            parts = np.split(kept.float().cpu().numpy(), np.cumsum(n_tokens[index])[:-1])
+            for i, part in zip(index, parts, strict=True):
+                tokens[k][int(i)] = part
     return RowLosses(nll, n_tokens, tokens if per_token else None)
 
 
@@ -162,15 +166,13 @@ def prefix_groups(rows: Sequence[packing.Row], members: np.ndarray) -> list[tupl
     """
     free = {int(i): int(np.argmax(rows[int(i)].supervised)) for i in members}
 
-    def split(group: list[int], depth: int) -> list[tuple[np.ndarray, int]]:
-        # Up to where do all agree?
-        limit = min(free[i] for i in group)
-        first = np.asarray(rows[group[0]].input_ids[:limit])
+    def split(group: list[int]) -> list[tuple[np.ndarray, int]]:
+        common = np.asarray(rows[group[0]].input_ids[: min(free[i] for i in group)])
         for i in group:
-            same = first[: limit if limit <= len(first) else len(first)] == np.asarray(rows[i].input_ids[: len(first)])
+            same = common == np.asarray(rows[i].input_ids[: len(common)])
             if not same.all():
-                first = first[: int(np.argmin(same))]
-        depth = len(first)
+                common = common[: int(np.argmin(same))]
+        depth = len(common)
         after: dict[int, list[int]] = {}
         for i in group:
             if free[i] >= depth + SHORTEST_PREFIX:
@@ -178,19 +180,17 @@ def prefix_groups(rows: Sequence[packing.Row], members: np.ndarray) -> list[tupl
         out: list[tuple[np.ndarray, int]] = []
         rest = set(group)
         for some in after.values():
-            if len(some) >= 4 * FEWEST_ROWS and len(some) < len(group):
-                deeper = split(some, depth)
-                for indices, length in deeper:
+            if 4 * FEWEST_ROWS <= len(some) < len(group):
+                for indices, length in split(some):
                     if length >= depth + SHORTEST_PREFIX:
                         out.append((indices, length))
                         rest -= {int(i) for i in indices}
         if rest:
-            out.append(
-                (np.asarray(sorted(rest)), depth if depth >= SHORTEST_PREFIX and len(rest) >= FEWEST_ROWS else 0)
-            )
+            pays = depth >= SHORTEST_PREFIX and len(rest) >= FEWEST_ROWS
+            out.append((np.asarray(sorted(rest)), depth if pays else 0))
         return out
 
-    return split([int(i) for i in members], 0) if len(members) else []
+    return split([int(i) for i in members]) if len(members) else []
 
 
 # -- merged adapter weights -----------------------------------------------------------------------------------------
