@@ -9,11 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from conftest import random_rows, tiny_lora, tiny_model  # noqa: E402
+from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.errors import ModelError  # noqa: E402
-from keepset.features.gradients import products, recording, run_backward, takes_packed  # noqa: E402
-from keepset.features.influence import mean_weights  # noqa: E402
-from keepset.packing import pack  # noqa: E402
+from keepset.features.gradients import mean_weights, products, recording, run_rows  # noqa: E402
+from keepset.features.llama_pass import common_prefix  # noqa: E402
 from slow_gradients import mean_nll_gradient  # noqa: E402
 
 
@@ -23,17 +22,19 @@ class Collect:
     def __init__(self) -> None:
         self.grads: dict[str, torch.Tensor] = {}
 
-    def __call__(self, name, left, right, scale, batch) -> None:
-        out = torch.empty(len(batch.lengths), left.shape[1], right.shape[1])
+    def __call__(self, name, left, right, scale, places) -> None:
+        out = torch.empty(len(places.lengths), left.shape[1], right.shape[1])
         assert name not in self.grads
-        self.grads[name] = products(left, right, batch, out) * scale
+        self.grads[name] = products(left, right, places, out) * scale
 
 
-def batched(model, rows, *, packed=True, **options):
+def batched(model, rows, *, packed=True, served=None, **options):
     sink = Collect()
     with recording(model, **options) as recorder:
-        batch = pack(rows, np.arange(len(rows)), packed=packed)
-        run_backward(model, recorder, batch, mean_weights(batch), sink)
+        assert served is None or (recorder.written is not None) == served
+        if not packed:
+            recorder.packed, recorder.written = False, None
+        run_rows(model, recorder, rows, mean_weights, sink)
         assert set(sink.grads) == set(recorder.shapes)
         assert all(tuple(sink.grads[n].shape[1:]) == s for n, s in recorder.shapes.items())
     return sink.grads
@@ -110,7 +111,7 @@ def test_backward_stops_below_the_lowest_recorded_layer() -> None:
         assert float((value - whole[name]).norm()) <= 1e-5 * float(whole[name].norm())
     seen = []
     peft.get_base_model().model.layers[0].register_forward_hook(lambda m, i, out: seen.append(out))
-    batched(peft, rows, last_layers=1)
+    batched(peft, rows, last_layers=1, written=False)
     assert len(seen) == 1 and not torch.as_tensor(seen[0][0] if isinstance(seen[0], tuple) else seen[0]).requires_grad
 
 
@@ -144,8 +145,9 @@ def test_bfloat16_weights_give_float32_products() -> None:
 
 def test_an_architecture_packing_cannot_serve_is_padded_and_said(caplog) -> None:
     with caplog.at_level(logging.WARNING):
-        assert takes_packed(tiny_model("llama")) and not caplog.records
-        assert not takes_packed(tiny_model("llama", attn="eager"))
+        for attn, said in (("keepset", False), ("eager", True)):
+            with recording(tiny_lora(tiny_model("llama", attn=attn))) as recorder:
+                assert recorder.packed != said and bool(caplog.records) == said
     assert "runs padded, not packed" in caplog.text
 
 
@@ -175,3 +177,42 @@ def test_refusals() -> None:
     two.base_model.set_adapter(["default", "second"])
     with pytest.raises(ModelError, match="2 active adapters"):
         batched(two, rows)
+
+
+SERVED = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+@pytest.mark.parametrize("prefix", [0, 3, 9])
+def test_written_pass_is_autograds(architecture, prefix) -> None:
+    """Rows short enough for Mistral's window; a shared beginning of 9 tokens goes forward once."""
+    model = tiny_model(architecture, **({"sliding_window": 64} if architecture == "mistral" else {}))
+    peft, rows = lora_on(model, "all-linear"), random_rows(6, seed=31, prefix=prefix)
+    grads = batched(peft, rows, served=True)
+    assert_same(peft, rows, grads)
+    plain = batched(peft, rows, written=False, served=False)
+    assert all(float((grads[n] - plain[n]).norm()) <= 1e-5 * float(plain[n].norm()) for n in plain)
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+def test_written_pass_stops_early_and_takes_full_matrices(architecture) -> None:
+    model = tiny_model(architecture, **({"sliding_window": None} if architecture == "mistral" else {}))
+    rows = random_rows(5, seed=32, prefix=6)
+    assert_same(model, rows, batched(model, rows, served=True, matrices=["*.layers.1.*"]))
+    peft = lora_on(model, ["k_proj", "up_proj"])
+    assert_same(peft, rows, batched(peft, rows, served=True, last_layers=1))
+
+
+def test_shared_beginning_ends_before_anything_supervised() -> None:
+    rows = random_rows(4, seed=33, prefix=8)
+    assert common_prefix(rows) == 7  # position 7 may predict a supervised token
+    assert common_prefix(rows[:1]) == 0 and common_prefix(random_rows(4, seed=34)) == 0
+    ids = rows[0].input_ids
+    twins = [TinyRow(ids[:9], np.arange(9) == 8), TinyRow(ids[:9], np.arange(9) == 8)]
+    peft = tiny_lora(tiny_model("llama"))
+    assert_same(peft, twins, batched(peft, twins, served=True))
+
+
+def test_rows_longer_than_the_window_take_autograd() -> None:
+    peft, rows = tiny_lora(tiny_model("mistral")), random_rows(4, seed=35, shortest=10, prefix=5)
+    assert_same(peft, rows, batched(peft, rows, served=True))

@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keepset import head
+from keepset.features.llama_pass import LlamaPass, Places, lay_out, serves, sliding_window
 from keepset.features.matrices import Linear, find_linears
-from keepset.packing import Batch, bare, last_hidden, supports_packing, token_nll
+from keepset.packing import Batch, Row, bare, last_hidden, pack, supports_packing, token_nll
 
 log = logging.getLogger(__name__)
 LOGITS = 1 << 22
@@ -37,23 +39,27 @@ LOGITS = 1 << 22
 class Sink(Protocol):
     """Takes each recorded parameter's per-example factors as the backward pass reaches it."""
 
-    def __call__(self, name: str, left: Tensor, right: Tensor, scale: float, batch: Batch) -> None:
-        """Row i's gradient is scale · left[i's positions]ᵀ · right[i's positions]; both are (B*T, …) float32."""
+    def __call__(self, name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
+        """Row i's gradient is scale · left[i's positions]ᵀ · right[i's positions], see `products`; both float32."""
 
 
 @dataclass
 class Recorder:
-    """The layers being recorded, and where their gradients go; `run_backward` sets sink and batch.
+    """The layers being recorded, and where their gradients go; `run_rows` sets sink and places.
 
-    A recorded head sees predicting positions only, so it has a batch of its own.
+    A recorded head sees predicting positions only, so it has places of its own. `written` is the pass without autograd,
+    for the models it serves.
     """
 
     linears: dict[str, Linear]
+    anchor: Tensor
     sink: Sink | None = None
-    batch: Batch | None = None
+    places: Places | None = None
     head: Linear | None = None
-    head_batch: Batch | None = None
-    anchor: Tensor = field(default_factory=lambda: torch.zeros(0, requires_grad=True))
+    head_places: Places | None = None
+    written: LlamaPass | None = None
+    packed: bool = True
+    window: int | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -79,22 +85,31 @@ class _Recorded(torch.autograd.Function):
 
 def hand_over(linear: Linear, x: Tensor, grad: Tensor, recorder: Recorder) -> None:
     """Give the sink one layer's factors, from its input x (B*T, in) and its output's gradient (B*T, out)."""
-    sink, batch = recorder.sink, recorder.head_batch if linear is recorder.head else recorder.batch
-    if sink is None or batch is None:
-        raise RuntimeError("a backward pass ran without a sink and a batch set on the recorder")
+    places = recorder.head_places if linear is recorder.head else recorder.places
+    if recorder.sink is None or places is None:
+        raise RuntimeError("a backward pass ran outside run_rows")
+    hand_factors(recorder.sink, linear, x, grad, places)
+
+
+def hand_factors(sink: Sink, linear: Linear, x: Tensor, grad: Tensor, places: Places) -> None:
+    """Give a sink one layer's factors; x is compact, grad wide where rows share a prefix (see `llama_pass`)."""
     if linear.lora is not None:
         down, up, scale = linear.lora
-        sink(linear.names[1], grad.float(), (x @ down.T.to(x.dtype)).float(), scale, batch)
-        sink(linear.names[0], (grad @ up.to(grad.dtype)).float(), x.float(), scale, batch)
+        sink(linear.names[1], grad.float(), (x @ down.T.to(x.dtype)).float(), scale, places)
+        sink(linear.names[0], (grad @ up.to(grad.dtype)).float(), x.float(), scale, places)
     elif linear.transposed:
-        sink(linear.names[0], x.float(), grad.float(), 1.0, batch)
+        sink(linear.names[0], x.float(), grad.float(), 1.0, places)
     else:
-        sink(linear.names[0], grad.float(), x.float(), 1.0, batch)
+        sink(linear.names[0], grad.float(), x.float(), 1.0, places)
 
 
 @contextmanager
 def recording(
-    model: nn.Module, *, matrices: Sequence[str] | None = None, last_layers: int | None = None
+    model: nn.Module,
+    *,
+    matrices: Sequence[str] | None = None,
+    last_layers: int | None = None,
+    written: bool = True,
 ) -> Iterator[Recorder]:
     """Replace the recorded layers' `forward` and freeze everything; both are undone afterwards.
 
@@ -104,21 +119,28 @@ def recording(
         model: see `find_linears`.
         matrices: see `find_linears`.
         last_layers: see `find_linears`.
+        written: use the written-out pass where it serves the model; False: always autograd, the same numbers.
     """
     linears = find_linears(model, matrices=matrices, last_layers=last_layers)
-    device = next(model.parameters()).device
-    recorder = Recorder(linears, anchor=torch.zeros(0, device=device, requires_grad=True))
+    recorded = {name: linear for name, linear in linears.items() if linear.recorded}
+    recorder = Recorder(recorded, torch.zeros(0, device=next(model.parameters()).device, requires_grad=True))
     output = bare(model).get_output_embeddings()
-    recorder.head = next((linear for linear in linears.values() if linear.module is output), None)
+    recorder.head = next((linear for linear in recorded.values() if linear.module is output), None)
+    recorder.packed = supports_packing(model)
+    if not recorder.packed:
+        kind = bare(model).config.get_text_config().model_type
+        log.warning("gradients: '%s' with this attention runs padded, not packed: same numbers, slower", kind)
+    if written and recorder.packed and recorder.head is None and serves(model, linears):
+        recorder.written, recorder.window = LlamaPass(model, linears), sliding_window(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
-    for linear in linears.values():
+    for linear in recorded.values():
         linear.module.forward = _forward(linear, recorder)
     try:
         yield recorder
     finally:
-        for linear in linears.values():
+        for linear in recorded.values():
             del linear.module.forward
         for p in trainable:
             p.requires_grad_(True)
@@ -135,57 +157,107 @@ def _forward(linear: Linear, recorder: Recorder) -> Any:
     return forward
 
 
-def products(left: Tensor, right: Tensor, batch: Batch, out: Tensor) -> Tensor:
+def products(left: Tensor, right: Tensor, places: Places, out: Tensor) -> Tensor:
     """Form leftᵢᵀ·rightᵢ for every row of a batch.
 
     Args:
-        left: (B*T, a) float32.
-        right: (B*T, b) float32.
-        batch: whose rows' positions are meant.
+        left: (positions, a) float32; wide where rows share a prefix of P tokens: n·P, then the rows' own.
+        right: (positions, b) float32; compact: P, then the rows' own.
+        places: where the rows' positions are.
         out: (n, a, b) float32, overwritten.
     """
-    for i, (offset, length) in enumerate(zip(batch.offsets, batch.lengths, strict=True)):
-        torch.mm(left[offset : offset + length].T, right[offset : offset + length], out=out[i])
+    n, p = len(places.lengths), places.prefix
+    if p:
+        torch.bmm(left[: n * p].unflatten(0, (n, p)).transpose(1, 2), right[:p].expand(n, p, right.shape[1]), out=out)
+    for i, (offset, length) in enumerate(zip(places.offsets, places.lengths, strict=True)):
+        a, b = left.narrow(0, n * p + offset, length), right.narrow(0, p + offset, length)
+        if p:
+            out[i].addmm_(a.T, b)
+        else:
+            torch.mm(a.T, b, out=out[i])
     return out
 
 
-def run_backward(model: nn.Module, recorder: Recorder, batch: Batch, weights: Tensor, sink: Sink) -> Tensor:
-    """Run one batch forward and back for the loss Σ weights·nll.
+class LossWeights(Protocol):
+    """Gives each supervised token's factor in the loss."""
+
+    def __call__(self, row_of: Tensor, n: int) -> Tensor:
+        """(S,) float32 from the row (0..n−1) of each supervised token."""
+
+
+def run_rows(
+    model: nn.Module,
+    recorder: Recorder,
+    rows: Sequence[Row],
+    weigh: LossWeights,
+    sink: Sink,
+) -> tuple[Tensor, Tensor]:
+    """Run rows forward and back together for the loss Σ weight·nll.
 
     Args:
         model: inside `recording`.
         recorder: what `recording` gave.
-        batch: packed or padded.
-        weights: (S,) factor of each supervised token's loss.
-        sink: receives every recorded parameter's factors.
+        rows: the batch's rows.
+        weigh: the loss weights.
+        sink: receives every recorded parameter's factors, rows in the order given.
 
     Returns:
-        (S,) float32 token losses in nats, detached.
+        (S,) float32 token losses in nats and (S,) the row of each, in row order.
     """
-    recorder.sink, recorder.batch = sink, batch
+    longest = max(len(r.input_ids) for r in rows)
+    if recorder.written is not None and (recorder.window is None or longest <= recorder.window):
+        return _run_written(model, recorder.written, rows, weigh, sink)
+    device = recorder.anchor.device
+    batch = pack(rows, np.arange(len(rows)), packed=recorder.packed, device=device)
+    recorder.sink, recorder.places = sink, Places(batch.lengths, batch.offsets)
+    weights = weigh(batch.row_of, len(rows))
     try:
         with torch.enable_grad():
-            hidden = last_hidden(model, batch)
-            inner = bare(model)
-            output = inner.get_output_embeddings()
-            if recorder.head is not None:  # its inputs stand at predicting positions only
-                counts = np.bincount(batch.row_of.cpu().numpy(), minlength=len(batch.lengths))
-                starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-                recorder.head_batch = replace(batch, lengths=counts.tolist(), offsets=starts.tolist())
-                logits = head.logit_map(inner.config)(output(hidden[batch.predict]))
-                nll = F.cross_entropy(logits, batch.labels, reduction="none")
-                (nll * weights).sum().backward()
-                return nll.detach()
-            if type(output) is not nn.Linear:
-                nll = token_nll(model, batch, hidden=hidden)
-                (nll * weights).sum().backward()
-                return nll.detach()
-            nll, grad = head_gradient(hidden.detach()[batch.predict], batch.labels, weights, output, inner.config)
-            full = torch.zeros_like(hidden).index_add_(0, batch.predict, grad)
-            hidden.backward(full)
-            return nll
+            return _run_autograd(model, recorder, batch, weights), batch.row_of
     finally:
-        recorder.sink = recorder.batch = recorder.head_batch = None
+        recorder.sink = recorder.places = recorder.head_places = None
+
+
+def _run_written(
+    model: nn.Module, written: LlamaPass, rows: Sequence[Row], weigh: LossWeights, sink: Sink
+) -> tuple[Tensor, Tensor]:
+    placed = lay_out(rows)
+    hidden, tape = written.forward(placed)
+    inner = bare(model)
+    weights = weigh(placed.row_of, len(rows))
+    nll, grad = head_gradient(hidden, placed.labels, weights, inner.get_output_embeddings(), inner.config)
+    written.backward(placed, tape, grad, partial(hand_factors, sink))
+    return nll, placed.row_of
+
+
+def _run_autograd(model: nn.Module, recorder: Recorder, batch: Batch, weights: Tensor) -> Tensor:
+    hidden = last_hidden(model, batch)
+    inner = bare(model)
+    output = inner.get_output_embeddings()
+    if recorder.head is not None:
+        counts = np.bincount(batch.row_of.cpu().numpy(), minlength=len(batch.lengths))
+        recorder.head_places = Places(counts.tolist(), (np.cumsum(counts) - counts).tolist())
+        nll = F.cross_entropy(
+            head.logit_map(inner.config)(output(hidden[batch.predict])), batch.labels, reduction="none"
+        )
+    elif type(output) is not nn.Linear:
+        nll = token_nll(model, batch, hidden=hidden)
+    else:
+        nll, grad = head_gradient(hidden.detach()[batch.predict], batch.labels, weights, output, inner.config)
+        hidden.backward(torch.zeros_like(hidden).index_add_(0, batch.predict, grad))
+        return nll
+    (nll * weights).sum().backward()
+    return nll.detach()
+
+
+def mean_weights(row_of: Tensor, n: int) -> Tensor:
+    """(S,) one over the number of supervised tokens of each token's row: the mean-token loss of each row."""
+    return sum_weights(row_of, n) / torch.bincount(row_of, minlength=n).float()[row_of]
+
+
+def sum_weights(row_of: Tensor, n: int) -> Tensor:
+    """(S,) ones: the summed loss."""
+    return torch.ones(len(row_of), device=row_of.device)
 
 
 @torch.no_grad()
@@ -219,12 +291,3 @@ def head_gradient(
         g.mul_(weights[part, None])
         grad[part] = mapping.backward(z, g).to(hidden.dtype) @ weight
     return nll, grad
-
-
-def takes_packed(model: nn.Module) -> bool:
-    """Whether batches may be packed; says so when they have to be padded."""
-    packed = supports_packing(model)
-    if not packed:
-        kind = bare(model).config.get_text_config().model_type
-        log.warning("gradients: '%s' with this attention runs padded, not packed: same numbers, slower", kind)
-    return packed

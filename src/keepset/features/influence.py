@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from keepset.features.adam import AdamState, ParameterMap, check_map, momentum_direction, parameter_map
-from keepset.features.gradients import products, recording, run_backward, takes_packed
+from keepset.features.gradients import mean_weights, products, recording, run_rows
+from keepset.features.llama_pass import Places
 from keepset.features.targets import GradientTarget
-from keepset.packing import Batch, Row, pack, plan_batches
+from keepset.packing import Row, plan_batches
 
 BLOCK = 1 << 20
 """Gradient numbers formed, mapped and reduced at once (4 MiB, twice with the scratch: they stay in cache)."""
@@ -79,9 +80,9 @@ class Reducer:
         """Begin a batch of n rows."""
         self.sums = torch.zeros(n, self.n_targets + 3, dtype=torch.float64, device=self.device)
 
-    def __call__(self, name: str, left: Tensor, right: Tensor, scale: float, batch: Batch) -> None:
+    def __call__(self, name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
         """Add one parameter's share."""
-        n, a, b = len(batch.lengths), left.shape[1], right.shape[1]
+        n, a, b = len(places.lengths), left.shape[1], right.shape[1]
         if self.buffer.numel() < n * b:
             self.buffer, self.scratch = (torch.empty(n * b, device=self.device) for _ in range(2))
         if scale != 1.0:
@@ -92,7 +93,7 @@ class Reducer:
             last = min(first + step, a)
             size = (last - first) * b
             out = self.buffer[: n * size].view(n, last - first, b)
-            g = products(left[:, first:last], right, batch, out).view(n, size)
+            g = products(left[:, first:last], right, places, out).view(n, size)
             self.sums[:, -1] += row_squares(g)
             g = mapping.apply_(g, self.scratch, first * b, last * b)
             self.sums[:, : self.n_targets] += g @ vectors[:, first * b : last * b].T
@@ -134,17 +135,15 @@ def influence(
         RecipeError: unknown map, or no moments for it.
     """
     device = next(model.parameters()).device
-    packed = takes_packed(model)
     with recording(model, matrices=matrices, last_layers=last_layers) as recorder:
         sink = Reducer(recorder.shapes, target, adam, map, device)
         found = torch.zeros(len(rows), target.n_targets + 4, dtype=torch.float64, device=device)
         for indices in plan_batches([len(r.input_ids) for r in rows], token_budget):
-            batch = pack(rows, indices, packed=packed, device=device)
-            weights = mean_weights(batch)
-            sink.start(len(indices))
-            nll = run_backward(model, recorder, batch, weights, sink)
-            losses = sink.sums.new_zeros(len(indices)).index_add_(0, batch.row_of, (nll * weights).double())
-            found[torch.as_tensor(batch.rows, device=device)] = torch.cat([sink.sums, losses[:, None]], 1)
+            n = len(indices)
+            sink.start(n)
+            nll, row_of = run_rows(model, recorder, [rows[i] for i in indices], mean_weights, sink)
+            losses = sink.sums.new_zeros(n).index_add_(0, row_of, (nll * mean_weights(row_of, n)).double())
+            found[torch.as_tensor(indices, device=device)] = torch.cat([sink.sums, losses[:, None]], 1)
     values = found.cpu().numpy()
     j, norms = target.n_targets, np.sqrt(values[:, -3])
     scale = norms * sink.shared_norm
@@ -155,10 +154,3 @@ def influence(
         grad_norms=np.sqrt(values[:, -2]),
         loss=values[:, -1].copy(),
     )
-
-
-def mean_weights(batch: Batch) -> Tensor:
-    """(S,) one over the number of supervised tokens of each token's row: the mean-token loss."""
-    counts = torch.zeros(len(batch.lengths), device=batch.row_of.device)
-    counts.index_add_(0, batch.row_of, torch.ones_like(batch.row_of, dtype=counts.dtype))
-    return counts.reciprocal()[batch.row_of]

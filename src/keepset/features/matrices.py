@@ -32,6 +32,7 @@ class Linear:
         names: parameter names (A, B) with LoRA, else (weight,).
         lora: A (r, in), B (out, r) and the scale, or None.
         transposed: the parameter is stored (in, out), as Conv1D's is.
+        recorded: whether its gradients are wanted.
     """
 
     module: nn.Module
@@ -40,6 +41,7 @@ class Linear:
     names: tuple[str, ...]
     lora: tuple[Tensor, Tensor, float] | None = None
     transposed: bool = False
+    recorded: bool = True
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -53,7 +55,7 @@ class Linear:
 def find_linears(
     model: nn.Module, *, matrices: Sequence[str] | None = None, last_layers: int | None = None
 ) -> dict[str, Linear]:
-    """Return the layers to record by module name, in the model's order; LoRA is merged into a copy of each weight.
+    """Return the adapted or chosen layers by module name, in the model's order; LoRA is merged into copies of weights.
 
     Args:
         model: a PeftModel with one active LoRA, or a bare model with `matrices`.
@@ -68,9 +70,10 @@ def find_linears(
     found = _full(model, matrices) if matrices is not None else _lora(model)
     if last_layers is not None:
         total = int(bare(model).config.get_text_config().num_hidden_layers)
-        layers = {n: layer_of(n) for n in found}
-        found = {n: f for n, f in found.items() if (k := layers[n]) is None or k >= total - last_layers}
-    if not found:
+        for name, linear in found.items():
+            layer = layer_of(name)
+            linear.recorded = layer is None or layer >= total - last_layers
+    if not any(linear.recorded for linear in found.values()):
         raise ModelError("no matrix to take gradients of: the model has no LoRA, or no weight matches `matrices`")
     return found
 
@@ -92,6 +95,12 @@ def check_dropout(model: nn.Module) -> None:
             raise ModelError(f"dropout {module.p} is active at '{name}': call model.eval(), or set it to 0, to score")
         if module.training and float(getattr(module, "attention_dropout", 0) or 0) > 0:
             raise ModelError(f"attention dropout is active at '{name}': call model.eval(), or set it to 0, to score")
+
+
+def plain_linear(module: nn.Module) -> Linear:
+    """A frozen layer that isn't recorded."""
+    weight, bias, transposed = _plain(module, type(module).__name__)
+    return Linear(module, weight, bias, (), None, transposed, recorded=False)
 
 
 def _plain(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool]:

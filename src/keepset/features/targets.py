@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -31,8 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keepset.errors import ModelError, RecipeError, did_you_mean
-from keepset.features.gradients import Recorder, products, recording, run_backward, takes_packed
-from keepset.packing import Batch, Row, pack, plan_batches, row_sums, token_nll
+from keepset.features.gradients import Recorder, mean_weights, products, recording, run_rows, sum_weights
+from keepset.features.llama_pass import Places
+from keepset.packing import Row, pack, plan_batches, row_sums, token_nll
 
 TargetLoss = Literal["sft", "dpo", "margin", "mean_margin"]
 Reference = Literal["base", "checkpoint", "none"]
@@ -108,9 +110,9 @@ class _PairSink:
         self.grads = {n: torch.zeros(n_pairs, *shape, device=device) for n, shape in shapes.items()}
         self.pair_of = pair_of
 
-    def __call__(self, name: str, left: Tensor, right: Tensor, scale: float, batch: Batch) -> None:
-        out = torch.empty(len(batch.lengths), left.shape[1], right.shape[1], device=left.device)
-        self.grads[name].index_add_(0, self.pair_of, products(left, right, batch, out), alpha=scale)
+    def __call__(self, name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
+        out = torch.empty(len(places.lengths), left.shape[1], right.shape[1], device=left.device)
+        self.grads[name].index_add_(0, self.pair_of, products(left, right, places, out), alpha=scale)
 
     def norms(self) -> Tensor:
         """(n_pairs,) float64."""
@@ -163,7 +165,7 @@ def target_vectors(
     weighted = loss == "dpo" and normalise == "task"
     if weighted and reference == "base" and not hasattr(model, "disable_adapter"):
         raise ModelError("reference 'base' is the model with its adapter off, and this model has none; use 'none'")
-    device, packed = next(model.parameters()).device, takes_packed(model)
+    device = next(model.parameters()).device
     margin, log_weight, norms = np.full(len(pairs), np.nan), np.zeros(len(pairs)), np.zeros(len(pairs))
     top = np.full(j, -np.inf)  # largest log weight of each task so far: the sum is kept relative to it
     with recording(model, matrices=matrices, last_layers=last_layers) as recorder:
@@ -172,13 +174,12 @@ def target_vectors(
         for indices in _plan(pairs, loss, token_budget, sum(a * b for a, b in shapes.values())):
             rows = [side for i in indices for side in (pairs[i][:1] if loss == "sft" else pairs[i])]
             sides = 1 if loss == "sft" else 2
-            batch = pack(rows, np.arange(len(rows)), packed=packed, device=device)
             sink = _PairSink(shapes, len(indices), torch.arange(len(rows), device=device) // sides, device)
-            nll = run_backward(model, recorder, batch, _weights(batch, loss), sink)
+            nll, row_of = run_rows(model, recorder, rows, partial(_weights, loss), sink)
             if loss != "sft":
-                margin[indices] = _margin(nll, batch)
+                margin[indices] = _margin(nll, row_of, len(rows))
             if weighted:
-                delta = margin[indices] - _reference_margin(model, recorder, batch, reference, margin[indices])
+                delta = margin[indices] - _reference_margin(model, recorder, rows, reference, margin[indices])
                 log_weight[indices] = math.log(beta) + F.logsigmoid(torch.from_numpy(-beta * delta)).numpy()
             norms[indices] = sink.norms().cpu().numpy()
             if not np.isfinite(norms[indices]).all():
@@ -225,29 +226,28 @@ def _plan(pairs: Sequence[tuple[Row, Any]], loss: str, token_budget: int, p: int
             yield indices[start : start + most]
 
 
-def _weights(batch: Batch, loss: str) -> Tensor:
+def _weights(loss: str, row_of: Tensor, n: int) -> Tensor:
     """(S,) loss weights; rows alternate chosen, rejected for the pair losses."""
-    ones = torch.ones(len(batch.labels), device=batch.labels.device)
-    if loss in ("sft", "mean_margin"):
-        ones = ones / row_sums(ones, batch.row_of, len(batch.lengths)).float()[batch.row_of]
-    return ones if loss == "sft" else torch.where(batch.row_of % 2 == 0, ones, -ones)
+    weights = (mean_weights if loss in ("sft", "mean_margin") else sum_weights)(row_of, n)
+    return weights if loss == "sft" else torch.where(row_of % 2 == 0, weights, -weights)
 
 
-def _margin(nll: Tensor, batch: Batch) -> np.ndarray:
-    """logπ(y_w) − logπ(y_l) of each pair, (n_pairs,) float64."""
-    sums = row_sums(nll, batch.row_of, len(batch.lengths)).cpu().numpy()
+def _margin(nll: Tensor, row_of: Tensor, n: int) -> np.ndarray:
+    """logπ(y_w) − logπ(y_l) of each pair, (n / 2,) float64."""
+    sums = row_sums(nll, row_of, n).cpu().numpy()
     return sums[1::2] - sums[0::2]
 
 
 def _reference_margin(
-    model: Any, recorder: Recorder, batch: Batch, reference: str, policy: np.ndarray
+    model: Any, recorder: Recorder, rows: Sequence[Row], reference: str, policy: np.ndarray
 ) -> np.ndarray | float:
     if reference == "none":
         return 0.0
     if reference == "checkpoint":
         return policy
     with torch.no_grad(), _adapter_off(model):
-        return _margin(token_nll(model, batch), batch)
+        batch = pack(rows, np.arange(len(rows)), packed=recorder.packed, device=recorder.anchor.device)
+        return _margin(token_nll(model, batch), batch.row_of, len(rows))
 
 
 @contextmanager
