@@ -34,6 +34,7 @@ HEADLINES: tuple[tuple[str, str, int, int], ...] = (
 STAGES = {
     "reference": ("train models/reference", "losses ("),
     "losses": ("losses (",),
+    "warmup": ("train models/warmup",),
     "gradients": ("train models/warmup", "gradients at "),
     "representations": ("representations (",),
 }
@@ -44,7 +45,7 @@ def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
 
     Returns:
         `rows`: one a trained model, each metric with its bootstrap 95 % interval over items. `summary`: one a subset
-        (all seeds of Random together), with the mean over seeds, the interval over items of the seed-averaged items, the
+        (all seeds of Random together), the mean over seeds, the interval over items of the seed-averaged items, the
         standard deviation over seeds (`spread`), the paired difference to Random (interval, p, Holm-adjusted p over
         methods), wins / ties / losses by item against Random, and cost.
     """

@@ -17,8 +17,14 @@ import pyarrow as pa
 from keepset.errors import RecipeError, did_you_mean
 from keepset.methods.bm25 import bm25
 from keepset.methods.davir import davir, davir_ref, rho
+from keepset.methods.dsir import dsir
+from keepset.methods.el2n import grand
+from keepset.methods.forgetting import forgetting
+from keepset.methods.ifd import ifd
+from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
 from keepset.methods.less import less, tracin
+from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.methods.rose import rose
@@ -27,6 +33,8 @@ from keepset.recipe import MethodSpec
 if TYPE_CHECKING:
     from keepset.job import Job
 
+Pooling = Literal["last", "weighted_mean"]
+TokenLoss = Literal["ce", "label-smoothed", "focal"]
 Cost = Literal["free", "text", "forward", "reference", "gradients", "retraining"]
 
 
@@ -45,7 +53,7 @@ class Method:
     score: Callable[..., Scored]
     paper: str
     formula: str
-    needs: tuple[str, ...]  # of: text, tokens, losses, reference, gradients, representations, target, pairs
+    needs: tuple[str, ...]  # of: text, losses, reference, warmup, gradients, representations, target, pairs
     cost: Cost
 
 
@@ -77,12 +85,30 @@ def score_bm25(
     return Scored(score, task_parts(names, per_task))
 
 
+def score_dsir(
+    job: Job,
+    *,
+    query: Literal["prompt", "prompt+chosen"] = "prompt+chosen",
+    gumbel: bool = True,
+    seed: int = 0,
+    per_token: bool = False,
+    by_task: bool = False,
+    reduce: Literal["max", "mean"] = "max",
+) -> Scored:
+    """Importance weight of the row's n-grams, target against pool."""
+    names, codes = job.task_codes()
+    texts = job.target_texts(with_chosen=query == "prompt+chosen")
+    score, per_task = dsir(
+        job.texts(), texts, codes if by_task else None, ids=job.ids, gumbel=gumbel, seed=seed, per_token=per_token,
+        reduce=reduce,
+    )  # fmt: skip
+    return Scored(score, task_parts(names if by_task else ["all"], per_task))
+
+
 # -- forward passes -----------------------------------------------------------------------------------------------
 
 
-def score_rds(
-    job: Job, *, pooling: Literal["last", "weighted_mean"] = "last", reduce: Literal["max", "mean"] = "max"
-) -> Scored:
+def score_rds(job: Job, *, pooling: Pooling = "last", reduce: Literal["max", "mean"] = "max") -> Scored:
     """Cosine of pooled hidden states with the target's prompt + chosen rows."""
     from keepset.stages import representations
 
@@ -97,27 +123,51 @@ def score_rds_plus(job: Job, *, reduce: Literal["max", "mean"] = "max") -> Score
     return score_rds(job, pooling="weighted_mean", reduce=reduce)
 
 
-def score_loss(job: Job, *, prefer: Literal["high", "low"] = "high") -> Scored:
-    """Mean NLL under the base (nats a token)."""
+def score_knn_shapley(
+    job: Job, *, k: int = 5, pooling: Pooling = "weighted_mean", reduce: Literal["max", "mean"] = "mean"
+) -> Scored:
+    """Exact Shapley value in the nearest-neighbour game on cosine similarity."""
+    from keepset.stages import representations
+
+    names, codes = job.task_codes()
+    states, queries = representations(job, pooling)
+    score, per_task = knn_shapley(states, queries, codes[job.target_pairs[1]], k=k, reduce=reduce)
+    return Scored(score, task_parts(names, per_task))
+
+
+def score_perplexity(job: Job, *, prefer: Literal["low", "mid", "high"] = "mid") -> Scored:
+    """Low, middle or high mean NLL under the base."""
     from keepset.stages import base_losses
 
     found = base_losses(job)
-    mean = found["nll"] / found["n_tokens"]
-    return Scored(mean if prefer == "high" else -mean, {"loss_ini": found["nll"]})
+    return Scored(perplexity(found["nll"], found["n_tokens"], prefer=prefer), {"loss_ini": found["nll"]})
+
+
+def score_ifd(job: Job, *, ceiling: float = 1.0) -> Scored:
+    """How little the prompt helps the answer."""
+    from keepset.stages import answer_losses, base_losses
+
+    given, alone = base_losses(job), answer_losses(job)
+    score = ifd(given["nll"], alone["nll"], given["n_tokens"], alone["n_tokens"], ceiling=ceiling)
+    return Scored(score, {"loss_ini": given["nll"], "loss_alone": alone["nll"]})
+
+
+def score_forgetting(job: Job) -> Scored:
+    """Forgetting events over the base and the warm-up's checkpoints."""
+    from keepset.stages import checkpoint_losses
+
+    return Scored(forgetting(checkpoint_losses(job)))
 
 
 # -- base and reference ---------------------------------------------------------------------------------------------
 
 
-def loss_pair(job: Job, token_loss: str = "ce") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def loss_pair(job: Job, token_loss: TokenLoss = "ce") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Summed losses (n,) under base and reference, in nats, and the supervised tokens (n,)."""
     from keepset.stages import reference_losses
 
     base, reference = reference_losses(job, token_loss=token_loss)
     return base["nll"], reference["nll"], base["n_tokens"]
-
-
-TokenLoss = Literal["ce", "label-smoothed", "focal"]
 
 
 def score_davir(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:
@@ -227,6 +277,11 @@ def score_grad_cosine(job: Job, *, reduce: Literal["max", "mean"] = "max") -> Sc
     return gradient_score(job, "grad-cosine", {}, lambda f: less(f["dots"], f["norms"], f["lr"], reduce=reduce))
 
 
+def score_grad_norm(job: Job) -> Scored:
+    """Norm of the row's plain gradient, mean over the warm-up's checkpoints."""
+    return gradient_score(job, "grad-norm", {}, lambda f: (grand(f["norms"]), np.zeros((f["norms"].shape[1], 0))))
+
+
 # -- the table ------------------------------------------------------------------------------------------------------
 
 DAVIR = "DavIR, arXiv 2310.13008"
@@ -240,7 +295,24 @@ METHODS: dict[str, Method] = {
     "rds+": Method(
         score_rds_plus, "arXiv 2503.01807", "rds, position-weighted mean", ("representations", "target"), "forward"
     ),
-    "loss": Method(score_loss, "–", "S = L_ini / T", ("losses",), "forward"),
+    "dsir": Method(
+        score_dsir, "DSIR, arXiv 2302.03169", "S = Σ_b c_b(z) log(p_b / q_b) + Gumbel", ("text", "target"), "text"
+    ),
+    "knn-shapley": Method(
+        score_knn_shapley,
+        "KNN-Shapley, arXiv 1908.08619",
+        "S = mean_q φ_z(U_q), U_q = mean similarity of the K nearest",
+        ("representations", "target"),
+        "forward",
+    ),
+    "perplexity": Method(score_perplexity, "arXiv 2309.04564", "S = ±L_ini / T, or its middle", ("losses",), "forward"),
+    "ifd": Method(score_ifd, "Cherry, arXiv 2308.12032", "S = L(y | x) / L(y), above 1 last", ("losses",), "forward"),
+    "forgetting": Method(
+        score_forgetting, "arXiv 1812.05159", "S = times learnt and lost again", ("losses", "warmup"), "gradients"
+    ),
+    "grad-norm": Method(
+        score_grad_norm, "GraNd, arXiv 2107.07075", "S = mean_c ‖∇ℓ(z)‖", ("gradients", "target"), "gradients"
+    ),
     "davir": Method(score_davir, DAVIR, "S = (L_ini − L_ref) / L_ini", ("losses", "reference"), "reference"),
     "davir-ref": Method(score_davir_ref, DAVIR, "S = (L_ini − L_ref) / L_ref", ("losses", "reference"), "reference"),
     "rho-sum": Method(score_rho_sum, DAVIR, "S = L_ini − L_ref (summed)", ("losses", "reference"), "reference"),
@@ -278,8 +350,8 @@ def signed(score: np.ndarray, prefer: str) -> np.ndarray:
 
 
 def task_parts(names: list[str], per_task: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns `task.<name>` of a (n, j) array."""
-    return {f"task.{name}": per_task[:, j] for j, name in enumerate(names)}
+    """Columns `task.<name>` of a (n, j) array; (n, 0), a method that looks at no task, has none."""
+    return {f"task.{name}": column for name, column in zip(names, per_task.T, strict=False)}
 
 
 def needs_model(name: str) -> bool:

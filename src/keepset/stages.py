@@ -11,6 +11,7 @@ import numpy as np
 
 from keepset.adapters import attached
 from keepset.cost import flops
+from keepset.methods.cross_fit import fold_of
 from keepset.recipe import TrainSpec
 from keepset.run import Arrays, digest
 
@@ -87,6 +88,45 @@ def loss_sweep(
         out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
         spent["skip"] = spent["tokens"] == 0
     return out
+
+
+def answer_losses(job: Job) -> Arrays:
+    """Losses of the answers alone under the base: the supervised tokens after a single BOS (or EOS) token."""
+    from keepset.encoding import Encoded
+    from keepset.features.losses import row_losses
+
+    tokenizer = job.loaded.tokenizer
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    rows = []
+    for row in job.rows:
+        ids = np.concatenate([[start], row.input_ids[row.supervised]]).astype(np.int32)
+        rows.append(Encoded(ids, np.arange(len(ids)) > 0, row.truncated))
+
+    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
+        some = [rows[i] for i in indices]
+        found = row_losses(job.loaded.model, some, token_budget=job.recipe.batching.token_budget, adapters=(False,))
+        n_tokens, n_head = count_tokens(some)
+        spent["tokens"] += n_tokens
+        spent["flops"] += flops(job.loaded.model, n_tokens, n_head)
+        return {"losses-alone": {"nll": found.nll[0], "n_tokens": found.n_tokens}}
+
+    key = {"version": VERSION, **job.data_key()}
+    with job.run.timed("losses (answers alone)") as spent, job.tracked("losses of answers alone", len(rows)) as advance:
+        spent.update(tokens=0, flops=0.0, rows=len(rows))
+        stages = {"losses-alone": key}
+        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
+        spent["skip"] = spent["tokens"] == 0
+    return out["losses-alone"]
+
+
+def checkpoint_losses(job: Job) -> np.ndarray:
+    """Mean losses (c + 1, n), nats a token, under the base and every warm-up checkpoint, in order of time."""
+    found = [base_losses(job)]
+    for checkpoint in warmup_checkpoints(job):
+        name = f"losses-{checkpoint.path.name}"
+        key = {**base_key(job, "ce"), "checkpoint": digest(_weights(checkpoint.path))}
+        found.append(loss_sweep(job, {name: key}, checkpoint.path, "ce")[name])
+    return np.stack([f["nll"] / f["n_tokens"] for f in found])
 
 
 def full_reference_losses(job: Job, path: Path, key: dict[str, Any], token_loss: TokenLoss) -> Arrays:
@@ -179,20 +219,13 @@ def _weights(path: Path) -> list[str]:
     return [file_digest(p) for p in sorted(path.glob("*.safetensors"))]
 
 
-def folds_of(ids: np.ndarray, k: int) -> np.ndarray:
-    """Each row's fold (n,), from its id alone."""
-    return np.array([int(digest(["fold", str(i)])[:8], 16) % k for i in ids])
-
-
 def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
     """Reference losses where each row's reference was trained on the other K - 1 folds."""
     spec = job.recipe.reference
-    fold = folds_of(job.ids, spec.folds)
+    fold = fold_of(job.ids, spec.folds)
     nll, n_tokens = np.zeros(len(fold)), np.zeros(len(fold), dtype=np.int64)
     for k in range(spec.folds):
         train, score = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        if len(train) == 0 or len(score) == 0:
-            continue
         folder = f"models/reference-fold{k}"
         train_rows(job, folder, [job.rows[i] for i in train], job.ids[train], spec, job.recipe.seed)
         path = job.run.path / folder
