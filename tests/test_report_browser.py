@@ -185,6 +185,29 @@ def test_the_drawer_shows_the_right_row_and_the_keyboard_reaches_it(page: Browse
     assert float(verdict.split()[-2].replace("−", "-").replace("e-", "e-")) == pytest.approx(gap, rel=0.1, abs=1e-4)
 
 
+def test_several_budgets_are_shown_one_at_a_time_and_as_a_curve(browser: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path, 60, methods=("rose", "random"))
+    rows = []
+    for budget, k in (("5%", 3), ("20%", 12)):
+        for label, kind, value in ((f"rose@{budget}", "method", 0.6 + k / 100), (f"random-0@{budget}", "random", 0.5)):
+            metrics = {"accuracy.policy_mean": {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 40}}
+            size = {"budget": budget, "n_rows": k, "n_tokens": 9}
+            rows.append({"label": label, "kind": kind, **size, "seed": 0, "metrics": metrics})
+    (run / "comparison.json").write_text(json.dumps({"rows": rows, "summary": []}))
+    browser.errors.clear()
+    browser.open(write_report(run).as_uri())
+    browser.settle()
+    drawn = "document.querySelector('#panel-overview figure svg').getAttribute('aria-label')"
+    assert browser.run(drawn) == "accuracy, policy mean: rose 0.630 (0.530 to 0.730); random 0.500 (0.400 to 0.600)"
+    browser.run("{ const e = document.querySelector('select'); e.value = '20%'; e.dispatchEvent(new Event('change')) }")
+    browser.settle()
+    assert "rose 0.720 (0.620 to 0.820)" in browser.run(drawn)
+    curve = "document.querySelectorAll('#panel-overview figure svg')[1].getAttribute('aria-label')"
+    assert "rose 3: 0.630, 12: 0.720" in browser.run(curve)
+    assert "rose at 20% reached 0.720" in browser.run("document.getElementById('lede').textContent")
+    assert browser.errors == []
+
+
 def test_tabs_by_arrow_keys(page: Browser) -> None:
     page.run("document.getElementById('tab-overview').focus()")
     page.press("ArrowRight")

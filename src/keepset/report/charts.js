@@ -23,7 +23,7 @@ const frame = (width, height, label, ...children) =>
 function axes(box, x, y, labels, domain) {
   const { left, right, top, bottom } = box;
   return s("g", { class: "axes", "aria-hidden": "true" },
-    ticks(domain.x[0], domain.x[1], Math.max(2, (right - left) / 90)).map((t) => [
+    (domain.at || ticks(domain.x[0], domain.x[1], Math.max(2, (right - left) / 90))).map((t) => [
       s("line", { x1: x(t), x2: x(t), y1: bottom, y2: bottom + 4, class: "tick" }),
       s("text", { x: x(t), y: bottom + 17, "text-anchor": "middle" }, tickText(t)),
     ]),
@@ -174,8 +174,8 @@ function curveChart(width, series, labels) {
   const x = scale(dx[0], dx[1], box.left + 8, box.right - 8), y = scale(dy[0], dy[1], box.bottom, box.top);
   const ends = [];
   return frame(width, height, `${labels.y} by ${labels.x}: ` + series.map((c) => c.label + " " + c.points.map((p) => `${whole(p.x)}: ${short(p.y)}`).join(", ")).join("; "),
-    axes(box, x, y, labels, { x: dx, y: dy }),
-    series.map((c, i) => {
+    axes(box, x, y, labels, { x: dx, y: dy, at: new Set(xs).size <= 6 ? [...new Set(xs)] : null }),
+    series.sort((a, b) => b.points[b.points.length - 1].y - a.points[a.points.length - 1].y).map((c, i) => {
       const kind = c.kind === "method" ? "kept" : "rest", last = c.points[c.points.length - 1];
       let at = y(last.y) + 4;
       while (ends.some((e) => Math.abs(e - at) < 14)) at += 14;

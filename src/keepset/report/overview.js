@@ -41,10 +41,15 @@ const metricNames = () => {
   return [...FIRST.filter((m) => all.includes(m)), ...all.filter((m) => !FIRST.includes(m))];
 };
 
-function randomMean(groups) {
-  const all = groups.filter((g) => g.kind === "random"), random = all.filter((g) => g.budget === all[0].budget).flatMap((g) => g.values);
+// The mean of the random choices of one budget.
+function randomMean(groups, budget) {
+  const random = groups.filter((g) => g.kind === "random" && g.budget === budget).flatMap((g) => g.values);
   return random.length ? random.reduce((a, b) => a + b, 0) / random.length : null;
 }
+
+// Budgets that something was trained at, smallest first; base, full and mixes belong to none.
+const isSized = (g) => g.kind === "method" || g.kind === "random" || g.kind === "longest";
+const budgetsOf = (groups) => [...new Map(groups.filter(isSized).sort((a, b) => a.n_rows - b.n_rows).map((g) => [g.budget, g])).keys()];
 
 function head() {
   const sum = DATA.summary, kept = DATA.methods.filter((m) => !m.control), metric = metricNames()[0];
@@ -56,8 +61,8 @@ function head() {
   if (sum.targets.length) parts.push(`for ${sum.targets.join(", ")}`);
   let text = parts.join(" ") + (sum.budgets.length ? ` to keep ${sum.budgets.map((b) => (/%|tokens/.test(b) ? b : whole(+b) + " rows")).join(", ")}.` : ".");
   if (metric) {
-    const groups = groupsOf(metric), best = groups.filter((g) => g.kind === "method")[0], random = randomMean(groups);
-    if (best) text += ` By ${words(metric)}, ${best.label} reached ${short(best.value)}` + (isNumber(best.low) ? ` [${short(best.low)}, ${short(best.high)}]` : "") + (isNumber(random) ? ` against ${short(random)} for a random choice of the same size.` : ".");
+    const groups = groupsOf(metric), best = groups.filter((g) => g.kind === "method")[0], random = best ? randomMean(groups, best.budget) : null;
+    if (best) text += ` By ${words(metric)}, ${best.label}${budgetsOf(groups).length > 1 ? " at " + best.budget : ""} reached ${short(best.value)}` + (isNumber(best.low) ? ` [${short(best.low)}, ${short(best.high)}]` : "") + (isNumber(random) ? ` against ${short(random)} for a random choice of the same size.` : ".");
   }
   $("lede").textContent = visible(text);
   const first = METHODS[current];
@@ -78,20 +83,22 @@ function comparisonSection() {
   const metrics = metricNames();
   if (!metrics.length) return null;
   const place = h("div", {});
-  const draw = (metric) => {
-    const groups = groupsOf(metric), several = new Set(groups.filter((g) => g.kind === "random" || g.kind === "method").map((g) => g.budget)).size > 1;
-    const main = several ? groups.map((g) => ({ ...g, label: g.kind === "base" || g.kind === "full" ? g.label : `${g.label} ${g.budget}` })) : groups;
-    const children = [figure(words(metric) + (lowerIsBetter(metric) ? ": lower is better" : ": higher is better"), (w) => intervalChart(w, main, metric, randomMean(groups)),
-      "Dot: the value; line: its 95 % interval. Small rings: single seeds. Dashed: the mean of the random choices" + (several ? " at the first budget." : ".") + "", { wide: true })];
+  const budgets = budgetsOf(groupsOf(metrics[0]));
+  let metric = metrics[0], budget = budgets[0];
+  const draw = () => {
+    const groups = groupsOf(metric), shown = groups.filter((g) => !isSized(g) || g.budget === budget);
+    const children = [figure(words(metric) + (lowerIsBetter(metric) ? ": lower is better" : ": higher is better"), (w) => intervalChart(w, shown, metric, randomMean(groups, budget)),
+      "Dot: the value; line: its 95 % interval. Small rings: single seeds. Dashed: the mean of the random choices.", { wide: true })];
     const curves = new Map();
     for (const g of groups) if (isNumber(g.n_rows) && g.kind !== "base" && g.kind !== "full") curves.set(g.label, [...(curves.get(g.label) || []), { x: g.n_rows, y: g.value, low: g.low, high: g.high, kind: g.kind }]);
     const series = [...curves].map(([label, points]) => ({ label, kind: points[0].kind, points: points.sort((a, b) => a.x - b.x) })).filter((c) => c.points.length > 1);
     if (series.length) children.push(figure("By budget", (w) => curveChart(w, series, { x: "rows kept", y: words(metric) }), "The same methods at several budgets.", { wide: true }));
     place.replaceChildren(...children);
   };
-  draw(metrics[0]);
+  draw();
   return h("section", { "aria-labelledby": "h-quality" },
-    h("div", { class: "bar" }, h("h2", { id: "h-quality" }, "Did choosing help?"), metrics.length > 1 && choice("Measure", metrics, metrics[0], draw)),
+    h("div", { class: "bar" }, h("h2", { id: "h-quality" }, "Did choosing help?"),
+      h("div", { class: "choices" }, budgets.length > 1 && choice("Budget", budgets, budget, (b) => { budget = b; draw(); }), metrics.length > 1 && choice("Measure", metrics, metric, (m) => { metric = m; draw(); }))),
     place,
     h("details", { class: "numbers" }, h("summary", {}, "All measures as a table"), comparisonTable(metrics)));
 }
