@@ -327,54 +327,54 @@ def _retry_after(value: str | None) -> float:
         return 0.0
 
 
-def reward_judge(
-    model: Any, tokenizer: Any, items: Sequence[Comparison], *, batch_size: int = 8, max_length: int | None = None
-) -> Judgements:
+def reward_judge(model: Any, encoder: Any, items: Sequence[Comparison], *, batch_size: int = 8) -> Judgements:
     """Judge with a Hugging Face reward model (sequence classification with one label): the higher score wins.
 
+    Show the model's accuracy on held-out pairs beside its verdicts (`keepset.train.reward.pair_accuracy`).
+
     Args:
-        model: AutoModelForSequenceClassification with num_labels = 1.
-        tokenizer: its tokenizer; its chat template is used if there is one.
+        model: AutoModelForSequenceClassification with num_labels = 1, or a PeftModel of one.
+        encoder: the `keepset.encoding.Encoder` of its tokenizer.
         items: n comparisons.
         batch_size: answers scored together.
-        max_length: longest input in tokens; a longer one is refused, since a cut answer is another answer.
 
     Raises:
-        KeepsetError: an input longer than `max_length`.
+        keepset.encoding.RowRefused: the template refuses an answer, or it is too long (a cut answer is another answer).
     """
-    texts = [(item.instruction, text) for item in items for text in (item.answer, item.baseline)]
-    scores = reward_scores(model, tokenizer, texts, batch_size=batch_size, max_length=max_length).reshape(-1, 2)
+    rows = [
+        encoder.encode_pair(
+            [{"role": "user", "content": item.instruction}], [{"role": "assistant", "content": text}]
+        ).input_ids
+        for item in items
+        for text in (item.answer, item.baseline)
+    ]
+    scores = reward_scores(model, rows, batch_size=batch_size).reshape(-1, 2)
     preference = (scores[:, 0] > scores[:, 1]) + 0.5 * (scores[:, 0] == scores[:, 1])
     # A score doesn't depend on what it is compared with, so both orders say the same.
     return Judgements(preference, np.stack([preference, preference], axis=1))
 
 
-def reward_scores(
-    model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], *, batch_size: int = 8, max_length: int | None = None
-) -> np.ndarray:
-    """Score (instruction, answer) texts with a reward model, (n,) float64. Arguments and errors as `reward_judge`."""
+def reward_scores(model: Any, rows: Sequence[np.ndarray], *, batch_size: int = 8) -> np.ndarray:
+    """Score token rows with a reward model, (n,) float64.
+
+    Args:
+        model: as `reward_judge`; its config names the pad token, as transformers needs it to find a row's last token.
+        rows: n arrays of token ids.
+        batch_size: rows scored together.
+    """
     import torch
 
-    encoded = []
-    for i, (instruction, answer) in enumerate(texts):
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
-            ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-        else:
-            ids = tokenizer(instruction + "\n\n" + answer)["input_ids"]
-        if max_length is not None and len(ids) > max_length:
-            raise KeepsetError(f"answer {i // 2 + 1} has {len(ids)} tokens, more than the reward model's {max_length}")
-        encoded.append(torch.tensor(ids, dtype=torch.long))
-    out = np.zeros(len(encoded))
-    order = np.argsort([-len(e) for e in encoded], kind="stable")
+    out = np.zeros(len(rows))
+    order = np.argsort([-len(r) for r in rows], kind="stable")
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = int(model.config.get_text_config().pad_token_id)
     model.eval()
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids = torch.nn.utils.rnn.pad_sequence([encoded[i] for i in chosen], batch_first=True, padding_value=pad)
-            lengths = torch.tensor([len(encoded[i]) for i in chosen])
+            tensors = [torch.from_numpy(np.asarray(rows[i], dtype=np.int64)) for i in chosen]
+            ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad)
+            lengths = torch.tensor([len(t) for t in tensors])
             mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
             out[chosen] = logits[:, 0].double().cpu().numpy()

@@ -1,0 +1,205 @@
+"""A reward model trained here, so that a judge exists offline: TRL's RewardTrainer on preference pairs.
+
+Bradley-Terry: loss = −log σ(r(x, chosen) − r(x, rejected)), r being one number read off the last token. Its accuracy on
+held-out pairs comes back with it and belongs beside every verdict it gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keepset.errors import DataError, ModelError
+from keepset.evaluate.judge import reward_scores
+from keepset.evaluate.preference import correct, length_matched
+from keepset.evaluate.statistics import bootstrap_ci
+from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.run import write_atomic
+from keepset.train.sft import TrainResult, finished, plan_of, run_trainer, trainer_arguments
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from keepset.encoding import Encoded
+
+    Pair = tuple[Encoded, Encoded]
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """A trained reward model.
+
+    Attributes:
+        train: what training gave.
+        heldout: see `pair_accuracy`; None without held-out pairs.
+    """
+
+    train: TrainResult
+    heldout: dict[str, Any] | None
+
+
+def train_reward(
+    spec: ModelSpec,
+    lora: LoraSpec,
+    pairs: Sequence[Pair],
+    out: Path,
+    args: TrainSpec,
+    *,
+    heldout: Sequence[Pair] = (),
+    seed: int,
+    resume: bool = True,
+    console: Console | None = None,
+) -> RewardResult:
+    """Put a one-number head on the base and train it on pairs; LoRA and head, or all weights with `args.full`.
+
+    Args:
+        spec: the base model.
+        lora: the adapter; not looked at with `args.full`.
+        pairs: (chosen, rejected) as encoded rows.
+        out: result folder, as `train_sft`; `heldout.json` in it holds the accuracy.
+        args: epochs, rate, batch (in pairs); `args.extra` goes to TRL's RewardConfig.
+        heldout: pairs not trained on.
+        seed: of the head, adapter and order.
+        resume: as `train_sft`.
+        console: where progress is shown.
+
+    Raises:
+        DataError: no pairs, a pair that stands in both lists, or a loss that became NaN.
+        RecipeError: see `trainer_config`.
+    """
+    from datasets import Dataset
+    from trl import RewardConfig
+
+    if not pairs:
+        raise DataError("no pairs to train a reward model on")
+    seen = {_key(p) for p in pairs}
+    both = sum(_key(p) in seen for p in heldout)
+    if both:
+        raise DataError(f"{both} of {len(heldout)} held-out pairs are training pairs; remove them")
+    plan = plan_of(spec, lora, [one for pair in pairs for one in pair], args, seed, "reward")
+    train = finished(out, plan) if resume else None
+    if train is None:
+        model, tokenizer = reward_model(spec, seed)
+        config: Any = trainer_arguments(RewardConfig, args, out, seed, spec, {})
+        data = Dataset.from_dict(
+            {
+                "chosen_ids": [np.asarray(c.input_ids).tolist() for c, _ in pairs],
+                "rejected_ids": [np.asarray(r.input_ids).tolist() for _, r in pairs],
+            }
+        )
+        trainer = reward_trainer(model, tokenizer, config, data, lora if not args.full else None)
+        train = run_trainer(trainer, out, plan, tokenizer=tokenizer, full=args.full, resume=resume, console=console)
+    accuracy = None
+    if heldout:
+        model, _ = load_reward(spec, out)
+        accuracy = pair_accuracy(model, heldout, seed=seed)
+        write_atomic(out / "heldout.json", json.dumps(accuracy, indent=1).encode())
+    return RewardResult(train, accuracy)
+
+
+def reward_model(spec: ModelSpec, seed: int, folder: str | None = None) -> tuple[Any, Any]:
+    """Load the base (or the model in `folder`) with a one-number head; a new head is drawn with `seed`.
+
+    Returns:
+        The model, in eval mode, and its tokenizer.
+
+    Raises:
+        ModelError: the architecture has no sequence-classification form.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from keepset.model import load_tokenizer, pick_device, resolve
+
+    source = folder or resolve(spec)
+    tokenizer = load_tokenizer(spec if folder is None else spec.model_copy(update={"model_name_or_path": folder}))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model: Any = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=1, revision=spec.model_revision, dtype=getattr(torch, spec.dtype),
+                trust_remote_code=spec.trust_remote_code, use_safetensors=True,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ModelError(f"{source}: no reward model can be made of it: {str(error).splitlines()[0]}") from None
+    # transformers reads a row's reward at its last token that is not this one.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model.to(pick_device(spec.device)).eval(), tokenizer
+
+
+def reward_trainer(model: Any, tokenizer: Any, config: Any, data: Any, lora: LoraSpec | None) -> Any:
+    """Make the trainer."""
+    from peft import TaskType
+    from trl import RewardTrainer
+
+    from keepset.train.arguments import lora_config
+
+    class QuietReward(RewardTrainer):
+        _tag_names = ["trl", "reward-trainer"]
+        _name = "Reward"
+
+        def _send_telemetry(self) -> None:
+            return
+
+    more: dict[str, Any] = {}
+    if lora is not None:
+        peft_config = lora_config(lora, model)
+        peft_config.task_type = TaskType.SEQ_CLS
+        peft_config.modules_to_save = ["score"]
+        more["peft_config"] = peft_config
+    return QuietReward(model=model, args=config, train_dataset=data, processing_class=tokenizer, **more)
+
+
+def load_reward(spec: ModelSpec, path: Path) -> tuple[Any, Any]:
+    """Load what `train_reward` wrote: the reward model in eval mode and its tokenizer.
+
+    Raises:
+        ModelError: nothing of the kind there.
+    """
+    from peft import PeftModel
+
+    if (path / "adapter_model.safetensors").exists():
+        model, tokenizer = reward_model(spec, 0)
+        return PeftModel.from_pretrained(model, str(path)).eval(), tokenizer
+    if (path / "model.safetensors").exists():
+        return reward_model(spec, 0, str(path))
+    raise ModelError(f"{path}: no reward model (adapter_model.safetensors or model.safetensors) in this folder")
+
+
+def pair_accuracy(
+    model: Any, pairs: Sequence[Pair], *, batch_size: int = 8, length_match: float = 0.2, seed: int = 0
+) -> dict[str, Any]:
+    """Share of pairs whose chosen side gets the higher reward, with bootstrap 95 % intervals; a tie is one half.
+
+    Args:
+        model: the reward model.
+        pairs: (chosen, rejected) as encoded rows.
+        batch_size: rows scored together.
+        length_match: sides may differ by this share of the longer one to count as length-matched.
+        seed: of the bootstrap.
+
+    Returns:
+        JSON-able: `n`, `accuracy`, `n_length_matched`, `accuracy_length_matched` (None without such pairs), `margin`
+        (mean reward difference), `longer` (accuracy of always naming the longer side, for comparison).
+    """
+    scores = reward_scores(model, [one.input_ids for pair in pairs for one in pair], batch_size=batch_size)
+    margin = scores[0::2] - scores[1::2]
+    n_w, n_l = (np.array([int(p[k].supervised.sum()) for p in pairs]) for k in range(2))
+    right, matched = correct(margin), length_matched(n_w, n_l, length_match)
+    return {
+        "n": len(pairs),
+        "accuracy": bootstrap_ci(right, seed=seed).as_dict(),
+        "n_length_matched": int(matched.sum()),
+        "accuracy_length_matched": bootstrap_ci(right[matched], seed=seed).as_dict() if matched.any() else None,
+        "margin": bootstrap_ci(margin, seed=seed).as_dict(),
+        "longer": float(correct(n_w - n_l).mean()),
+    }
+
+
+def _key(pair: Pair) -> bytes:
+    return b"|".join(np.asarray(side.input_ids, dtype=np.int64).tobytes() for side in pair)
