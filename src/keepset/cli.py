@@ -334,6 +334,114 @@ def methods(
     console.print(table)
 
 
+@app.command()
+def report(
+    run_dir: RunDir = Path("runs/keepset"),
+    out: Annotated[Path | None, typer.Option("--out", help="default: RUN_DIR/report.html")] = None,
+) -> None:
+    """Write the run's report: one self-contained HTML page.
+
+    Example: keepset report --run_dir runs/demo
+    """
+    from keepset.report import write_report
+
+    print(write_report(run_dir, out))
+
+
+@app.command()
+def inspect(
+    data: Annotated[str, typer.Argument(help="file, folder or hub name")],
+    target: Targets = None,
+    evaluation: Annotated[list[str] | None, typer.Option("--pairs", help="held-out pairs that must not leak")] = None,
+    model_name_or_path: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a data file holds and what is wrong with it: format, lengths, roles, copies, bad rows, leaks.
+
+    Example: keepset inspect pool.jsonl --model_name_or_path demo
+    """
+    from keepset.inspect_ import inspect_data, print_inspection
+    from keepset.recipe import ModelSpec
+
+    model = ModelSpec(model_name_or_path=model_name_or_path) if model_name_or_path else None
+    facts = inspect_data(data, target=target or (), evaluation=evaluation or (), model=model)
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print_inspection(facts, Console())
+
+
+@app.command()
+def explain(
+    row: Annotated[str, typer.Argument(help="a row's id, its beginning, or file:line")],
+    run_dir: RunDir = Path("runs/keepset"),
+    label: Annotated[str | None, typer.Option("--label", help="which method; default: the first")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a row was kept or dropped: its score's parts, rank, neighbours, and what would change it.
+
+    Example: keepset explain 3f2a --label davir --run_dir runs/demo
+    """
+    from keepset.explain import explain as explain_row
+    from keepset.explain import print_explanation
+
+    facts = explain_row(run_dir, row, label)
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print_explanation(facts, Console())
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="where to write it")] = Path("recipe.yaml")) -> None:
+    """Write a commented recipe to start from.
+
+    Example: keepset init recipe.yaml
+    """
+    from importlib.resources import files
+
+    if path.exists():
+        raise RecipeError(f"{path} exists already; name another file")
+    path.write_text((files("keepset") / "demo" / "recipe.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"{path}: now put in your pool, target and model, then `keepset run {path}`")
+
+
+@app.command()
+def doctor(model_name_or_path: Model = None, as_json: AsJson = False) -> None:
+    """Print versions, device, memory, disk and whether the model and its template load: for bug reports.
+
+    Example: keepset doctor --model_name_or_path demo
+    """
+    from keepset.doctor import examine, print_examination
+
+    facts = examine(model_name_or_path)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print_examination(facts, Console())
+
+
+@app.command()
+def export(
+    subset: Annotated[str, typer.Argument(help="a subset of the run folder, or `full`")],
+    out: Annotated[Path, typer.Argument(help="file to write")],
+    run_dir: RunDir = Path("runs/keepset"),
+    to: Annotated[str | None, typer.Option("--to", help="jsonl parquet csv messages alpaca sharegpt")] = None,
+) -> None:
+    """Write a subset in another dialect or container.
+
+    Example: keepset export davir chosen.parquet --to messages
+    """
+    from keepset.data.export import write_subset
+    from keepset.subsets import stored_ids
+
+    job = open_job(run_dir, text_only=True)
+    wanted = stored_ids(job, subset)
+    place = {row_id: i for i, row_id in enumerate(job.pool.ids)}
+    write_subset(job.pool, [place[i] for i in wanted], out, to=to)
+    print(f"{out}: {len(wanted)} rows")
+
+
 def main() -> None:
     """Run a command; what a user can mend is printed in one line, with its exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")

@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,13 +22,13 @@ Cell = tuple["Subset | None", int | None, Items]  # subset (None: base), trainin
 
 # What is printed, in this order: metric, heading, decimals, and the sign that makes larger better.
 HEADLINES: tuple[tuple[str, str, int, int], ...] = (
-    ("accuracy.policy_mean.matched", "accuracy\nmatched, mean", 3, 1),
-    ("accuracy.policy_mean", "accuracy\nall, mean", 3, 1),
-    ("accuracy.implicit_sum", "implicit acc.\nall, sum", 3, 1),
-    ("margin.implicit_mean.matched", "implicit margin\nmatched, mean", 3, 1),
-    ("loss.chosen", "loss on\nchosen", 3, -1),
+    ("accuracy.policy_mean.matched", "accuracy\nmatched", 2, 1),
+    ("accuracy.policy_mean", "accuracy\nall", 2, 1),
+    ("accuracy.implicit_mean.matched", "implicit\nmatched", 2, 1),
+    ("margin.implicit_mean.matched", "implicit\nmargin", 2, 1),
+    ("loss.chosen", "loss of\nchosen", 3, -1),
     ("loss.heldout", "held-out\nloss", 3, -1),
-    ("gsm8k.accuracy", "GSM8K", 3, 1),
+    ("gsm8k.accuracy", "GSM8K\nexact", 2, 1),
 )
 
 # The costs.jsonl stages that a method needs, by what METHODS says it needs: its price if it were run alone.
@@ -155,36 +156,50 @@ def full_training_flops(job: Job) -> float:
 
 def print_comparison(result: dict[str, Any], console: Console) -> None:
     """Print the summary as one table: value, half-width of its interval or spread over seeds, `*` where p < 0.05."""
-    shown = [h for h in HEADLINES if any(h[0] in e["metrics"] for e in result["summary"])]
-    table = Table(
-        title="95 % intervals over held-out items; Random: ± standard deviation over seeds", title_justify="left"
-    )
-    table.add_column("trained on")
-    table.add_column("rows", justify="right")
-    table.add_column("tokens", justify="right")
+    shown = distinct_columns(result)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("trained on", no_wrap=True)
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
     for _, heading, _, _ in shown:
-        table.add_column(heading, justify="right")
-    table.add_column("selection\ncost", justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("price", justify="right", no_wrap=True)
+    full = result["full_training_flops"]
     for entry in result["summary"]:
         cells = [cell_text(entry, metric, decimals) for metric, _, decimals, _ in shown]
-        full = result["full_training_flops"]
         share = f"{100 * entry['cost']['select_flops'] / full:.0f} %" if full and entry["kind"] == "method" else "–"
-        name = f"{entry['label']} ({entry['seeds']} seeds)" if entry["seeds"] > 1 else entry["label"]
+        name = f"{entry['label']} x{entry['seeds']}" if entry["seeds"] > 1 else entry["label"]
         table.add_row(name, str(entry["n_rows"] or "–"), str(entry["n_tokens"] or "–"), *cells, share)
     console.print(table)
     console.print(
-        "accuracy: chosen preferred to rejected by log-probability (mean = a token, matched = sides of like length); "
-        "* p < 0.05 against Random, Holm-adjusted.\nselection cost: FLOPs as a share of one training on the full pool.",
+        "±: half of the 95 % interval over held-out items; for Random, its standard\ndeviation over seeds. "
+        "accuracy: chosen preferred to rejected by log-probability\na token; matched: pairs of like length; "
+        "implicit: against the base. tokens:\nsupervised ones. * p < 0.05 against Random (paired over items, Holm).\n"
+        "price: FLOPs of choosing, each method alone, over those of one training on\nthe full pool.",
         highlight=False,
     )
 
 
+def distinct_columns(result: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+    """The headlines that were measured, without those that repeat another one in every row (all pairs matched)."""
+    shown: list[tuple[str, str, int, int]] = []
+    seen: set[tuple[Any, ...]] = set()
+    for headline in HEADLINES:
+        values = tuple(entry["metrics"].get(headline[0], {}).get("value") for entry in result["summary"])
+        if any(v is not None for v in values) and values not in seen:
+            seen.add(values)
+            shown.append(headline)
+    return shown
+
+
 def cell_text(entry: dict[str, Any], metric: str, decimals: int) -> str:
-    """`0.612 ±0.080*`."""
+    """`0.61 ±0.08*`; losses without the ±, since their spread over items says nothing about differences."""
     found = entry["metrics"].get(metric)
     if found is None:
         return "–"
     width = found["spread"] if entry["kind"] == "random" else (found["high"] - found["low"]) / 2
-    text = f"{found['value']:.{decimals}f}" + (f" ±{width:.{decimals}f}" if width is not None else "")
+    text = f"{found['value']:.{decimals}f}"
+    if width is not None and not metric.startswith("loss."):
+        text += f" ±{width:.{decimals}f}"
     significant = entry["vs_random"].get(metric, {}).get("p_holm", 1.0) < 0.05
     return text + ("*" if significant else "")

@@ -17,6 +17,7 @@ from keepset.errors import KeepsetError
 from keepset.finals import Items, Learner, evaluate_final, train_final
 from keepset.job import Job
 from keepset.recipe import MethodSpec, Recipe
+from keepset.report import write_report
 from keepset.run import file_digest
 from keepset.scoring import check_options, score
 from keepset.subsets import Kind, Subset, choose, choose_mix, control_methods, full_subset, stored_subset
@@ -48,7 +49,10 @@ def run_recipe(
         result = compare(job, cells)
         record(job, diagnose_comparison(result))
         finish_folder(job, subsets, time.perf_counter() - start)
-        print_comparison(result, out or Console())
+        write_report(job.run.path)
+        if cells:
+            print_comparison(result, out or Console())
+        job.say(f"report: {job.run.path / 'report.html'}")
         job.say(f"run folder: {job.run.path}")
     return job
 

@@ -185,6 +185,22 @@ def mark_selected(job: Job, subset: Subset) -> None:
     job.run.save_table(name, table.set_column(place, "selected", chosen))
 
 
+def stored_ids(job: Job, name: str) -> list[str]:
+    """The ids of a subset chosen earlier, best first; `full` is the whole pool.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if name == "full":
+        return [str(i) for i in job.ids]
+    index: dict[str, Any] = job.run.load_json("subsets.json", {})
+    if name not in index:
+        hint = did_you_mean(name, list(index)) or f"; there are: {', '.join(index) or 'none, run `keepset select`'}"
+        raise RecipeError(f"no subset '{name}' in {job.run.path}{hint}")
+    ids: list[str] = index[name]["ids"]
+    return ids
+
+
 def stored_subset(job: Job, name: str) -> Subset:
     """A subset chosen earlier, from `subsets.json`.
 
@@ -193,11 +209,8 @@ def stored_subset(job: Job, name: str) -> Subset:
     """
     if name == "full":
         return full_subset(job)
-    index: dict[str, Any] = job.run.load_json("subsets.json", {})
-    if name not in index:
-        hint = did_you_mean(name, list(index)) or f"; there are: {', '.join(index) or 'none, run `keepset select`'}"
-        raise RecipeError(f"no subset '{name}' in {job.run.path}{hint}")
-    entry = index[name]
+    ids = stored_ids(job, name)
+    entry = job.run.load_json("subsets.json")[name]
     place = {row_id: i for i, row_id in enumerate(job.ids)}
-    indices = np.array([place[i] for i in entry["ids"]], dtype=np.int64)
+    indices = np.array([place[i] for i in ids], dtype=np.int64)
     return Subset(name, entry["label"], entry["kind"], entry["budget"], indices, entry["n_tokens"])
