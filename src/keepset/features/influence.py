@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from keepset.features.adam import AdamState, ParameterMap, check_map, momentum_direction, parameter_map
 from keepset.features.gradients import mean_weights, products, recording, run_rows
 from keepset.features.llama_pass import Places
+from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
 from keepset.packing import Row, plan_batches
 
@@ -38,6 +39,7 @@ class Influence:
         momentum: (n,) float64, cosine of Γ with the term all rows share (Γ of a zero gradient); 0 for maps without.
         grad_norms: (n,) float64, ‖g‖ before the map; 0 marks a row whose gradient vanishes.
         loss: (n,) float64, mean-token loss in nats.
+        sketch: (n, k) float32, random projection of Γ, where one was asked for.
     """
 
     dots: np.ndarray
@@ -45,6 +47,7 @@ class Influence:
     momentum: np.ndarray
     grad_norms: np.ndarray
     loss: np.ndarray
+    sketch: np.ndarray | None = None
 
     @property
     def zero(self) -> np.ndarray:
@@ -53,32 +56,36 @@ class Influence:
 
 
 class Reducer:
-    """A `Sink` that maps each block of gradients and adds its dots, squared norms and momentum dots."""
+    """A `Sink` that maps each block of gradients and adds its dots, squared norms, momentum dots and sketch."""
 
     def __init__(
         self,
         shapes: dict[str, tuple[int, int]],
-        target: GradientTarget,
+        target: GradientTarget | None,
         adam: AdamState | None,
         map: str,
         device: torch.device,
+        sketch: Sketch | None = None,
     ) -> None:
         check_map(map, adam)
-        target.check(shapes)
+        if target is not None:
+            target.check(shapes)
         self.maps: dict[str, ParameterMap] = {n: parameter_map(map, adam, n, s, device) for n, s in shapes.items()}
-        self.vectors = {n: target.blocks[n].flatten(1).to(device) for n in shapes}
+        self.vectors = {} if target is None else {n: target.blocks[n].flatten(1).to(device) for n in shapes}
         self.shared = {n: momentum_direction(m) for n, m in self.maps.items()}
         squares = [float(s.double().square().sum()) for s in self.shared.values() if s is not None]
         self.shared_norm = float(np.sqrt(sum(squares)))
-        self.n_targets = target.n_targets
+        self.n_targets = 0 if target is None else target.n_targets
         self.buffer = torch.empty(BLOCK, device=device)
         self.scratch = torch.empty(BLOCK, device=device)
         self.device = device
+        self.sketch = sketch
         self.start(0)
 
     def start(self, n: int) -> None:
         """Begin a batch of n rows."""
         self.sums = torch.zeros(n, self.n_targets + 3, dtype=torch.float64, device=self.device)
+        self.sketches = None if self.sketch is None else torch.zeros(n, self.sketch.dim, device=self.device)
 
     def __call__(self, name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
         """Add one parameter's share."""
@@ -87,19 +94,22 @@ class Reducer:
             self.buffer, self.scratch = (torch.empty(n * b, device=self.device) for _ in range(2))
         if scale != 1.0:
             left, right = (left * scale, right) if a <= b else (left, right * scale)
-        mapping, vectors, shared = self.maps[name], self.vectors[name], self.shared[name]
+        mapping, vectors, shared = self.maps[name], self.vectors.get(name), self.shared[name]
         step = max(1, self.buffer.numel() // (n * b))
         for first in range(0, a, step):
             last = min(first + step, a)
-            size = (last - first) * b
-            out = self.buffer[: n * size].view(n, last - first, b)
-            g = products(left[:, first:last], right, places, out).view(n, size)
+            start, stop = first * b, last * b
+            out = self.buffer[: n * (stop - start)].view(n, last - first, b)
+            g = products(left[:, first:last], right, places, out).view(n, stop - start)
             self.sums[:, -1] += row_squares(g)
-            g = mapping.apply_(g, self.scratch, first * b, last * b)
-            self.sums[:, : self.n_targets] += g @ vectors[:, first * b : last * b].T
+            g = mapping.apply_(g, self.scratch, start, stop)
             self.sums[:, -2] += row_squares(g)
+            if vectors is not None:
+                self.sums[:, : self.n_targets] += g @ vectors[:, start:stop].T
             if shared is not None:
-                self.sums[:, -3] += g @ shared[first * b : last * b]
+                self.sums[:, -3] += g @ shared[start:stop]
+            if self.sketch is not None and self.sketches is not None:
+                self.sketch.add_(self.sketches, name, g, start)
 
 
 def row_squares(g: Tensor) -> Tensor:
@@ -110,25 +120,27 @@ def row_squares(g: Tensor) -> Tensor:
 def influence(
     model: nn.Module,
     rows: Sequence[Row],
-    target: GradientTarget,
+    target: GradientTarget | None,
     *,
     adam: AdamState | None = None,
     map: str = "adam",
     token_budget: int = 1024,
     matrices: Sequence[str] | None = None,
     last_layers: int | None = None,
+    sketch: Sketch | None = None,
 ) -> Influence:
     """Compute dots, norms and momentum shares of rows at one checkpoint.
 
     Args:
         model: a PeftModel with the checkpoint's LoRA, or a bare model with `matrices`; in eval mode.
         rows: encoded rows, each with at least one supervised token.
-        target: vectors of `target_vectors` for the same matrices.
+        target: vectors of `target_vectors` for the same matrices; None: norms (and sketches) alone.
         adam: the checkpoint's moments; `sgd` and `sign` need none.
         map: `sgd`, `adam`, `adam-less`, `precondition` or `sign`.
         token_budget: tokens a batch holds; changes the time, not the numbers.
         matrices: globs of full weight matrices to use instead of LoRA.
         last_layers: only the top so many layers' matrices; the target must have been formed so too.
+        sketch: also return this random projection of every mapped gradient.
 
     Raises:
         ModelError: matrices that can't be served, or moments or targets of other matrices.
@@ -136,16 +148,20 @@ def influence(
     """
     device = next(model.parameters()).device
     with recording(model, matrices=matrices, last_layers=last_layers) as recorder:
-        sink = Reducer(recorder.shapes, target, adam, map, device)
-        found = torch.zeros(len(rows), target.n_targets + 4, dtype=torch.float64, device=device)
+        sink = Reducer(recorder.shapes, target, adam, map, device, sketch)
+        found = torch.zeros(len(rows), sink.n_targets + 4, dtype=torch.float64, device=device)
+        projected = torch.zeros(len(rows) if sketch else 0, sketch.dim if sketch else 0, device=device)
         for indices in plan_batches([len(r.input_ids) for r in rows], token_budget):
             n = len(indices)
             sink.start(n)
             nll, row_of = run_rows(model, recorder, [rows[i] for i in indices], mean_weights, sink)
             losses = sink.sums.new_zeros(n).index_add_(0, row_of, (nll * mean_weights(row_of, n)).double())
-            found[torch.as_tensor(indices, device=device)] = torch.cat([sink.sums, losses[:, None]], 1)
+            where = torch.as_tensor(indices, device=device)
+            found[where] = torch.cat([sink.sums, losses[:, None]], 1)
+            if sink.sketches is not None:
+                projected[where] = sink.sketches
     values = found.cpu().numpy()
-    j, norms = target.n_targets, np.sqrt(values[:, -3])
+    j, norms = sink.n_targets, np.sqrt(values[:, -3])
     scale = norms * sink.shared_norm
     return Influence(
         dots=values[:, :j].copy(),
@@ -153,4 +169,5 @@ def influence(
         momentum=np.divide(values[:, j], scale, out=np.zeros_like(norms), where=scale > 0),
         grad_norms=np.sqrt(values[:, -2]),
         loss=values[:, -1].copy(),
+        sketch=None if sketch is None else projected.cpu().numpy(),
     )

@@ -1,0 +1,284 @@
+"""A reusable store of projected gradients: one pool, many targets.
+
+Each mapped gradient Γ (p numbers) is sketched to k numbers after the map (Charikar et al. 2002, the count sketch):
+
+    S[b] = Σ_{i: h(i) = b} s(i)·Γ_i,   h(i) in 0..k−1 s(i) = ±1, from an integer hash of (seed, parameter name, i)
+
+E⟨S(a), S(b)⟩ = ⟨a, b⟩ and the standard deviation of the cosine is at most about √(2/k), √(1/k) between nearly
+orthogonal vectors: that of a dense Rademacher projection (LESS, TRAK) at a cost per row that does not depend on k. The matrix is
+never stored; any slice of it comes from the hash, integer arithmetic that is the same on CPU and GPU.
+
+On disk: `header.json` (what the numbers depend on), `rows.bin` (n × k float16 or int8, each row by its own scale),
+`rows.meta` (scale and exact norm of each row), `ids.txt`, and `state.json`, replaced atomically after the others are
+flushed: whatever a killed process left behind it is cut off at the next start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from keepset.errors import PlanMismatch, RecipeError
+from keepset.features.adam import AdamState
+from keepset.features.influence import influence
+from keepset.features.sketch import Sketch
+from keepset.features.targets import GradientTarget
+from keepset.packing import Row
+
+META = np.dtype([("scale", "<f4"), ("norm", "<f8")])
+VERSION = 1
+
+
+def dimension_for(error: float) -> int:
+    """Sketch size at which a cosine near 0 has standard deviation `error`: k = 1 / error², up to a multiple of 64.
+
+    Raises:
+        RecipeError: error not in (0, 1).
+    """
+    if not 0 < error < 1:
+        raise RecipeError(f"projection error {error}: must lie between 0 and 1")
+    return math.ceil(1 / error**2 / 64) * 64
+
+
+@dataclass(frozen=True)
+class StoreError:
+    """How far a store's cosines are from the exact ones on a sample.
+
+    Attributes:
+        rms: root mean square error of the cosines.
+        spearman: (j,) rank correlation with the exact cosines.
+    """
+
+    rms: float
+    spearman: np.ndarray
+
+
+class GradientStore:
+    """The files of one store. Use `create` or `open`."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path, self.header = path, header
+        self.sketch = Sketch(int(header["dim"]), int(header["seed"]))
+        self.dtype = np.dtype(header["dtype"])
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        self.n_rows, self.digest, self.ids_bytes = int(state["rows"]), str(state["ids"]), int(state["ids_bytes"])
+
+    @staticmethod
+    def create(
+        path: str | Path,
+        depends: Mapping[str, str],
+        *,
+        dim: int = 8192,
+        dtype: str = "float16",
+        seed: int = 0,
+        map: str = "adam",
+    ) -> GradientStore:
+        """Open the store at `path`, making it first if there is none.
+
+        Args:
+            path: its folder.
+            depends: what the rows depend on, by name: model, adapter, tokenizer, template ... fingerprints.
+            dim: numbers per row, k.
+            dtype: `float16` or `int8`.
+            seed: of the projection.
+            map: the gradient map.
+
+        Raises:
+            RecipeError: another dtype, or a dimension below 1.
+            PlanMismatch: a store is there that was made with something else.
+        """
+        if dtype not in ("float16", "int8") or dim < 1:
+            raise RecipeError(f"a gradient store holds float16 or int8 in at least 1 dimension, not {dtype} in {dim}")
+        folder = Path(path)
+        header = {"version": VERSION, "dim": dim, "dtype": dtype, "seed": seed, "map": map, "depends": dict(depends)}
+        if not (folder / "state.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("rows.bin", "rows.meta", "ids.txt"):
+                (folder / name).write_bytes(b"")
+            _write(folder / "header.json", header)
+            _write(folder / "state.json", {"rows": 0, "ids": hashlib.sha256().hexdigest(), "ids_bytes": 0})
+        found = json.loads((folder / "header.json").read_text(encoding="utf-8"))
+        del header["depends"]
+        wanted = {**depends, **header}
+        flat = {**found.pop("depends"), **found}
+        for key in sorted(set(wanted) | set(flat)):
+            if wanted.get(key) != flat.get(key):
+                raise PlanMismatch(
+                    f"{folder}: made with {key} = {flat.get(key)}, not {wanted.get(key)}; use another folder"
+                )
+        return GradientStore(folder, flat)
+
+    def append(self, ids: Sequence[str], sketches: np.ndarray, norms: np.ndarray) -> None:
+        """Add rows.
+
+        Args:
+            ids: (n,) their ids.
+            sketches: (n, k) float32.
+            norms: (n,) exact ‖Γ‖.
+
+        Raises:
+            ValueError: shapes that don't fit, or numbers that aren't finite.
+        """
+        if sketches.shape != (len(ids), self.sketch.dim) or not np.isfinite(sketches).all():
+            raise ValueError(f"sketches of shape {sketches.shape} for {len(ids)} rows, or not finite")
+        top = np.abs(sketches).max(1)
+        top[top == 0] = 1
+        levels = 127 if self.dtype == np.int8 else 1
+        meta = np.zeros(len(ids), META)
+        meta["scale"], meta["norm"] = top / levels, norms
+        scaled = sketches / meta["scale"][:, None]
+        rows = np.rint(scaled).astype(np.int8) if self.dtype == np.int8 else scaled.astype(np.float16)
+        text = "".join(f"{i}\n" for i in ids).encode()
+        for name, end, data in (
+            ("rows.bin", self.row_bytes * self.n_rows, rows.tobytes()),
+            ("rows.meta", META.itemsize * self.n_rows, meta.tobytes()),
+            ("ids.txt", self.ids_bytes, text),
+        ):
+            with open(self.path / name, "r+b") as file:
+                file.seek(end)
+                file.write(data)
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
+        self.n_rows += len(ids)
+        self.digest = hashlib.sha256(self.digest.encode() + text).hexdigest()
+        self.ids_bytes += len(text)
+        _write(self.path / "state.json", {"rows": self.n_rows, "ids": self.digest, "ids_bytes": self.ids_bytes})
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes a row takes in `rows.bin`."""
+        return self.sketch.dim * self.dtype.itemsize
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the rows, in order."""
+        return (self.path / "ids.txt").read_text(encoding="utf-8").split("\n")[: self.n_rows]
+
+    @property
+    def norms(self) -> np.ndarray:
+        """(n,) exact norms."""
+        return self._meta()["norm"]
+
+    def _meta(self) -> np.ndarray:
+        return np.fromfile(self.path / "rows.meta", META, self.n_rows)
+
+    def dots(self, target: np.ndarray, *, block: int = 4096) -> np.ndarray:
+        """Estimate ⟨Γ_i, v_j⟩ for all rows, reading the store once, block by block.
+
+        Args:
+            target: (j, k) sketches of the targets (`project_target`).
+            block: rows held in float32 at once.
+
+        Returns:
+            (n, j) float64.
+        """
+        out = np.zeros((self.n_rows, target.shape[0]))
+        if not self.n_rows:
+            return out
+        rows = np.memmap(self.path / "rows.bin", self.dtype, "r", shape=(self.n_rows, self.sketch.dim))
+        vectors, scale = torch.from_numpy(np.ascontiguousarray(target, np.float32)).T, self._meta()["scale"]
+        for start in range(0, self.n_rows, block):
+            part = torch.from_numpy(np.array(rows[start : start + block])).float()
+            out[start : start + block] = (part @ vectors).numpy() * scale[start : start + block, None]
+        return out
+
+
+def project_target(sketch: Sketch, target: GradientTarget) -> np.ndarray:
+    """Sketch every target vector, (j, k) float32."""
+    first = next(iter(target.blocks.values()))
+    out = torch.zeros(target.n_targets, sketch.dim, device=first.device)
+    for name, block in target.blocks.items():
+        sketch.add_(out, name, block.flatten(1).float(), 0)
+    return out.cpu().numpy()
+
+
+def build_store(
+    store: GradientStore,
+    model: nn.Module,
+    rows: Sequence[Row],
+    ids: Sequence[str],
+    *,
+    adam: AdamState | None = None,
+    token_budget: int = 1024,
+    chunk: int = 256,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> GradientStore:
+    """Sketch the rows that the store does not hold yet; call again after an interruption, or with more rows at the end.
+
+    Args:
+        store: where they go; its header names the map.
+        model: see `influence`.
+        rows: all rows, those in the store first and in its order.
+        ids: (n,) their ids.
+        adam: see `influence`.
+        token_budget: see `influence`.
+        chunk: rows written at once.
+        progress: called with the number of rows done.
+        options: `matrices`, `last_layers` of `influence`.
+
+    Raises:
+        PlanMismatch: the store holds other rows than these begin with.
+    """
+    if store.ids != list(ids[: store.n_rows]):
+        raise PlanMismatch(f"{store.path}: its {store.n_rows} rows are not the first of these {len(ids)}")
+    for start in range(store.n_rows, len(rows), chunk):
+        part = slice(start, start + chunk)
+        found = influence(
+            model,
+            rows[part],
+            None,
+            adam=adam,
+            map=store.header["map"],
+            token_budget=token_budget,
+            sketch=store.sketch,
+            **options,
+        )
+        assert found.sketch is not None
+        store.append(ids[part], found.sketch, found.norms)
+        if progress is not None:
+            progress(min(start + chunk, len(rows)))
+    return store
+
+
+def store_error(estimated: np.ndarray, exact: np.ndarray, norms: np.ndarray, lengths: np.ndarray) -> StoreError:
+    """Compare a store's dots with exact ones on the same rows.
+
+    Args:
+        estimated: (n, j) of `GradientStore.dots`.
+        exact: (n, j) of `influence`.
+        norms: (n,) ‖Γ‖.
+        lengths: (j,) ‖v_j‖.
+    """
+    from scipy.stats import spearmanr
+
+    error = (estimated - exact) / (norms[:, None] * lengths)
+    ranks = [float(spearmanr(estimated[:, k] / norms, exact[:, k] / norms).statistic) for k in range(exact.shape[1])]
+    return StoreError(float(np.sqrt(np.mean(error**2))), np.array(ranks))
+
+
+def target_lengths(target: GradientTarget) -> np.ndarray:
+    """‖v_j‖, (j,)."""
+    squares = torch.stack([b.flatten(1).double().square().sum(1) for b in target.blocks.values()]).sum(0)
+    return squares.sqrt().cpu().numpy()
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    """Replace a JSON file atomically."""
+    part = path.with_suffix(".part")
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
