@@ -2,11 +2,11 @@
 
 Each mapped gradient Γ (p numbers) is sketched to k numbers after the map (Charikar et al. 2002, the count sketch):
 
-    S[b] = Σ_{i: h(i) = b} s(i)·Γ_i,   h(i) in 0..k−1 s(i) = ±1, from an integer hash of (seed, parameter name, i)
+    S[b] = Σ_{i: h(i) = b} s(i)·Γ_i,   h(i) in 0..k−1 and s(i) = ±1 hashed from (seed, parameter name, i)
 
 E⟨S(a), S(b)⟩ = ⟨a, b⟩ and the standard deviation of the cosine is at most about √(2/k), √(1/k) between nearly
-orthogonal vectors: that of a dense Rademacher projection (LESS, TRAK) at a cost per row that does not depend on k. The matrix is
-never stored; any slice of it comes from the hash, integer arithmetic that is the same on CPU and GPU.
+orthogonal vectors: that of a dense Rademacher projection (LESS, TRAK), at a cost per row that does not depend on k. The
+matrix is never stored; any slice of it comes from the hash, integer arithmetic that is the same on CPU and GPU.
 
 On disk: `header.json` (what the numbers depend on), `rows.bin` (n × k float16 or int8, each row by its own scale),
 `rows.meta` (scale and exact norm of each row), `ids.txt`, and `state.json`, replaced atomically after the others are
