@@ -373,7 +373,7 @@ def inspect(
 
 @app.command()
 def explain(
-    row: Annotated[str, typer.Argument(help="a row's id, its beginning, or file:line")],
+    row: Annotated[str, typer.Argument(help="a row's id, or its beginning")],
     run_dir: RunDir = Path("runs/keepset"),
     label: Annotated[str | None, typer.Option("--label", help="which method; default: the first")] = None,
     as_json: AsJson = False,
