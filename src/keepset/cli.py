@@ -127,6 +127,22 @@ def run(
 
 
 @app.command()
+def plan(recipe: Annotated[Path, typer.Argument(help="the recipe's YAML file")], as_json: AsJson = False) -> None:
+    """Say what a recipe would cost here: stages, tokens, FLOPs, seconds, memory; from a short probe.
+
+    Example: keepset plan recipe.yaml
+    """
+    from keepset.plan import plan_recipe, print_plan
+    from keepset.recipe import load_recipe
+
+    found = plan_recipe(load_recipe(recipe), console=err)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_plan(found, Console())
+
+
+@app.command()
 def demo(run_dir: RunDir = Path("runs/demo"), force: Force = False) -> None:
     """Run the whole job on the small model and data that ship: ROSE, DavIR, Random and the longest rows.
 
