@@ -1,8 +1,8 @@
 """`keepset plan`: what a recipe would cost on this machine, from counts and a short probe, before anything is spent.
 
-Every stage's operations are counted (see `cost.py`); the probe measures how many operations a second this machine does
-forward, and forward + backward, on rows of this very pool. Seconds = operations / measured rate. Times on named GPUs come
-from their peak rate at a stated utilisation: an estimate, not a measurement.
+Every stage's operations are counted (see `cost.py`); the probe measures how many operations a second this machine
+does forward, and forward + backward, on rows of this very pool. Seconds = operations / measured rate. Times on named
+GPUs come from their peak rate at a stated utilisation: an estimate, not a measurement.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def probe(job: Job) -> Rates:
     forward = work / (time.perf_counter() - start)
     adapted = apply_lora(model, job.recipe.lora, job.recipe.seed)
     start = time.perf_counter()
-    target_vectors(adapted, [(r, None) for r in rows], np.zeros(len(rows), dtype=np.int64), loss="sft", reference="none",
-                   token_budget=budget)  # fmt: skip
+    tasks = np.zeros(len(rows), dtype=np.int64)
+    target_vectors(adapted, [(r, None) for r in rows], tasks, loss="sft", reference="none", token_budget=budget)
     backward = 2 * work / (time.perf_counter() - start)
     adapted.unload()
     return Rates(forward, backward, load_seconds)
@@ -168,8 +168,8 @@ def gradient_steps(job: Job, rates: Rates) -> list[Step]:
                           work / rates.backward))  # fmt: skip
         distinct = len({r for r in requests.values() if r.map == map_})
         work = flops(job.loaded.model, target_tokens, target_head, passes=2) * checkpoints * distinct
-        steps.append(Step(f"target gradients ({map_})", labels, len(sides), target_tokens * checkpoints * distinct, work,
-                          work / rates.backward))  # fmt: skip
+        tokens = target_tokens * checkpoints * distinct
+        steps.append(Step(f"target gradients ({map_})", labels, len(sides), tokens, work, work / rates.backward))
     return steps
 
 
@@ -195,8 +195,8 @@ def final_steps(job: Job, rates: Rates) -> list[Step]:
         steps.append(scaled(one, count, f"train {count} models on {budget}", "methods, random"))
         models += count
         if recipe.controls.longest:
-            steps.append(training(job, rates, f"train on the longest {budget}", "longest", [job.rows[i] for i in longest],
-                                  recipe.train))  # fmt: skip
+            rows = [job.rows[i] for i in longest]
+            steps.append(training(job, rates, f"train on the longest {budget}", "longest", rows, recipe.train))
             models += 1
     if recipe.controls.full:
         steps.append(training(job, rates, "train on the full pool", "full", job.rows, recipe.train))
@@ -246,9 +246,8 @@ def cheaper(job: Job, steps: list[Step]) -> list[str]:
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print the plan as a table."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, justify in (("stage", "left"), ("for", "left"), ("rows", "right"), ("tokens", "right"), ("TFLOP", "right"),
-                          ("seconds", "right")):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("stage", "for", "rows", "tokens", "TFLOP", "seconds"):
+        table.add_column(name, justify="left" if name in ("stage", "for") else "right")
     for s in plan["steps"]:
         table.add_row(
             s["stage"],
