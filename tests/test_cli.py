@@ -1,0 +1,182 @@
+"""The command line: help is quick, the core needs no torch, mistakes are one line with their exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer number {i} of many"} for i in range(20)]
+PAIRS = [{"task": "t", "prompt": f"question {i}", "chosen": "a good answer", "rejected": "a bad one"} for i in range(3)]
+
+# Runs the command line in a process in which the heavy packages can't be imported: the core install.
+CORE = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "tokenizers"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+from importlib import util
+find = util.find_spec
+util.find_spec = lambda name, package=None: None if name in {"torch", "transformers"} else find(name, package)
+from keepset.cli import main
+sys.argv = ["keepset", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, rows in (("pool", ROWS), ("target", PAIRS)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+def core(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", CORE, *map(str, words)], capture_output=True, text=True, cwd=cwd)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['keepset', '--help']\n"
+        "from keepset.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'scipy', 'datasets', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Score every row of a pool" in done.stdout
+
+
+def test_import_keepset_needs_no_torch_and_offers_its_names():
+    code = (
+        "import sys, keepset; assert 'numpy' not in sys.modules; keepset.load_pool; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import keepset
+
+    for name in keepset.__all__:
+        assert getattr(keepset, name) is not None
+
+
+@pytest.mark.parametrize("method", ["random", "length", "bm25", "dsir"])
+def test_text_methods_score_and_select_in_the_core(files, method):
+    run = files / "run"
+    done = core(
+        "score", method, "--pool", files / "pool.jsonl", "--target", files / "target.jsonl", "--run_dir", run, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) | {"file": ""} == {
+        "label": method, "rows_in": 20, "scored": 20, "quarantined": 0, "file": ""
+    }  # fmt: skip
+    done = core("select", method, "--budget", "25%", "--run-dir", run, "--out", files / "out.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 5
+    chosen = (files / "out.jsonl").read_text().splitlines()
+    assert len(chosen) == 5 and set(chosen) <= {json.dumps(r) for r in ROWS}
+    done = core("export", method, files / "out.csv", "--run_dir", run)
+    assert done.returncode == 0, done.stderr
+    assert (files / "out.csv").read_text().startswith("instruction,input,output\n")
+
+
+def test_inspect_explain_and_report_work_in_the_core(files):
+    run = files / "run"
+    assert core("inspect", files / "pool.jsonl", "--json").returncode == 0
+    core("score", "bm25", "--pool", files / "pool.jsonl", "--target", files / "target.jsonl", "--run_dir", run)
+    core("select", "bm25", "--budget", "5", "--run_dir", run)
+    row = json.loads((run / "subsets.json").read_text())["bm25"]["ids"][0]
+    done = core("explain", row, "--label", "bm25", "--run_dir", run, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout), done.stderr
+    done = core("report", "--run_dir", run)
+    assert done.returncode == 0 and (run / "report.html").stat().st_size > 10_000, done.stderr
+
+
+def test_overrides_from_the_report_are_taken(files):
+    run = files / "run"
+    core("score", "random", "--pool", files / "pool.jsonl", "--run_dir", run)
+    core("select", "random", "--budget", "5", "--run_dir", run)
+    ids = json.loads((run / "subsets.json").read_text())["random"]["ids"]
+    import pyarrow.parquet as pq
+
+    last = pq.read_table(run / "scores/random.parquet").sort_by("score")["id"][0].as_py()
+    marks = files / "overrides.json"
+    marks.write_text(json.dumps({"keep": [last], "drop": [ids[0]]}))
+    done = core("select", "random", "--budget", "5", "--overrides", marks, "--run_dir", run)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((run / "subsets.json").read_text())["random"]["ids"]
+    assert again == [last, *ids[1:]]
+    marks.write_text(json.dumps({"keep": ["nobody"]}))
+    done = core("select", "random", "--budget", "5", "--overrides", marks, "--run_dir", run)
+    assert done.returncode == 2 and "id nobody is not in this run's scores" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["score", "bm52", "--pool", "pool.jsonl"], 2, "no method 'bm52' (did you mean 'bm25'?)"),
+        (["score", "bm25", "--pool", "pool.jsonl"], 2, "target: this method needs validation rows or pairs"),
+        (["score", "davir", "--pool", "pool.jsonl"], 2, "davir runs a model: pip install 'keepset[train]'"),
+        (["score", "random", "--pool", "none.jsonl"], 4, "none.jsonl"),
+        (["score", "random", "--pool", "empty.jsonl"], 4, "empty.jsonl"),
+        (
+            ["score", "random", "--pool", "pool.jsonl", "--set", "buget=3"],
+            2,
+            "unknown key 'buget' (did you mean 'budget'?)",
+        ),
+        (["score", "random", "-o", "sead=1", "--pool", "pool.jsonl"], 2, "did you mean 'seed'"),
+        (["select", "random"], 2, "is no run folder yet"),
+        (["run", "none.yaml"], 2, "none.yaml: no such recipe"),
+        (["scor"], 2, "Did you mean 'score'"),
+        (["score", "random", "--poll", "x"], 2, "--pool"),
+    ],
+)
+def test_mistakes_are_one_line_with_an_exit_code(files, words, code, message):
+    (files / "empty.jsonl").write_text("")
+    done = core(*words, cwd=files)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_methods_lists_every_method_with_paper_needs_and_cost():
+    done = core("methods", "--json")
+    found = json.loads(done.stdout)
+    from keepset.scoring import METHODS
+
+    assert [m["name"] for m in found] == list(METHODS)
+    assert all(m["formula"] and m["needs"] and m["cost"] for m in found)
+    assert "reduce" in json.loads(core("methods", "rose", "--json").stdout)[0]["options"]
+
+
+def test_every_method_has_a_row_in_readme_and_docs_and_a_file():
+    from keepset.scoring import METHODS
+
+    root = Path(__file__).parents[1]
+    for page in ("README.md", "docs/methods.md"):
+        cells = [line.split("|")[1] for line in (root / page).read_text().splitlines() if line.startswith("|")]
+        rows = {name for cell in cells for name in re.findall(r"[a-z0-9+-]+", cell)}
+        assert set(METHODS) <= rows, f"not in the table of {page}: {sorted(set(METHODS) - rows)}"
+
+
+def test_every_command_has_help_with_an_example():
+    from typer.main import get_command
+
+    from keepset.cli import app
+
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert command.help and "Example: keepset" in command.help, name
+
+
+def test_init_writes_a_recipe_that_loads(files):
+    done = core("init", files / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    from keepset.recipe import load_recipe
+
+    assert load_recipe(files / "recipe.yaml").methods
+    assert core("init", files / "recipe.yaml").returncode == 2
