@@ -8,12 +8,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from conftest import tiny_model, tiny_tokenizer  # noqa: E402
-
-from keepset import gguf  # noqa: E402
-from keepset.errors import ModelError  # noqa: E402
-from keepset.model import load  # noqa: E402
-from keepset.recipe import ModelSpec  # noqa: E402
+from conftest import tiny_model, tiny_tokenizer
+from keepset import gguf
+from keepset.errors import ModelError
+from keepset.model import load
+from keepset.recipe import ModelSpec
 
 
 @pytest.fixture
