@@ -131,6 +131,8 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
     """
     weights = None if seed is None else job.run.path / model_folder(name, seed)
     folder = "evaluation/base" if weights is None else f"evaluation/{name}-seed{seed}"
+    if seed is not None:
+        job.run.require_whole(model_folder(name, seed))
     pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
     key = {
         "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,

@@ -19,7 +19,7 @@ from keepset.job import Job
 from keepset.recipe import MethodSpec, Recipe
 from keepset.report import write_report
 from keepset.run import file_digest
-from keepset.scoring import check_options, score
+from keepset.scoring import check_options, score, score_key
 from keepset.subsets import Kind, Subset, choose, choose_mix, control_methods, full_subset, stored_subset
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow", "bm25s")
@@ -58,14 +58,10 @@ def run_recipe(
 
 
 def scored(job: Job, spec: MethodSpec) -> None:
-    """Score by a method unless this folder has its scores for the same rows and options."""
-    path = job.run.path / "scores" / f"{spec.label}.parquet"
-    if path.exists():
-        table = job.run.load_table(f"scores/{spec.label}.parquet")
-        same = (table.schema.metadata or {}).get(b"options") == str(spec.options).encode()
-        if same and table["id"].to_pylist() == [str(i) for i in job.ids]:
-            job.say(f"{spec.label}: scored before, kept")
-            return
+    """Score by a method unless this folder has its whole scores, made of the same rows, models and options."""
+    if job.run.saved_key(f"scores/{spec.label}.parquet") == score_key(job, spec):
+        job.say(f"{spec.label}: scored before, kept")
+        return
     score(job, spec)
 
 
@@ -119,9 +115,10 @@ def evaluated_cells(job: Job) -> list[Cell]:
     """
     folder = job.run.path / "evaluation"
     cells: list[Cell] = []
-    for path in sorted(folder.glob("*/items.safetensors")):
+    for path in sorted(folder.glob("*/done.json")):
         name, _, seed = path.parent.name.rpartition("-seed")
-        items = load_file(str(path))
+        job.run.require_whole(f"evaluation/{path.parent.name}")
+        items = load_file(str(path.parent / "items.safetensors"))
         cells.append((stored_subset(job, name), int(seed), items) if name else (None, None, items))
     if not cells:
         raise KeepsetError(f"{folder}: nothing evaluated yet; `keepset run`, or `train` and then `evaluate`")

@@ -107,7 +107,7 @@ class Run:
         path = self.path / "recipe.yaml"
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
         if path.exists() and not force:
-            old = yaml.safe_load(path.read_text(encoding="utf-8"))
+            old = self.recipe_data()
             old.pop("run_dir", None)
             differences = [d for d in diff_keys(old, new) if not d.startswith("methods")]
             if differences:
@@ -118,9 +118,24 @@ class Run:
                     f"{self.path} was made by another recipe ({shown}); use another --run_dir, "
                     "or --force to go on here: what still fits is kept, the rest is redone"
                 )
-        text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            write_atomic(path, text.encode())
+        text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
+        if not path.exists() or path.read_bytes() != text:
+            write_atomic(path, text)
+
+    def recipe_data(self) -> dict[str, Any]:
+        """The stored recipe as it stands in the file.
+
+        Raises:
+            KeepsetError: the file is damaged.
+        """
+        path = self.path / "recipe.yaml"
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            data = None
+        if not isinstance(data, dict):
+            raise KeepsetError(f"{path}: damaged (not a YAML mapping); delete it and run the same command again")
+        return data
 
     def recipe(self) -> Recipe:
         """The stored recipe.
@@ -135,7 +150,7 @@ class Run:
             raise KeepsetError(
                 f"{self.path} is no run folder (it has no recipe.yaml); start with `keepset run` or `score`"
             )
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = self.recipe_data()
         data["run_dir"] = str(self.path)
         return parse_recipe(data, where=str(path))
 
@@ -160,11 +175,54 @@ class Run:
 
     # -- files --------------------------------------------------------------------------------------------------
 
+    def save(self, name: str, data: bytes, key: str | None = None) -> Path:
+        """Write a file atomically and remember its checksum in `work/records/`, so that damage is found later.
+
+        The record is written first and knows the file before and after: a crash between the two leaves no file that
+        looks damaged.
+
+        Args:
+            name: the file's path in the folder.
+            data: its bytes.
+            key: hash of what the content was made of (see `saved_key`); default: the key it has.
+        """
+        old = self._entry(name)
+        kept = old["key"] if old else None
+        entries = [{"sha256": digest(data), "key": key if key is not None else kept}, *([old] if old else [])]
+        write_atomic(self.path / "work" / "records" / f"{name}.json", canonical(entries).encode())
+        write_atomic(self.path / name, data)
+        return self.path / name
+
+    def _entry(self, name: str) -> dict[str, Any] | None:
+        """The record's entry that fits the file as it is; None without file, record or fit."""
+        try:
+            entries = json.loads((self.path / "work" / "records" / f"{name}.json").read_text(encoding="utf-8"))
+            found = file_digest(self.path / name)
+            return next((e for e in entries if e["sha256"] == found and "key" in e), None)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def saved_key(self, name: str) -> str | None:
+        """The key that a file was saved with; None if there is no such file, or it is not as it was saved."""
+        entry = self._entry(name)
+        return entry["key"] if entry else None
+
+    def check(self, name: str) -> None:
+        """Check a file against the record of its checksum, where there is one.
+
+        Raises:
+            KeepsetError: it is not as it was saved.
+        """
+        record = self.path / "work" / "records" / f"{name}.json"
+        if (self.path / name).exists() and record.exists() and self._entry(name) is None:
+            raise KeepsetError(
+                f"{self.path / name}: damaged, or changed by other hands (its checksum doesn't fit); delete it and run "
+                "the same command again"
+            )
+
     def save_json(self, name: str, value: Any) -> Path:
-        """Write a JSON file atomically."""
-        path = self.path / name
-        write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-        return path
+        """Write a JSON file (see `save`)."""
+        return self.save(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
     def load_json(self, name: str, default: Any = None) -> Any:
         """Read a JSON file of the folder, or return `default` if there is none.
@@ -175,18 +233,17 @@ class Run:
         path = self.path / name
         if not path.exists():
             return default
+        self.check(name)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise KeepsetError(f"{path}: damaged (not JSON); delete it and run the same command again") from None
 
-    def save_table(self, name: str, table: pa.Table) -> Path:
-        """Write a Parquet file atomically."""
-        path = self.path / name
+    def save_table(self, name: str, table: pa.Table, key: str | None = None) -> Path:
+        """Write a Parquet file (see `save`)."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        write_atomic(path, sink.getvalue().to_pybytes())
-        return path
+        return self.save(name, sink.getvalue().to_pybytes(), key)
 
     def load_table(self, name: str) -> pa.Table:
         """Read a Parquet file of the folder.
@@ -195,6 +252,7 @@ class Run:
             KeepsetError: it is missing or damaged.
         """
         path = self.path / name
+        self.check(name)
         try:
             return pq.read_table(path)
         except FileNotFoundError:
@@ -202,7 +260,7 @@ class Run:
             raise KeepsetError(
                 f"{path}: not there; {path.parent.name} has: {', '.join(have) or 'nothing yet'}"
             ) from None
-        except pa.ArrowException:
+        except (pa.ArrowException, OSError):  # Arrow tells a block that can't be unpacked as an OSError
             raise KeepsetError(f"{path}: damaged (not Parquet); delete it and run the same command again") from None
 
     # -- shards -------------------------------------------------------------------------------------------------
@@ -266,8 +324,8 @@ class Run:
         `work(path)` fills the folder and returns facts to remember (seconds, tokens ...); they come back on a re-run.
         """
         path = self.path / folder
-        record = self.load_json(f"{folder}/done.json")
-        if record and record["key"] == digest(key) and files_fit(path, record["files"]):
+        record = self.done(folder)
+        if record and record["key"] == digest(key) and not misfits(path, record["files"]):
             return {**record["facts"], "reused": True}
         (path / "done.json").unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
@@ -280,6 +338,28 @@ class Run:
         self.save_json(f"{folder}/done.json", {"key": digest(key), "facts": facts, "files": files, "inputs": dict(key)})
         return {**facts, "reused": False}
 
+    def done(self, folder: str) -> dict[str, Any] | None:
+        """A step's record; None if it wasn't finished, or the record is damaged."""
+        try:
+            record = self.load_json(f"{folder}/done.json")
+            return record if isinstance(record, dict) and {"key", "facts", "files"} <= record.keys() else None
+        except KeepsetError:
+            return None
+
+    def require_whole(self, folder: str) -> None:
+        """Check a finished step's files, before they are used outside `step`.
+
+        Raises:
+            KeepsetError: it wasn't finished, or a file is damaged; the message names it.
+        """
+        record = self.done(folder)
+        if record is None:
+            raise KeepsetError(f"{self.path / folder}: not finished, or its done.json is damaged; make it again")
+        for name in misfits(self.path / folder, record["files"]):
+            raise KeepsetError(
+                f"{self.path / folder / name}: missing or damaged (its checksum doesn't fit); make it again"
+            )
+
     # -- costs --------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -291,18 +371,22 @@ class Run:
         if entry.pop("skip", False):
             return
         entry["seconds"] = round(time.perf_counter() - start, 3)
-        with (self.path / "costs.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        path = self.path / "costs.jsonl"
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")  # a crash in the middle of the last line
+        with path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
 
     def costs(self) -> list[dict[str, Any]]:
         """All entries of `costs.jsonl`; a torn last line (a crash) is left out."""
         path = self.path / "costs.jsonl"
         entries = []
-        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
             try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
+                entry = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
                 continue
+            if isinstance(entry, dict) and isinstance(entry.get("seconds"), int | float) and "stage" in entry:
+                entries.append(entry)
         return entries
 
 
@@ -339,9 +423,9 @@ def gather(parts: list[Arrays], order: np.ndarray) -> Arrays:
     return columns
 
 
-def files_fit(folder: Path, files: Mapping[str, str]) -> bool:
-    """Whether every recorded file is there with its checksum."""
-    return all((folder / name).is_file() and file_digest(folder / name) == sha for name, sha in files.items())
+def misfits(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """Those of the recorded files that are missing or don't have their checksum."""
+    return [n for n, sha in files.items() if not (folder / n).is_file() or file_digest(folder / n) != sha]
 
 
 def diff_keys(old: Any, new: Any, prefix: str = "") -> list[str]:

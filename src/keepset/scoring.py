@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import numpy as np
@@ -29,6 +30,7 @@ from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.methods.rose import rose
 from keepset.recipe import MethodSpec
+from keepset.run import digest
 
 if TYPE_CHECKING:
     from keepset.job import Job
@@ -439,10 +441,28 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
     ).replace_schema_metadata(
         {"method": spec.name, "label": spec.label, "options": str(spec.options), "length_unit": job.length_unit}
     )
-    job.run.save_table(f"scores/{spec.label}.parquet", table)
+    job.run.save_table(f"scores/{spec.label}.parquet", table, key=score_key(job, spec))
     bad = int((~finite).sum())
     job.say(f"{spec.label}: {len(values)} rows in = {len(values) - bad} scored + {bad} quarantined")
     return table
+
+
+def score_key(job: Job, spec: MethodSpec) -> str:
+    """Hash of everything that a method's scores are made of."""
+    from keepset.stages import VERSION, weights_of
+
+    needs, outside = METHODS[spec.name].needs, job.recipe.reference.path
+    return digest(
+        {
+            "version": VERSION,
+            "ids": [str(i) for i in job.ids],
+            "data": {"pool": job.pool.fingerprint()} if job.text_only else job.data_key(),
+            "target": job.target.fingerprint() if "target" in needs else None,
+            "recipe": job.recipe.model_dump(mode="json", include={"seed", "lora", "warmup", "reference"}),
+            "reference": weights_of(Path(outside)) if outside and "reference" in needs else None,
+            "method": spec.model_dump(mode="json"),
+        }
+    )
 
 
 def ranking(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -124,7 +124,7 @@ def checkpoint_losses(job: Job) -> np.ndarray:
     found = [base_losses(job)]
     for checkpoint in warmup_checkpoints(job):
         name = f"losses-{checkpoint.path.name}"
-        key = {**base_key(job, "ce"), "checkpoint": digest(_weights(checkpoint.path))}
+        key = {**base_key(job, "ce"), "checkpoint": digest(weights_of(checkpoint.path))}
         found.append(loss_sweep(job, {name: key}, checkpoint.path, "ce")[name])
     return np.stack([f["nll"] / f["n_tokens"] for f in found])
 
@@ -207,13 +207,14 @@ def reference_model(job: Job) -> tuple[Path, str, bool]:
     if spec.path:
         path = Path(spec.path)
         full = not (path / "adapter_config.json").exists()
-        return path, digest([spec.path, *sorted(_weights(path))]), full
+        return path, digest([spec.path, *sorted(weights_of(path))]), full
     train_rows(job, "models/reference", job.rows, job.ids, spec, job.recipe.seed)
     path = job.run.path / "models/reference"
-    return path, digest(_weights(path)), spec.full
+    return path, digest(weights_of(path)), spec.full
 
 
-def _weights(path: Path) -> list[str]:
+def weights_of(path: Path) -> list[str]:
+    """Checksums of a folder's safetensors files."""
     from keepset.run import file_digest
 
     return [file_digest(p) for p in sorted(path.glob("*.safetensors"))]
@@ -229,7 +230,7 @@ def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
         folder = f"models/reference-fold{k}"
         train_rows(job, folder, [job.rows[i] for i in train], job.ids[train], spec, job.recipe.seed)
         path = job.run.path / folder
-        key = {**base_key(job, token_loss), "reference": digest(_weights(path)), "fold": k}
+        key = {**base_key(job, token_loss), "reference": digest(weights_of(path)), "fold": k}
         part = SubJob(job, score)
         found = loss_sweep(part, {f"losses-fold{k}": key}, path, token_loss)[f"losses-fold{k}"]  # type: ignore[arg-type]
         nll[score], n_tokens[score] = found["nll"], found["n_tokens"]
@@ -315,7 +316,7 @@ def checkpoint_influence(
     rows = job.rows
     stages = {
         f"influence-{digest(asdict(request))[:8]}-{checkpoint.path.name}": {
-            "version": VERSION, **job.data_key(), "checkpoint": digest(_weights(checkpoint.path)),
+            "version": VERSION, **job.data_key(), "checkpoint": digest(weights_of(checkpoint.path)),
             "target": job.target.fingerprint(), "tasks": names, "request": asdict(request),
         }
         for request in requests

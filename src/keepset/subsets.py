@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, parse_budget
+from keepset.run import file_digest
 from keepset.select import select
 
 if TYPE_CHECKING:
@@ -162,11 +163,15 @@ def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
 def finish(job: Job, subset: Subset) -> Subset:
     """Write `subsets/<name>` in the input's own dialect, mark the rows in the scores, and note the subset."""
     path = job.run.path / "subsets" / f"{subset.name}.jsonl"
-    write_subset(job.pool, job.usable[subset.indices], path)
     index = job.run.load_json("subsets.json", {})
+    ids = [str(i) for i in subset.ids(job)]
+    old = index.get(subset.name, {})
+    if path.exists() and old.get("ids") == ids and old.get("sha256") not in (None, file_digest(path)):
+        job.say(f"{path}: damaged or edited; written again")
+    write_subset(job.pool, job.usable[subset.indices], path)
     entry = {k: v for k, v in asdict(subset).items() if k != "indices"}
     index[subset.name] = {**entry, "n_rows": subset.n_rows, "file": f"subsets/{path.name}",
-                          "ids": [str(i) for i in subset.ids(job)]}  # fmt: skip
+                          "sha256": file_digest(path), "ids": ids}  # fmt: skip
     job.run.save_json("subsets.json", index)
     mark_selected(job, subset)
     job.say(f"{subset.name}: keeps {subset.n_rows} of {len(job.ids)} rows ({subset.n_tokens} {job.length_unit})")

@@ -19,7 +19,7 @@ import numpy as np
 
 from keepset.errors import DataError
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.run import canonical, digest, write_atomic
+from keepset.run import canonical, digest, file_digest, misfits, write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+META = "meta.json"  # written last into a checkpoint: with it the checkpoint is whole
 WORK = "trainer"  # the trainer's own checkpoints, inside the result folder while training goes on
 RECORD = "training.json"  # written last: with it the result is whole
 
@@ -40,7 +41,7 @@ class TrainResult:
         path: folder with adapter_model.safetensors (or the whole model) and training.json.
         steps: optimiser steps.
         tokens: tokens run through the model, prompts and every epoch included.
-        supervised_tokens: those of them that count in the loss.
+        supervised_tokens: those of them that count in the loss; None where TRL's own step ran, which doesn't count them.
         seconds: of training, over all sessions if it was resumed.
         losses: one a logged step, in nats a supervised token (DPO: nats a pair).
     """
@@ -48,7 +49,7 @@ class TrainResult:
     path: Path
     steps: int
     tokens: int
-    supervised_tokens: int
+    supervised_tokens: int | None
     seconds: float
     losses: list[float]
 
@@ -214,7 +215,10 @@ def run_trainer(
 
     work = out / WORK
     main = trainer.is_world_process_zero()
-    checkpoint = prepare_work(work, plan, resume) if main else last_whole_checkpoint(work)
+    if main:
+        prepare_work(work, plan, resume)
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = last_whole_checkpoint(work)
     trainer.remove_callback(PrinterCallback)
     with ExitStack() as stack:
         advance = None
@@ -232,13 +236,14 @@ def run_trainer(
         out,
         trainer.state.global_step,
         recorder.tokens,
-        recorder.supervised,
+        recorder.supervised or None,
         round(recorder.seconds, 3),
         recorder.losses,
     )
     if main:
         publish(trainer, out, tokenizer if full else None, keep_checkpoints=moments)
         record = {"plan": plan, **asdict(result), "path": ".", "learning_rates": recorder.learning_rates}
+        record["files"] = {str(p.relative_to(out)): file_digest(p) for p in weight_files(out)}
         write_atomic(out / RECORD, json.dumps(record, indent=1).encode())
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -256,7 +261,10 @@ def planned_steps(trainer: Any) -> int:
 
 
 def publish(trainer: Any, out: Path, tokenizer: Any | None, *, keep_checkpoints: bool) -> None:
-    """Save the weights in a side folder and move them into `out` file by file, replacing what was there."""
+    """Save the weights in a side folder and move them into `out` file by file, replacing what was there.
+
+    The work folder is left whole, so that a crash in here is mended by going on from its last checkpoint.
+    """
     side = out / f"{WORK}.result"
     shutil.rmtree(side, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -270,46 +278,47 @@ def publish(trainer: Any, out: Path, tokenizer: Any | None, *, keep_checkpoints:
         for old in out.glob("checkpoint-*"):
             shutil.rmtree(old)
         for folder in sorted((out / WORK).glob("checkpoint-*")):
-            for file in folder.iterdir():  # optimiser, scheduler and random states served resuming only
-                if file.suffix not in (".safetensors", ".json") or file.name == "trainer_state.json":
-                    shutil.rmtree(file) if file.is_dir() else file.unlink()
-            folder.replace(out / folder.name)
+            (out / folder.name).mkdir()
+            for file in folder.iterdir():  # optimiser, scheduler and random states serve resuming only
+                if file.suffix in (".safetensors", ".json") and file.name != "trainer_state.json":
+                    shutil.copyfile(file, out / folder.name / file.name)
 
 
-def prepare_work(work: Path, plan: str, resume: bool) -> Path | None:
-    """Return the checkpoint to go on from, if there is one of this very plan; otherwise clear the work folder."""
+def weight_files(out: Path) -> list[Path]:
+    """The weights of a result: its own and its checkpoints', with Adam's moments."""
+    return sorted([*out.glob("*.safetensors"), *out.glob("checkpoint-*/*.safetensors")])
+
+
+def prepare_work(work: Path, plan: str, resume: bool) -> None:
+    """Keep the whole checkpoints of this very plan and remove everything else in the work folder."""
     stamp = work / "plan"
     same = stamp.exists() and stamp.read_text(encoding="utf-8") == plan
-    checkpoint = last_whole_checkpoint(work) if resume and same else None
-    if checkpoint is None:
+    for folder in work.glob("checkpoint-*"):
+        if not (folder / META).exists():  # it was being written when the training broke
+            shutil.rmtree(folder)
+    if not (resume and same):
         if resume and not same and any(work.glob("checkpoint-*")):
             log.warning("%s: checkpoints of another training are dropped", work)
         shutil.rmtree(work, ignore_errors=True)
         write_atomic(stamp, plan.encode())
-    return checkpoint
 
 
 def last_whole_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; torn ones are removed."""
-    from keepset.train.record import META
-
-    found = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
-    for folder in [p for p in found if not (p / META).exists()]:
-        shutil.rmtree(folder)
-    whole = [p for p in found if (p / META).exists()]
-    return whole[-1] if whole else None
+    """The newest checkpoint that was written to its end."""
+    found = [p.parent for p in work.glob(f"checkpoint-*/{META}")]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 def finished(out: Path, plan: str) -> TrainResult | None:
-    """The result that lies in `out`, if it is of this plan."""
+    """The result that lies in `out`, if it is of this plan and its weights are as they were saved."""
     try:
         found = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        if found["plan"] != plan:
+        if found["plan"] != plan or not found["files"] or misfits(out, found["files"]):
             return None
         return TrainResult(
             out, found["steps"], found["tokens"], found["supervised_tokens"], found["seconds"], found["losses"]
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
