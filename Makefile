@@ -30,8 +30,8 @@ test-slow: .venv/.ready  ## the long tests too, with the real models
 	$(BIN)/python -m pytest -m "slow or real_model"
 
 lint: .venv/.ready  ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks experiments
-	$(BIN)/ruff format --check src tests benchmarks experiments
+	$(BIN)/ruff check src tests benchmarks experiments docs
+	$(BIN)/ruff format --check src tests benchmarks experiments docs
 	$(BIN)/mypy
 
 bench-gradients: .venv/.ready  ## gradient scoring over the plain forward + backward floor

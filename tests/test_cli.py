@@ -180,3 +180,10 @@ def test_init_writes_a_recipe_that_loads(files):
 
     assert load_recipe(files / "recipe.yaml").methods
     assert core("init", files / "recipe.yaml").returncode == 2
+
+
+def test_the_command_page_is_current():
+    root = Path(__file__).parents[1]
+    code = "import runpy; print(runpy.run_path('docs/make_cli.py')['page'](), end='')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout == (root / "docs/cli.md").read_text(), "run python docs/make_cli.py"
