@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,3 +212,32 @@ def test_from_a_model_folder_and_back(tmp_path):
     assert result.losses[-1] < result.losses[0]
     trained = load(base, adapter=tmp_path / "out")
     assert trained.model.peft_config["default"].r == 2
+
+
+TWO = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {tests!r})
+import torch
+from conftest import random_rows, tiny_model, tiny_tokenizer
+from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.train.sft import fit_sft
+
+torch.set_num_threads(1)
+args = TrainSpec(num_train_epochs=2, per_device_train_batch_size=2, learning_rate=1e-2)
+fit_sft(tiny_model(), tiny_tokenizer(), ModelSpec(device="cpu"), LoraSpec(lora_r=2, lora_alpha=4), random_rows(8),
+        Path({out!r}), args, seed=0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Under torchrun (gloo) TRL's own padded step runs; the batch of 4 is split over two processes."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run(command, check=True, timeout=250, capture_output=True)
+    fit(tmp_path / "one", random_rows(8))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)

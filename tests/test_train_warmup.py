@@ -17,7 +17,7 @@ from keepset.recipe import LoraSpec, ModelSpec, WarmupSpec
 from keepset.train import sft
 from keepset.train.warmup import linear_schedule_means, list_checkpoints, pick_subset
 
-# rose.md 2.3: the weights LESS published for its 422 steps.
+# The checkpoint weights that LESS's scripts publish (princeton-nlp/LESS @ 8abf962), from 422 steps.
 LESS = [1.6877e-05, 1.2859e-05, 7.7030e-06, 2.5616e-06]
 
 

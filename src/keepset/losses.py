@@ -4,7 +4,7 @@ Letters: ℓ_w, ℓ_l = log π_θ(y|x) of the chosen and the rejected answer, su
 ρ_w, ρ_l = the same under the frozen reference; T_w, T_l = token counts; σ = logistic function. Every function takes and
 returns one number a pair, (m,); the mean over pairs is the caller's.
 
-DavIR-DPO is davir.md section 4, after arXiv 2310.13008v2; the others are arXiv 2305.18290 (DPO), 2310.12036 (IPO),
+DavIR-DPO is after arXiv 2310.13008v2; the others are arXiv 2305.18290 (DPO), 2310.12036 (IPO),
 2405.14734 (SimPO), and TRL's `sigmoid_norm`.
 """
 

@@ -11,8 +11,7 @@ from transformers import TrainerCallback
 
 from keepset.errors import ModelError
 from keepset.run import write_atomic
-
-META = "meta.json"
+from keepset.train.sft import META
 
 
 class Recorder(TrainerCallback):
@@ -30,6 +29,7 @@ class Recorder(TrainerCallback):
         self.losses: list[float] = []
         self.tokens = 0
         self.supervised = 0
+        self.tokens_before = 0
         self.seconds = 0.0
         self.epoch_start = 0
         self._clock = time.perf_counter()
@@ -42,6 +42,7 @@ class Recorder(TrainerCallback):
             self.learning_rates, self.losses = found["learning_rates"], found["losses"]
             self.tokens, self.supervised, self.seconds = found["tokens"], found["supervised"], found["seconds"]
             self.epoch_start = state.global_step
+            self.tokens_before = self.tokens
             if self.advance:
                 self.advance(state.global_step)
 
@@ -52,9 +53,11 @@ class Recorder(TrainerCallback):
             self.advance(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Keep the logged loss."""
+        """Keep the logged loss, and the tokens where TRL's own step counts them (over all processes)."""
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
+        if logs and "num_tokens" in logs:
+            self.tokens = self.tokens_before + int(logs["num_tokens"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the moments and then `meta.json`."""

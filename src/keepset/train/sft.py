@@ -41,7 +41,7 @@ class TrainResult:
         path: folder with adapter_model.safetensors (or the whole model) and training.json.
         steps: optimiser steps.
         tokens: tokens run through the model, prompts and every epoch included.
-        supervised_tokens: those of them that count in the loss; None where TRL's own step ran, which doesn't count them.
+        supervised_tokens: those of them that count in the loss; None after TRL's own step, which doesn't count them.
         seconds: of training, over all sessions if it was resumed.
         losses: one a logged step, in nats a supervised token (DPO: nats a pair).
     """
