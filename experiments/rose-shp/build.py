@@ -1,9 +1,9 @@
 """Build the pool, the target and the held-out pairs of the ROSE-SHP experiment.
 
 pool: 150 uniform Alpaca rows (random_9k), 75 GSM8K, 75 FLAN CoT, 100 SHP chosen answers (20-shot file).
-target: the ROSE paper's SHP 2-shot pairs, 18 tasks. Held out: 5- and 10-shot pairs whose prompts are in neither, half of
-them length-matched by words. SHP questions are cut to their first 100 words, so that an answer is left in 256 tokens.
-Licences: Alpaca CC BY-NC 4.0; GSM8K MIT; FLAN Apache-2.0; SHP/ROSE: none stated.
+target: the ROSE paper's SHP 2-shot pairs, 18 tasks. Held out: 5- and 10-shot pairs whose prompts are in neither, those
+that are length-matched by words first. SHP questions are cut to their first 100 words, so that an answer is left in 256
+tokens. Licences: Alpaca CC BY-NC 4.0; GSM8K MIT; FLAN Apache-2.0; SHP/ROSE: none stated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from public_data import arguments, draw, plain_prompt, read, write  # noqa: E402
+from public_data import arguments, draw, plain_prompt, read, write
 
 
 def main() -> None:

@@ -76,9 +76,9 @@ def reference_folder(data: RunData, id_: str) -> Path:
     if spec.folds >= 2:
         import numpy as np
 
-        from keepset.stages import folds_of
+        from keepset.methods.cross_fit import fold_of
 
-        name = f"models/reference-fold{int(folds_of(np.array([id_]), spec.folds)[0])}"
+        name = f"models/reference-fold{int(fold_of(np.array([id_]), spec.folds)[0])}"
     if not (data.path / name).is_dir():
         raise KeepsetError(f"{data.path}: no reference model here ({name}); `keepset score davir` trains one")
     return data.path / name
