@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.errors import KeepsetError, RecipeError
+from keepset.stopping import GOES_ON, Stopped, stop_on_signals, system_trouble
 
 app = typer.Typer(
     help="Choose post-training data for language models, and hold the choice against a random one of its size.",
@@ -52,7 +53,10 @@ def set_key(data: dict[str, Any], text: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise RecipeError(f"--set '{text}': '{parent}' holds no keys")
-    data[last] = yaml.safe_load(value)
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set '{text}': not YAML: {getattr(error, 'problem', error)}") from None
 
 
 def open_job(
@@ -67,13 +71,12 @@ def open_job(
     text_only: bool = False,
 ) -> Any:
     """The job of a run folder: its stored recipe, or a new one from the options."""
-    import yaml
-
     from keepset.job import Job
     from keepset.recipe import parse_recipe
+    from keepset.run import Run
 
     path = run_dir / "recipe.yaml"
-    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {"methods": []}
+    data: dict[str, Any] = Run(run_dir).recipe_data() if path.exists() else {"methods": []}
     if not path.exists() and not pool:
         raise RecipeError(f"{run_dir} is no run folder yet: name a --pool to start one")
     data["run_dir"] = str(run_dir)
@@ -464,16 +467,21 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress lines say what is done
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logging.StreamHandler(sys.stderr)])
     try:
+        stop_on_signals()
         app(standalone_mode=False)
     except KeepsetError as error:
         err.print(f"keepset: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except typer.Exit as done:
         sys.exit(done.exit_code)
-    except KeyboardInterrupt:
-        err.print("keepset: stopped; the same command goes on where it was", highlight=False)
-        sys.exit(130)
+    except Stopped as stopped:
+        err.print(f"keepset: stopped ({stopped}); {GOES_ON}", highlight=False)
+        sys.exit(stopped.exit_code)
     except Exception as error:
+        trouble = system_trouble(error)
+        if trouble is not None:
+            err.print(f"keepset: {trouble}", style="red", highlight=False, markup=False, soft_wrap=True)
+            sys.exit(2)
         show: Callable[..., None] | None = getattr(error, "show", None)
         if show is None:
             raise
