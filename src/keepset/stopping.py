@@ -17,8 +17,8 @@ SYSTEM = {
     errno.EIO, errno.ENOMEM,
 }  # fmt: skip
 # How libraries that write through C++ or Rust tell the same; they raise RuntimeError or their own classes.
-TOLD = ("No space left on device", "File too large", "Disk quota exceeded", "Read-only file system", "file write failed",
-        "PytorchStreamWriter failed")  # fmt: skip
+TOLD = ("No space left on device", "File too large", "Disk quota exceeded", "Read-only file system",
+        "file write failed", "PytorchStreamWriter failed")  # fmt: skip
 NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "std::bad_alloc")
 
 
