@@ -74,11 +74,10 @@ def reference_folder(data: RunData, id_: str) -> Path:
         return Path(spec.path)
     name = "models/reference"
     if spec.folds >= 2:
-        import numpy as np
-
         from keepset.methods.cross_fit import fold_of
 
-        name = f"models/reference-fold{int(fold_of(np.array([id_]), spec.folds)[0])}"
+        fold = dict(zip(data.ids.tolist(), fold_of(data.ids, spec.folds).tolist(), strict=True))
+        name = f"models/reference-fold{fold[id_]}"
     if not (data.path / name).is_dir():
         raise KeepsetError(f"{data.path}: no reference model here ({name}); `keepset score davir` trains one")
     return data.path / name
