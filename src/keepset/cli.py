@@ -395,6 +395,9 @@ def explain(
     row: Annotated[str, typer.Argument(help="a row's id, or its beginning")],
     run_dir: RunDir = Path("runs/keepset"),
     label: Annotated[str | None, typer.Option("--label", help="which method; default: the first")] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="DavIR: the tokens whose loss fell (runs the models)")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say why a row was kept or dropped: its score's parts, rank, neighbours, and what would change it.
@@ -405,6 +408,13 @@ def explain(
     from keepset.explain import print_explanation
 
     facts = explain_row(run_dir, row, label)
+    if tokens:
+        from keepset.explain_tokens import print_token_changes, token_changes
+
+        changes = token_changes(run_dir, facts["id"])
+        if not as_json:
+            print_token_changes(changes, Console())
+        facts["tokens"] = changes
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
     else:
