@@ -94,8 +94,8 @@ def main() -> None:
 def markdown(results: list[dict]) -> str:
     """Mean over seeds a row."""
     lines = [
-        f"{time.strftime('%Y-%m-%d')}; accuracy of the implicit reward on held-out pairs (the base has 0.5); r = Pearson",
-        "correlation of the loss's own margin with the length gap in tokens.",
+        f"{time.strftime('%Y-%m-%d')}; accuracy of the implicit reward on held-out pairs (the base has 0.5); r =",
+        "Pearson correlation of the loss's own margin with the length gap in tokens.",
         "",
         "| loss | β | seeds | last training loss | accuracy, sums | accuracy, means | means, length-matched | r |",
         "|---|---|---|---|---|---|---|---|",
