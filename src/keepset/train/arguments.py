@@ -22,7 +22,7 @@ def trainer_config(
 
     keepset's defaults where TRL's would change numbers or cost time: no truncation (`max_length=None`), no mixed
     precision (weights keep `ModelSpec.dtype`), no gradient checkpointing, every step logged, a checkpoint an epoch of
-    which the last is kept, nothing reported to a service. `args.extra` overrides them.
+    which the last two are kept, nothing reported to a service. `args.extra` overrides them.
 
     Args:
         config_class: TRL's class.
@@ -60,7 +60,7 @@ def trainer_config(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would log the mean in place of a NaN
         "save_strategy": "epoch",
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the trainer drops the older one before the newer one counts
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from keepset.errors import ModelError
-from keepset.run import write_atomic
+from keepset.run import file_digest, misfits, write_atomic
 from keepset.train.sft import META
 
 
@@ -73,12 +73,27 @@ class Recorder(TrainerCallback):
         self._clock = now
         meta |= {"mean_lr": sum(rates) / len(rates), "learning_rates": self.learning_rates, "losses": self.losses}
         meta |= {"tokens": self.tokens, "supervised": self.supervised, "seconds": self.seconds}
+        written = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != META]
+        # other processes write their rng_state_<rank>.pth at their own time
+        meta["files"] = {p.name: file_digest(p) for p in written if not p.name.startswith("rng_state_")}
         write_atomic(folder / META, json.dumps(meta).encode())
         self.epoch_start = len(self.learning_rates)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock."""
         self.seconds += time.perf_counter() - self._clock
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end and every file of it is as it was written.
+
+    The trainer's own files are read through torch when training goes on, so nothing else may take their place.
+    """
+    try:
+        files = json.loads((folder / META).read_text(encoding="utf-8"))["files"]
+        return bool(files) and not misfits(folder, files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def save_moments(model: Any, optimizer: Any, folder: Path) -> dict[str, Any]:

@@ -291,10 +291,12 @@ def weight_files(out: Path) -> list[Path]:
 
 def prepare_work(work: Path, plan: str, resume: bool) -> None:
     """Keep the whole checkpoints of this very plan and remove everything else in the work folder."""
+    from keepset.train.record import is_whole
+
     stamp = work / "plan"
     same = stamp.exists() and stamp.read_text(encoding="utf-8") == plan
     for folder in work.glob("checkpoint-*"):
-        if not (folder / META).exists():  # it was being written when the training broke
+        if not is_whole(folder):  # it was being written when the training broke, or it is damaged
             shutil.rmtree(folder)
     if not (resume and same):
         if resume and not same and any(work.glob("checkpoint-*")):
