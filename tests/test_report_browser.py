@@ -208,6 +208,22 @@ def test_several_budgets_are_shown_one_at_a_time_and_as_a_curve(browser: Browser
     assert browser.errors == []
 
 
+def test_the_lede_does_not_claim_what_the_items_cannot_tell(browser: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path, 60)
+    lede = "document.getElementById('lede').textContent"
+    browser.open(write_report(run).as_uri())
+    assert "against 0.610 for a random choice of the same size." in browser.run(lede)
+    comparison = json.loads((run / "comparison.json").read_text())
+    for entry in comparison["summary"]:
+        for test in entry["vs_random"].values():
+            test["low"] = -0.01
+    (run / "comparison.json").write_text(json.dumps(comparison))
+    write_report(run)
+    browser.call("Page.navigate", {"url": "about:blank"})
+    browser.open((run / "report.html").as_uri())
+    assert browser.run(lede).endswith("of the same size; the held-out items don't tell them apart.")
+
+
 def test_tabs_by_arrow_keys(page: Browser) -> None:
     page.run("document.getElementById('tab-overview').focus()")
     page.press("ArrowRight")

@@ -31,7 +31,7 @@ function short(value, digits = 3) {
   if (!isNumber(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (Number.isInteger(value) && size < 1e5) return String(value).replace("-", "−");
+  if (Number.isInteger(value) && size >= 10 && size < 1e5) return String(value).replace("-", "−");
   if (size >= 1e5 || size < 1e-3) return value.toExponential(2).replace("e+", "e").replace("-", "−").replace("e-", "e−");
   const text = size >= 100 ? value.toFixed(1) : size >= 10 ? value.toFixed(2) : value.toFixed(digits);
   return text.replace("-", "−");
@@ -44,6 +44,8 @@ function duration(seconds) {
   return (seconds / 3600).toFixed(1) + " h";
 }
 const words = (name) => String(name).replaceAll("_", " ").replace(/(\D)\.(?=\D)/g, "$1, ");
+
+const sentence = (text) => (/^[a-z-]+[ :]/.test(text) ? text[0].toUpperCase() + text.slice(1) : text);
 
 // A figure that draws itself again when its width changes.
 function figure(title, draw, caption, options = {}) {

@@ -62,7 +62,7 @@ function head() {
   let text = parts.join(" ") + (sum.budgets.length ? ` to keep ${sum.budgets.map((b) => (/%|tokens/.test(b) ? b : whole(+b) + " rows")).join(", ")}.` : ".");
   if (metric) {
     const groups = groupsOf(metric), best = groups.filter((g) => g.kind === "method")[0], random = best ? randomMean(groups, best.budget) : null;
-    if (best) text += ` By ${words(metric)}, ${best.label}${budgetsOf(groups).length > 1 ? " at " + best.budget : ""} reached ${short(best.value)}` + (isNumber(best.low) ? ` [${short(best.low)}, ${short(best.high)}]` : "") + (isNumber(random) ? ` against ${short(random)} for a random choice of the same size.` : ".");
+    if (best) text += ` By ${words(metric)}, ${best.label}${budgetsOf(groups).length > 1 ? " at " + best.budget : ""} reached ${short(best.value)}` + (isNumber(best.low) ? ` [${short(best.low)}, ${short(best.high)}]` : "") + (isNumber(random) ? ` against ${short(random)} for a random choice of the same size` + (best.versus && best.versus.low <= 0 && best.versus.high >= 0 ? "; the held-out items don't tell them apart." : ".") : ".");
   }
   $("lede").textContent = visible(text);
   const first = METHODS[current];
@@ -120,9 +120,9 @@ function findingsSection() {
   if (!DATA.findings.length) return null;
   return h("section", { "aria-labelledby": "h-findings" }, h("h2", { id: "h-findings" }, "What to look at"),
     h("ul", { class: "findings" }, DATA.findings.map((f) => h("li", { class: f.level === "warning" ? "warning" : "info" },
-      h("p", { class: "what" }, h("span", { class: "level" }, f.level === "warning" ? "Warning" : "Note"), f.method && h("span", { class: "who" }, visible(f.method)), visible(f.text || f.name || ""),
-        f.figure !== undefined && f.figure !== null && typeof f.figure !== "object" && h("span", { class: "figure" }, isNumber(f.figure) ? short(f.figure) : visible(f.figure))),
-      f.advice && h("p", { class: "advice" }, visible(f.advice))))));
+      h("p", { class: "what" }, h("span", { class: "level" }, f.level === "warning" ? "Warning" : "Note"), f.method && h("span", { class: "who" }, visible(f.method)), visible(sentence(String(f.text || f.name || ""))),
+        isNumber(f.figure) && !/\d/.test(f.text || "") && h("span", { class: "figure" }, Number.isInteger(f.figure) ? whole(f.figure) : short(f.figure))),
+      f.advice && h("p", { class: "advice" }, visible(sentence(String(f.advice))))))));
 }
 
 function pointsOf(label, x, y, limit = 6000) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,9 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
 def summary(data: RunData, shown: int) -> dict[str, Any]:
     """The facts of the head of the page."""
     recipe = data.recipe
-    seconds = [float(entry["seconds"]) for entry in data.costs if isinstance(entry.get("seconds"), (int, float))]
+    # "score X" encloses the stages it ran
+    parts = [entry for entry in data.costs if not str(entry.get("stage", "")).startswith("score ")]
+    seconds = [float(entry["seconds"]) for entry in parts if isinstance(entry.get("seconds"), (int, float))]
     return {
         "run": data.path.resolve().name,
         "rows": len(data.ids),
@@ -109,8 +112,8 @@ def summary(data: RunData, shown: int) -> dict[str, Any]:
         "tokens": number(float(np.nansum(data.n_tokens))) if np.isfinite(data.n_tokens).any() else None,
         "budgets": budgets(recipe.budget) if recipe else [],
         "model": recipe.model.model_name_or_path if recipe else None,
-        "pools": [spec.name or spec.path for spec in recipe.pool] if recipe else [],
-        "targets": [spec.name or spec.path for spec in recipe.target] if recipe else [],
+        "pools": [spec.name or Path(spec.path).name for spec in recipe.pool] if recipe else [],
+        "targets": [spec.name or Path(spec.path).name for spec in recipe.target] if recipe else [],
         "seconds": number(sum(seconds)) if seconds else None,
         "unit": data.length_unit,
     }

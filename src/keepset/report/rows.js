@@ -74,7 +74,7 @@ const COLUMNS = [["rank", "Rank", true], ["score", "Score", true], ["selected", 
 function rowsPanel() {
   const panel = $("panel-rows"), body = h("tbody", {}), count = h("p", { class: "count", id: "count", "aria-live": "polite" });
   const pager = h("div", { class: "pager" }), headers = new Map();
-  const columns = COLUMNS.filter(([name]) => name !== "category" || ROWS.categories.length > 1);
+  const columns = COLUMNS.filter(([name]) => (name !== "category" || ROWS.categories.length > 1) && (name !== "source" || ROWS.sources.length > 1));
   const cells = (i) => {
     const method = ROWS.methods[current];
     return columns.map(([name, , num]) => {

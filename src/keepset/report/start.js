@@ -15,7 +15,7 @@ function quarantinePanel() {
 
 function reproducePanel() {
   const panel = $("panel-reproduce"), plain = [], nested = [];
-  for (const [key, value] of Object.entries(DATA.manifest)) (value !== null && typeof value === "object" ? nested : plain).push([key, value]);
+  for (const [key, value] of Object.entries(DATA.manifest)) if (!["recipe", "costs"].includes(key)) (value !== null && typeof value === "object" ? nested : plain).push([key, value]);
   const flat = (value) => value && typeof value === "object" && !Array.isArray(value) && Object.values(value).every((v) => v === null || typeof v !== "object");
   const list = (pairs) => h("dl", { class: "manifest" }, pairs.map(([k, v]) => h("div", {}, h("dt", {}, visible(words(k))), h("dd", {}, visible(v === null ? "–" : v)))));
   into(panel, h("h2", {}, "Run it again"),
