@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -159,3 +160,14 @@ def architecture(request: pytest.FixtureRequest) -> str:
 def model(architecture: str) -> PreTrainedModel:
     """One tiny model of every architecture in turn."""
     return tiny_model(architecture)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A warm process that runs a tiny recipe in forks, to be killed (`crash.py`)."""
+    pytest.importorskip("trl")
+    from crash import TinyRun
+
+    made = TinyRun(tmp_path_factory.mktemp("tiny_run"))
+    yield made
+    made.server.close()

@@ -220,9 +220,9 @@ def save_adam(state: AdamState, folder: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"exp_avg.{n}": t.float().cpu().contiguous() for n, t in state.exp_avg.items()}
     tensors |= {f"exp_avg_sq.{n}": t.float().cpu().contiguous() for n, t in state.exp_avg_sq.items()}
-    save_file(
-        tensors, path, metadata={"step": str(state.step), "betas": json.dumps(state.betas), "eps": repr(state.eps)}
-    )
+    about = {"step": state.step, "betas": state.betas, "eps": state.eps}
+    # one entry: safetensors writes several in an order that differs from process to process
+    save_file(tensors, path, metadata={"adam": json.dumps(about)})
     return path
 
 
@@ -242,12 +242,13 @@ def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamSt
     second: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            meta = dict(file.metadata() or {})
+            header = dict(file.metadata() or {})
+            meta = json.loads(header["adam"]) if "adam" in header else header
             for key in file.keys():
                 kind, _, name = key.partition(".")
                 if kind in ("exp_avg", "exp_avg_sq"):
                     (first if kind == "exp_avg" else second)[name] = file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
     beside = path.parent / "meta.json"
     if "step" not in meta and beside.is_file():

@@ -1,0 +1,129 @@
+"""A tiny whole run for tests that kill, damage and resume it; the warm server that runs it; what must come out equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+TRAIN = {"num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_inputs(folder: Path, **changes: Any) -> Path:
+    """A tiny model, 18 pool rows (one bad), target and held-out pairs, and the recipe that uses them; its path."""
+    from conftest import tiny_model, tiny_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+    words = ["the", "answer", "is", "user", "thing", "wants", "helpful", "assistant", "that"]
+
+    def text(n: int) -> str:
+        return " ".join(rng.choice(words, n))
+
+    pool = [{"instruction": f"q{i} {text(2)}", "input": "", "output": text(2 + i % 5)} for i in range(17)]
+    pairs = [{"task": "ab"[i % 2], "prompt": f"p{i}", "chosen": text(4), "rejected": text(3)} for i in range(8)]
+    recipe = {
+        "run_dir": str(folder / "run"),
+        "model": {"model_name_or_path": str(folder / "model"), "max_length": 200},
+        "lora": {"lora_r": 2, "lora_alpha": 4},
+        "pool": write_lines(folder / "pool.jsonl", [*pool, {"instruction": "none", "input": "", "output": ""}]),
+        "target": write_lines(folder / "target.jsonl", pairs[:4]),
+        "methods": ["rose", "davir"],
+        "budget": "25%",
+        "warmup": {**TRAIN, "fraction": 0.4},
+        "reference": TRAIN,
+        "train": {**TRAIN, "num_train_epochs": 1},
+        "evaluate": {"pairs": [{"path": write_lines(folder / "pairs.jsonl", pairs[4:])}], "bootstrap": 100},
+        "controls": {"random_seeds": [0], "longest": False},
+        "batching": {"token_budget": 256, "shard_rows": 9},
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+class Server:
+    """`crash_server.py`, warm."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        threads = {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")}
+        env = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("crash_server.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env,
+        )  # fmt: skip
+        assert self._answer() == {"ready": True}
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def run(self, recipe: Path, run_dir: Path, **request: Any) -> dict[str, Any]:
+        """`keepset run` in a fork; the answer with the child's output as `log`."""
+        log = self.folder / "child.log"
+        argv = request.pop("argv", None) or ["run", str(recipe), "--run_dir", str(run_dir)]
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"argv": argv, "run_dir": str(run_dir), "log": str(log), **request}) + "\n")
+        self.process.stdin.flush()
+        return {**self._answer(), "log": log.read_text()}
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def outcome(run_dir: Path) -> dict[str, str]:
+    """sha256 of everything that must come out byte-equal: scores, subsets, weights, evaluated items, the comparison.
+
+    What it cost in seconds differs from run to run and is left out of the comparison.
+    """
+    found = {}
+    for pattern in ("scores/*.parquet", "subsets/*", "data/*", "models/**/*.safetensors", "evaluation/*/*.safetensors"):
+        for path in sorted(run_dir.glob(pattern)):
+            found[str(path.relative_to(run_dir))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    comparison = json.loads((run_dir / "comparison.json").read_text())
+    for entry in comparison["summary"]:
+        entry.pop("cost", None)
+    found["comparison.json"] = hashlib.sha256(json.dumps(comparison, sort_keys=True).encode()).hexdigest()
+    subsets = json.loads((run_dir / "subsets.json").read_text())
+    found["subsets.json"] = hashlib.sha256(json.dumps(subsets, sort_keys=True).encode()).hexdigest()
+    return found
+
+
+class TinyRun:
+    """The recipe, a run of it that nobody disturbed, and what came out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server = Server(folder)
+        self.recipe = write_inputs(folder / "inputs")
+        self.run_dir = folder / "undisturbed"
+        events = folder / "events"
+        done = self.server.run(self.recipe, self.run_dir, events=str(events))
+        assert done["exit"] == 0, done["log"]
+        self.points = events.read_text().splitlines()
+        self.outcome = outcome(self.run_dir)
+
+    def resumed(self, run_dir: Path) -> list[str]:
+        """Start the same command again on a disturbed folder; what differs from the undisturbed run."""
+        done = self.server.run(self.recipe, run_dir)
+        assert done["exit"] == 0, done["log"]
+        found = outcome(run_dir)
+        return sorted(k for k in {*found, *self.outcome} if found.get(k) != self.outcome.get(k))
