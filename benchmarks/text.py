@@ -2,7 +2,8 @@
 
 Run `python benchmarks/text.py` (about 15 minutes on two cores). The package lives in a venv of its own, which is made
 in ~/.cache/keepset unless `--dsir-python` names an interpreter that has it. Every contender runs in a fresh process,
-reads its pool from the same JSONL file and is timed inside it, reading included.
+reads its pool from the same JSONL file and is timed inside it, reading included. CPU seconds stand beside wall seconds:
+they say the same on a busy machine.
 
     dsir      real text (Alpaca, CoT, FLAN, Dolly, GSM8K, CodeAlpaca), target 500 GSM8K test rows; two pools: each row
               once (no repeats to profit from), and shuffled repeats up to 200,000 rows. The package uses all cores,
@@ -114,11 +115,14 @@ METHODS: dict[str, Callable[[list[str], list[str], list[str]], np.ndarray]] = {
 
 
 def run(*command: str) -> dict[str, Any]:
-    """Run a worker and return what its last line says."""
+    """Run a worker; return what its last line says, and the CPU seconds of it and its children, start-up included."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*command], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {**json.loads(done.stdout.strip().splitlines()[-1]), "cpu": cpu}
 
 
 def ours(method: str, pool: Path, target: Path, out: str = "") -> dict[str, Any]:
@@ -151,7 +155,7 @@ def compare_dsir(python: str, pool: Path, target: Path, folder: Path) -> dict[st
     second = ours("dsir exact", pool, target)
     fast = ours("dsir fast", pool, target, str(folder / "fast.npy"))
     scores = {name: np.load(folder / f"{name}.npy") for name in ("ours", "package", "fast")}
-    seconds = max(first["seconds"], second["seconds"])
+    seconds, cpu = (max(first[k], second[k]) for k in ("seconds", "cpu"))
     return {
         "rows": len(scores["ours"]),
         "package_seconds": round(package["seconds"], 1),
@@ -159,6 +163,9 @@ def compare_dsir(python: str, pool: Path, target: Path, folder: Path) -> dict[st
         "ours_seconds": [round(first["seconds"], 2), round(second["seconds"], 2)],
         "ours_processes": 1,
         "speedup": round(package["seconds"] / seconds, 1),
+        "package_cpu_seconds": round(package["cpu"], 1),
+        "ours_cpu_seconds": [round(first["cpu"], 2), round(second["cpu"], 2)],
+        "cpu_speedup": round(package["cpu"] / cpu, 1),
         "rank_correlation": round(float(spearmanr(scores["ours"], scores["package"])[0]), 6),
         "fast_hash_seconds": round(fast["seconds"], 2),
         "fast_hash_speedup": round(package["seconds"] / fast["seconds"], 1),
@@ -247,6 +254,9 @@ def main() -> None:
     methods = [m for m in million if m != "texts only"]
     summary = {
         "dsir_speedup": result["dsir"]["speedup"],
+        "dsir_cpu_speedup": result["dsir"]["cpu_speedup"],
+        "dsir_speedup_each_row_once": result["dsir_each_row_once"]["speedup"],
+        "dsir_cpu_speedup_each_row_once": result["dsir_each_row_once"]["cpu_speedup"],
         "dsir_rank_correlation": result["dsir"]["rank_correlation"],
         "bm25_speedup_over_naive": result["bm25"]["speedup"],
         "million_rows_seconds": {m: million[m]["score"] for m in methods},
