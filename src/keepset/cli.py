@@ -431,7 +431,7 @@ def init(path: Annotated[Path, typer.Argument(help="where to write it")] = Path(
 
     if path.exists():
         raise RecipeError(f"{path} exists already; name another file")
-    path.write_text((files("keepset") / "demo" / "recipe.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text((files("keepset") / "start.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     print(f"{path}: now put in your pool, target and model, then `keepset run {path}`")
 
 

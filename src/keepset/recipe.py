@@ -309,4 +309,8 @@ def load_recipe(path: str | Path) -> Recipe:
     for spec in [*pairs, *([recipe.evaluate.gsm8k] if recipe.evaluate.gsm8k else [])]:
         if spec.path != "-" and not Path(spec.path).exists() and (path.parent / spec.path).exists():
             spec.path = str(path.parent / spec.path)
+    for model in (recipe.model, recipe.train_model):
+        template = model.chat_template if model else None
+        if model and template and not Path(template).exists() and (path.parent / template).exists():
+            model.chat_template = str(path.parent / template)
     return recipe
