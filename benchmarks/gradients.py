@@ -291,7 +291,7 @@ def memory_child(n: int) -> None:
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(n):
-        ids = rng.integers(3, 2048, int(rng.integers(20, 120))).astype(np.int32)
+        ids = rng.integers(3, 2048, int(rng.integers(8, 40))).astype(np.int32)
         rows.append(Encoded(ids, np.arange(len(ids)) > len(ids) // 2, False))
     target, state = sft_target(peft, rows[:TARGETS]), moments(peft, rows[:8])
     seconds, _ = timed(lambda: influence(peft, rows, target, adam=state, token_budget=BUDGET))
