@@ -148,7 +148,7 @@ def test_comparison_holds_methods_against_random(finished):
     assert rose["cost"]["select_flops"] > 0 and rose["n_rows"] == 5
     base = comparison["summary"][0]
     assert base["metrics"]["margin.implicit_sum"]["value"] == 0
-    for word in ("rose", "random (2 seeds)", "full", "base"):
+    for word in ("rose", "random x2", "full", "base"):
         assert word in table
 
 
