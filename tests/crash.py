@@ -1,4 +1,4 @@
-"""A tiny whole run for tests that kill, damage and resume it; the warm server that runs it; what must come out equal."""
+"""A tiny whole run for tests that kill, damage and resume it; the warm server that runs it; what must be equal."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_inputs(folder: Path, **changes: Any) -> Path:
         "budget": "25%",
         "warmup": {**TRAIN, "fraction": 0.4},
         "reference": TRAIN,
-        "train": {**TRAIN, "num_train_epochs": 1},
+        "train": {**TRAIN, "num_train_epochs": 3},  # the first step of the schedule has rate 0
         "evaluate": {"pairs": [{"path": write_lines(folder / "pairs.jsonl", pairs[4:])}], "bootstrap": 100},
         "controls": {"random_seeds": [0], "longest": False},
         "batching": {"token_budget": 256, "shard_rows": 9},

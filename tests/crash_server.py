@@ -14,8 +14,10 @@ Answer: {"exit": code or null, "signal": number or null}
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import re
 import resource
 import signal
@@ -34,8 +36,8 @@ class Points:
     """Names every change of the run folder as it is about to happen, and acts at the wanted one.
 
     `open F`, `sync F` (written, not yet on disk), `rename F` (F: the final name), `remove F`, `mkdir F`,
-    `step N F` (an optimiser step of the training in F is done), `save F` (torch writes F). Hashes in F become `*`; from the
-    second time on a name ends in ` #2` ...
+    `step N F` (an optimiser step of the training in F is done), `save F` (torch writes F). Hashes in F become `*`; from
+    the second time on a name ends in ` #2` ...
     """
 
     def __init__(self, request: dict[str, Any]) -> None:
@@ -151,9 +153,10 @@ def main() -> None:
     import trl  # noqa: F401
     from trl import SFTConfig, SFTTrainer  # noqa: F401
 
-    import keepset.pipeline  # noqa: F401
-    import keepset.train.packed  # noqa: F401
+    import keepset
 
+    for module in pkgutil.walk_packages(keepset.__path__, "keepset."):
+        importlib.import_module(module.name)
     torch.set_num_threads(1)
     assert threading.active_count() == 1
     print(json.dumps({"ready": True}), flush=True)

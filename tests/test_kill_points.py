@@ -1,8 +1,8 @@
 """SIGKILL at 44 named points over all stages and at 20 random times: resumed, every byte that matters is the same.
 
 The points are taken in four rounds. In each round one run folder is killed at every fourth point in turn, each time by
-a session that went on where the killed one stopped, and then finished. So neighbouring points, whose damage a later kill
-might cover, are never in one round. `tests/soak.py` takes every point of a run on its own.
+a session that went on where the killed one stopped, and then finished. So neighbouring points, whose damage a later
+kill might cover, are never in one round. `tests/soak.py` takes every point of a run on its own.
 """
 
 from __future__ import annotations
