@@ -103,6 +103,7 @@ class Run:
 
         Raises:
             PlanMismatch: the folder was made by another recipe; the message lists what differs.
+            KeepsetError: another process works in the folder, or it can't be written.
         """
         path = self.path / "recipe.yaml"
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
@@ -120,7 +121,8 @@ class Run:
                 )
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
         if not path.exists() or path.read_bytes() != text:
-            write_atomic(path, text)
+            with self.lock():  # not under the feet of a run that is at work
+                write_atomic(path, text)
 
     def recipe_data(self) -> dict[str, Any]:
         """The stored recipe as it stands in the file.
