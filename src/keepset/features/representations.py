@@ -20,13 +20,15 @@ import torch
 
 from keepset import packing
 
+Pooling = Literal["last", "weighted_mean"]
+
 
 def representations(
     model: Any,
     rows: Sequence[packing.Row],
     *,
     token_budget: int,
-    pooling: Literal["last", "weighted_mean"] = "weighted_mean",
+    pooling: Pooling = "weighted_mean",
 ) -> np.ndarray:
     """Return one state a row, (n, d) float32, in the order of `rows`.
 
