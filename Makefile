@@ -35,8 +35,8 @@ test-slow: .venv/.ready  ## the long tests too, with the real models
 	$(BIN)/python -m pytest -m "slow or real_model"
 
 lint: .venv/.ready  ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks experiments docs
-	$(BIN)/ruff format --check src tests benchmarks experiments docs
+	$(BIN)/ruff check src tests benchmarks experiments docs/make_cli.py
+	$(BIN)/ruff format --check src tests benchmarks experiments docs/make_cli.py
 	$(BIN)/mypy
 
 bench-gradients: .venv/.model  ## gradient scoring over the plain forward + backward floor

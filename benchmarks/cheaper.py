@@ -2,8 +2,8 @@
 
 Run `python experiments/rose-shp/build.py --data DATA`, then `python benchmarks/cheaper.py --threads 1` (20 minutes).
 Pool: rows of its four sources (Alpaca, GSM8K, CoT, SHP answers) in equal parts; target: the ROSE paper's SHP 2-shot
-pairs; SmolLM2-135M-Instruct, LoRA r = 8, a warm-up of four epochs on a quarter of the pool. The exact score is ROSE with
-four checkpoints, torch's Adam map. Cost is processor time of the pool's pass over that of the exact pass.
+pairs; SmolLM2-135M-Instruct, LoRA r = 8, a warm-up of four epochs on a quarter of the pool. The exact score is ROSE
+with four checkpoints, torch's Adam map. Cost is processor time of the pool's pass over that of the exact pass.
 
     last n checkpoints   the exact numbers of those alone
     top k layers         LoRA gradients of the top k layers: the backward pass stops below them
