@@ -24,8 +24,7 @@ Cell = tuple["Subset | None", int | None, Items]  # subset (None: base), trainin
 HEADLINES: tuple[tuple[str, str, int, int], ...] = (
     ("accuracy.policy_mean.matched", "accuracy\nmatched", 2, 1),
     ("accuracy.policy_mean", "accuracy\nall", 2, 1),
-    ("accuracy.implicit_mean.matched", "implicit\nmatched", 2, 1),
-    ("margin.implicit_mean.matched", "implicit\nmargin", 2, 1),
+    ("margin.implicit_mean.matched", "implicit\nmargin", 3, 1),
     ("loss.chosen", "loss of\nchosen", 3, -1),
     ("loss.heldout", "held-out\nloss", 3, -1),
     ("gsm8k.accuracy", "GSM8K\nexact", 2, 1),
