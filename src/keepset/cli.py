@@ -180,9 +180,13 @@ def score(
     """
     import importlib.util
 
-    from keepset.recipe import MethodSpec
+    from keepset.recipe import MethodSpec, check_label
     from keepset.scoring import check_options, needs_model
+    from keepset.scoring import method as find_method
     from keepset.scoring import score as score_job
+
+    find_method(method)
+    check_label(label or method)
 
     options: dict[str, Any] = {}
     for text in option or []:

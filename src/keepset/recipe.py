@@ -73,11 +73,27 @@ class MixPart(Strict):
     budget: int | str = Field("100%", description="rows, percentage of this pool, or tokens")
 
 
+def check_label(label: str) -> str:
+    """Refuse a label that can't be a file name everywhere.
+
+    Raises:
+        RecipeError: as said.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", label):
+        raise RecipeError(f"label {label[:80]!r}: letters, digits and . _ + - only, at most 64")
+    return label
+
+
 class MixSpec(Strict):
     """A training set put together from several pools, each with its own method and budget (DavIR's Alpaca + GSM8K)."""
 
     label: str
     parts: list[MixPart] = Field(min_length=1, description="what each pool gives")
+
+    @field_validator("label")
+    @classmethod
+    def _label(cls, value: str) -> str:
+        return check_label(value)
 
 
 class TrainSpec(Strict):
@@ -93,6 +109,15 @@ class TrainSpec(Strict):
     max_grad_norm: float = 1.0
     full: bool = Field(False, description="full fine-tuning instead of LoRA")
     extra: dict[str, Any] = Field(default_factory=dict, description="further SFTConfig / DPOConfig arguments")
+
+    @field_validator("extra")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Refuse tokens before the recipe is written anywhere."""
+        for key in ("hub_token", "push_to_hub_token"):
+            if key in value:
+                raise ValueError(f"extra.{key}: recipes are stored and shared; set HF_TOKEN in the environment instead")
+        return value
 
 
 class WarmupSpec(TrainSpec):
@@ -124,8 +149,7 @@ class MethodSpec(Strict):
     def _label(self) -> MethodSpec:
         if not self.label:
             self.label = self.name
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", self.label):
-            raise ValueError(f"label '{self.label}': letters, digits and . _ + - only, at most 64")
+        check_label(self.label)
         return self
 
 

@@ -26,6 +26,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from keepset.errors import KeepsetError, PlanMismatch
+from keepset.features.halving import Count
 from keepset.recipe import Recipe
 
 Arrays = dict[str, np.ndarray]
@@ -57,6 +58,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if part.is_symlink():  # left by other hands: opening it would write where it leads
+            part.unlink()
         with part.open("wb") as file:
             file.write(data)
             file.flush()
@@ -163,9 +166,10 @@ class Run:
         Raises:
             KeepsetError: another process works in it, or it can't be written.
         """
+        self.refuse_links()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
+            file = (self.path / ".lock").open("a")
         except OSError as error:
             raise KeepsetError(f"{self.path}: can't be written: {error.strerror}; choose another --run_dir") from None
         with file:
@@ -174,6 +178,19 @@ class Run:
             except OSError:
                 raise KeepsetError(f"{self.path}: another keepset process works in this folder; wait for it") from None
             yield
+
+    def refuse_links(self) -> None:
+        """Refuse links in the folder that lead out of it: a folder from elsewhere must not decide where is written.
+
+        Raises:
+            KeepsetError: there is one; the message names it.
+        """
+        root = os.path.realpath(self.path)
+        for folder, folders, files in os.walk(root):
+            for name in (*folders, *files):
+                place = os.path.join(folder, name)
+                if os.path.islink(place) and not os.path.realpath(place).startswith(root + os.sep):
+                    raise KeepsetError(f"{place}: a link that leads out of the run folder; remove it (link the folder)")
 
     # -- files --------------------------------------------------------------------------------------------------
 
@@ -367,12 +384,14 @@ class Run:
     @contextmanager
     def timed(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
         """Append what a stage cost (seconds, tokens, FLOPs, rows) to `costs.jsonl`; a skipped stage adds nothing."""
-        start = time.perf_counter()
+        start, halved = time.perf_counter(), Count.total
         entry: dict[str, Any] = {"stage": stage, **facts}
         yield entry
         if entry.pop("skip", False):
             return
         entry["seconds"] = round(time.perf_counter() - start, 3)
+        if Count.total > halved:
+            entry["halved_batches"] = Count.total - halved
         path = self.path / "costs.jsonl"
         torn = path.exists() and not path.read_bytes().endswith(b"\n")  # a crash in the middle of the last line
         with path.open("a", encoding="utf-8") as file:

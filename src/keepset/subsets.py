@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
-from keepset.recipe import MethodSpec, MixSpec, SelectSpec, parse_budget
+from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label, parse_budget
 from keepset.run import file_digest
 from keepset.select import select
 
@@ -46,7 +46,7 @@ class Subset:
 
 def subset_name(label: str, budget: int | str, n_budgets: int) -> str:
     """`davir`, or `davir@10%` where the recipe has several budgets."""
-    return label if n_budgets == 1 else f"{label}@{str(budget).replace(' ', '-')}"
+    return label if n_budgets == 1 else f"{label}@{'-'.join(str(budget).split())}"
 
 
 def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", overrides: Path | None = None) -> Subset:
@@ -64,7 +64,7 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
         KeepsetError: `label` has not been scored in this run folder.
         RecipeError: the budget can't be met by the policy.
     """
-    table = job.run.load_table(f"scores/{label}.parquet")
+    table = job.run.load_table(f"scores/{check_label(label)}.parquet")
     if overrides is not None:
         table = apply_overrides(table, overrides)
     indices = select_rows(job, table, budget, job.recipe.select)

@@ -60,6 +60,8 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if part.is_symlink():  # opening it would write where it leads
+            part.unlink()
         if container == "parquet":
             schema = _own_schema(chosen) if to not in DIALECTS else None
             pq.write_table(rows_table(texts, schema), part)

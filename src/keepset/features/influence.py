@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from keepset.features.adam import AdamState, ParameterMap, check_map, momentum_direction, parameter_map
 from keepset.features.gradients import mean_weights, products, recording, run_rows
+from keepset.features.halving import in_halves
 from keepset.features.llama_pass import Places
 from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
@@ -151,7 +152,8 @@ def influence(
         sink = Reducer(recorder.shapes, target, adam, map, device, sketch)
         found = torch.zeros(len(rows), sink.n_targets + 4, dtype=torch.float64, device=device)
         projected = torch.zeros(len(rows) if sketch else 0, sketch.dim if sketch else 0, device=device)
-        for indices in plan_batches([len(r.input_ids) for r in rows], token_budget):
+
+        def score(indices: np.ndarray) -> None:
             n = len(indices)
             sink.start(n)
             nll, row_of = run_rows(model, recorder, [rows[i] for i in indices], mean_weights, sink)
@@ -160,6 +162,9 @@ def influence(
             found[where] = torch.cat([sink.sums, losses[:, None]], 1)
             if sink.sketches is not None:
                 projected[where] = sink.sketches
+
+        for batch in plan_batches([len(r.input_ids) for r in rows], token_budget):
+            in_halves(batch, score)
     values = found.cpu().numpy()
     j, norms = sink.n_targets, np.sqrt(values[:, -3])
     scale = norms * sink.shared_norm

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from keepset import head, packing
+from keepset.features.halving import in_halves
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,16 @@ def row_losses(
         weights = merged_weights(model) if merge and peft and True in adapters else None
     with torch.inference_mode():
         for index, prefix in plan(rows, token_budget, share=share, window=sliding_window(model)):
-            batch = packing.pack(rows, index, packed=packed, device=device, prefix=prefix)
-            for k, on in enumerate(adapters):
-                with _pass(model, on, peft, weights):
-                    values = token_values(model, batch, token_loss)
-                sums = packing.row_sums(values, batch.row_of, len(index))
-                done.append((k, index, sums, values if per_token else None))
+
+            def score(index: np.ndarray, prefix: int = prefix) -> None:
+                batch = packing.pack(rows, index, packed=packed, device=device, prefix=prefix if len(index) > 1 else 0)
+                for k, on in enumerate(adapters):
+                    with _pass(model, on, peft, weights):
+                        values = token_values(model, batch, token_loss)
+                    sums = packing.row_sums(values, batch.row_of, len(index))
+                    done.append((k, index, sums, values if per_token else None))
+
+            in_halves(index, score)
     nll = np.zeros((len(adapters), len(rows)))
     tokens: list[list[np.ndarray]] = [[np.zeros(0, np.float32)] * len(rows) for _ in adapters]
     for k, index, sums, kept in done:

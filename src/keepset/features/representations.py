@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from keepset import packing
+from keepset.features.halving import in_halves
 
 Pooling = Literal["last", "weighted_mean"]
 
@@ -47,14 +48,18 @@ def representations(
     device = next(model.parameters()).device
     out = np.zeros((len(rows), packing.bare(model).config.get_text_config().hidden_size), dtype=np.float32)
     with torch.inference_mode():
-        for index in packing.plan_batches([len(row.input_ids) for row in rows], token_budget):
+
+        def pool(index: np.ndarray) -> None:
             batch = packing.pack(rows, index, packed=packed, device=device)
             hidden = packing.last_hidden(model, batch).float()
             if pooling == "last":
                 last = [offset + n - 1 for offset, n in zip(batch.offsets, batch.lengths, strict=True)]
                 out[index] = hidden[torch.tensor(last, device=device)].cpu().numpy()
-                continue
+                return
             for i, offset, n in zip(index, batch.offsets, batch.lengths, strict=True):
                 weight = torch.arange(1, n + 1, device=device, dtype=torch.float32)
                 out[int(i)] = ((weight / weight.sum()) @ hidden[offset : offset + n]).cpu().numpy()
+
+        for index in packing.plan_batches([len(row.input_ids) for row in rows], token_budget):
+            in_halves(index, pool)
     return out

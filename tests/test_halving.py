@@ -1,0 +1,108 @@
+"""Out of memory while scoring: the batch is halved and counted, no row is skipped, the numbers stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from keepset.features.halving import Count, in_halves
+from keepset.run import Run
+
+
+def test_halves_cover_every_row_once_in_order():
+    seen, tried = [], []
+
+    def compute(indices):
+        tried.append(len(indices))
+        if len(indices) > 3:
+            raise MemoryError
+        seen.extend(indices.tolist())
+
+    before = Count.total
+    in_halves(np.arange(13), compute)
+    assert seen == list(range(13))
+    assert Count.total - before == sum(n > 3 for n in tried)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_one_row_that_does_not_fit_is_told(error):
+    def compute(indices):
+        raise error
+
+    with pytest.raises(type(error)):
+        in_halves(np.arange(4), compute)
+
+
+def test_other_errors_are_not_retried():
+    calls = []
+
+    def compute(indices):
+        calls.append(1)
+        raise RuntimeError("shapes don't fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_halves(np.arange(4), compute)
+    assert len(calls) == 1
+
+
+def test_halvings_are_recorded_with_the_stage(tmp_path):
+    def compute(indices):
+        if len(indices) > 1:
+            raise MemoryError
+
+    run = Run(tmp_path)
+    with run.timed("losses"):
+        in_halves(np.arange(2), compute)
+    with run.timed("other"):
+        pass
+    assert [c.get("halved_batches") for c in run.costs()] == [1, None]
+
+
+@pytest.fixture
+def tight(monkeypatch):
+    """Batches of more than 2 rows don't fit."""
+    torch = pytest.importorskip("torch")
+    from keepset import packing
+    from keepset.features import gradients, llama_pass
+
+    def small(real, count):
+        def call(*args, **kwargs):
+            if count(*args, **kwargs) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(
+        packing, "last_hidden", small(packing.last_hidden, lambda model, batch, **more: len(batch.rows))
+    )
+    monkeypatch.setattr(gradients, "lay_out", small(llama_pass.lay_out, len))
+
+
+@pytest.mark.parametrize("what", ["losses", "losses of both", "representations", "influence"])
+def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
+    from conftest import random_rows, tiny_lora, tiny_model
+    from keepset.features.influence import influence
+    from keepset.features.losses import row_losses
+    from keepset.features.representations import representations
+    from keepset.features.targets import target_vectors
+
+    model, rows = tiny_lora(tiny_model("llama")), random_rows(9)
+    pairs = [(r, None) for r in random_rows(2, seed=5)]
+
+    def numbers():
+        if what == "losses":
+            return row_losses(model, rows, token_budget=400, share_prefix=False).nll
+        if what == "losses of both":
+            return row_losses(model, rows, token_budget=400, adapters=(False, True), per_token=True).nll
+        if what == "representations":
+            return representations(model, rows, token_budget=400)
+        target = target_vectors(model, pairs, np.zeros(2, dtype=int), n_tasks=1, loss="sft")
+        return influence(model, rows, target, map="sgd", token_budget=400).dots
+
+    before = Count.total
+    got = numbers()
+    assert Count.total > before and "is halved" in caplog.text
+    monkeypatch.undo()
+    want = numbers()
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
