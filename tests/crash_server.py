@@ -31,6 +31,8 @@ from typing import Any
 
 HEX = re.compile(r"(?<![0-9a-f])(?:[0-9a-f]{16}|[0-9a-f]{8})(?![0-9a-f])")
 
+NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "http.client.connect"}
+
 
 class Points:
     """Names every change of the run folder as it is about to happen, and acts at the wanted one.
@@ -72,6 +74,9 @@ class Points:
             os.kill(os.getpid(), self.request["signal"])
 
     def audit(self, event: str, args: tuple[Any, ...]) -> None:
+        if event in NETWORK and not (event == "socket.connect" and isinstance(args[1], str | bytes)):  # str: AF_UNIX
+            self.names.append(f"network {event} {args[-1] if event == 'socket.connect' else args[0]}")
+            raise PermissionError(f"no network in this test: {event} {args}")
         if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             self.reach("open", args[0])
         elif event == "os.rename":

@@ -42,9 +42,9 @@ def test_rows_without_a_score_do_not_count():
 @pytest.mark.parametrize("noise", [-1.0, np.nan])
 def test_mistakes(noise):
     with pytest.raises(ValueError, match="noise"):
-        stability([1, 2], "ab", [1, 0], noise=noise)
+        stability([1, 2], ["a", "b"], [1, 0], noise=noise)
     with pytest.raises(ValueError, match="lengths differ"):
-        stability([1, 2], "abc", [1, 0])
+        stability([1, 2], list("abc"), [1, 0])
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30), st.integers(1, 29), st.floats(0, 10), st.randoms())

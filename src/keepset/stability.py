@@ -3,7 +3,8 @@
 Another batch shape changes a float32 loss by about 1e-7 relative (measured: 4e-8; promised: 1e-6). A chosen row whose
 score beats the best row left out by less than that noise might as well have been left out:
 
-    in doubt, chosen    s_i − max_{o out} s_o  ≤  ε_i + ε_o        in doubt, left out    min_{c in} s_c − s_i  ≤  ε_i + ε_c
+    chosen, in doubt      s_i − max_{o out} s_o  ≤  ε_i + ε_o
+    left out, in doubt    min_{c in} s_c − s_i   ≤  ε_i + ε_c
 
 ε is 1e-6 · |s| unless given. A score that is a difference of two losses has more: see `difference_noise`.
 """
