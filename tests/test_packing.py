@@ -126,6 +126,19 @@ def test_head_value_and_gradient(mapping: LogitMap, bias: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_large_vocabulary_loses_no_digits() -> None:
+    """torch's own float32 loss is biased here; ours must stay with float64."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 262_144, bias=False)
+    torch.nn.init.normal_(head.weight)
+    hidden, labels = torch.randn(24, 16), torch.randint(0, 262_144, (24,))
+    with torch.no_grad():
+        exact = torch.nn.functional.cross_entropy(hidden.double() @ head.weight.double().T, labels, reduction="none")
+        got = nll(hidden, labels, head, chunk=24 * 50_000)
+    assert (got - exact).abs().max() < 8e-6
+    assert abs((got - exact).sum().item() / exact.sum().item()) < 2e-7
+
+
 def test_a_wrapped_head_is_called_as_a_module() -> None:
     from peft import LoraConfig, get_peft_model
 
