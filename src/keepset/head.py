@@ -5,8 +5,8 @@ or soft cap of logits. The vocabulary is walked in blocks with a running logsume
 exist at once (Gemma 3: 262,144 words x 500 positions would be 524 MB, and as much again for the softmax). The backward
 pass computes the blocks again. Matmuls run in the weights' dtype, everything after them in float32.
 
-torch's own float32 cross_entropy is biased for large vocabularies (its sum of exponentials rounds): 1.5e-5 nats a token on
-random logits over 262,144 words against float64, up to 3.8e-5; this one 6e-8 on average and 2e-6 at most.
+torch's own float32 cross_entropy is biased for large vocabularies (its sum of exponentials rounds): 1.5e-5 nats a token
+on random logits over 262,144 words against float64, up to 3.8e-5; this one 6e-8 on average and 2e-6 at most.
 """
 
 from __future__ import annotations
