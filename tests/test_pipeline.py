@@ -300,3 +300,11 @@ def test_a_nan_score_never_ranks(finished, model_folder, data, monkeypatch):
     assert [r for r in table["reason"] if r] == ["nan-score", "infinite-score"]
     assert table["score"][3] is None and table["rank"][3] is None
     assert choose(job, "broken", "100%").n_rows == 20
+
+
+def test_a_warm_up_of_one_step_still_scores(model_folder, data, tmp_path):
+    warmup = {**TRAIN, "fraction": 0.1, "min_rows": 2, "num_train_epochs": 1}
+    console = quiet()
+    table = score(Job(recipe(model_folder, data, tmp_path, warmup=warmup), console=console), MethodSpec(name="rose"))
+    assert np.isfinite(np.array(table["score"].to_pylist())).all()
+    assert "its checkpoints count alike" in console.file.getvalue()

@@ -297,9 +297,13 @@ def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]
     checkpoints = warmup_checkpoints(job)
     requests = list(dict.fromkeys([*(r for r in others if r.map == wanted.map), wanted]))  # in the recipe's order
     found = [checkpoint_influence(job, checkpoint, requests)[wanted] for checkpoint in checkpoints]
+    lr = np.array([c.mean_lr for c in checkpoints])
+    if not lr.any():  # a decay to 0 in a single step: LESS's rate, logged after the step, is 0
+        job.say("the warm-up took too few steps for a mean learning rate: its checkpoints count alike")
+        lr = np.ones(len(lr))
     return {
         **{name: np.stack([f[name] for f in found]) for name in ("dots", "norms", "momentum")},
-        "lr": np.array([c.mean_lr for c in checkpoints]),
+        "lr": lr,
     }
 
 
