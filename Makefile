@@ -48,4 +48,19 @@ bench-losses: .venv/.gemma .venv/.model  ## loss scoring over two plain forward 
 bench-text: .venv/.ready  ## BM25, DSIR and a million rows through the text methods
 	$(BIN)/python benchmarks/text.py
 
-.PHONY: help setup demo test test-slow lint bench-gradients bench-losses bench-text
+# atheris is not in constraints.txt: it has wheels for few platforms, and nothing else needs it.
+.venv/.fuzz: .venv/.ready
+	$(PIP) atheris==3.0.0
+	@touch $@
+
+FUZZ_SECONDS ?= 60
+fuzz: .venv/.fuzz  ## five fuzz targets, 60 s each: data files, dialects, recipes, run folders, array headers
+	for target in jsonl dialects recipe shard header; do \
+		$(BIN)/python tests/fuzz/fuzz.py $$target -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -max_len=4096 \
+			-artifact_prefix=.venv/ || exit 1; done
+
+KILLS ?= 300
+soak: .venv/.ready  ## a tiny run killed at 300 points and times: the same bytes every time
+	$(BIN)/python tests/soak.py $(KILLS)
+
+.PHONY: help setup demo test test-slow lint bench-gradients bench-losses bench-text fuzz soak

@@ -55,7 +55,7 @@ def set_key(data: dict[str, Any], text: str) -> None:
             raise RecipeError(f"--set '{text}': '{parent}' holds no keys")
     try:
         data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"--set '{text}': not YAML: {getattr(error, 'problem', error)}") from None
 
 

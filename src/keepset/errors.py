@@ -10,6 +10,10 @@ class KeepsetError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str = "") -> None:
+        """Take the message; line breaks and terminal escapes that it quotes from a file become spaces."""
+        super().__init__(message if message.isprintable() else "".join(c if c.isprintable() else " " for c in message))
+
 
 class RecipeError(KeepsetError, ValueError):
     """The recipe or a command's options are wrong (exit code 2)."""

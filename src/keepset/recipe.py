@@ -324,10 +324,11 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: no such recipe; `keepset init` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that is none is a ValueError
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+        problem = str(getattr(error, "problem", None) or error)
+        raise RecipeError(f"{path}{line}: not YAML: {problem.splitlines()[0] if problem else error!r}") from None
     recipe = parse_recipe(data, where=str(path))
     pairs = [*recipe.pool, *recipe.target, *recipe.evaluate.pairs, *recipe.evaluate.heldout]
     for spec in [*pairs, *([recipe.evaluate.gsm8k] if recipe.evaluate.gsm8k else [])]:

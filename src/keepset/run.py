@@ -136,7 +136,7 @@ class Run:
         path = self.path / "recipe.yaml"
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             data = None
         if not isinstance(data, dict):
             raise KeepsetError(f"{path}: damaged (not a YAML mapping); delete it and run the same command again")
@@ -218,7 +218,7 @@ class Run:
             entries = json.loads((self.path / "work" / "records" / f"{name}.json").read_text(encoding="utf-8"))
             found = file_digest(self.path / name)
             return next((e for e in entries if e["sha256"] == found and "key" in e), None)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def saved_key(self, name: str) -> str | None:
@@ -255,7 +255,7 @@ class Run:
         self.check(name)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             raise KeepsetError(f"{path}: damaged (not JSON); delete it and run the same command again") from None
 
     def save_table(self, name: str, table: pa.Table, key: str | None = None) -> Path:
@@ -404,7 +404,7 @@ class Run:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
             try:
                 entry = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict) and isinstance(entry.get("seconds"), int | float) and "stage" in entry:
                 entries.append(entry)
@@ -420,7 +420,7 @@ def read_shard(folder: Path, number: int, id_hash: str) -> Arrays | None:
         if record["sha256"] != digest(data) or record["ids"] != id_hash:
             return None
         return load_arrays(data)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None
 
 
