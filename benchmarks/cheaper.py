@@ -52,12 +52,18 @@ def capped(row: Encoded, tokens: int) -> Encoded:
     return replace(row, input_ids=row.input_ids[:end], supervised=row.supervised[:end])
 
 
+def first_of_each(tasks: np.ndarray, shots: int) -> list[int]:
+    """Positions of the first pairs of every task."""
+    return [int(i) for task in np.unique(tasks) for i in np.flatnonzero(tasks == task)[:shots]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--layers", type=int, nargs="*", default=[3, 8, 15])
-    parser.add_argument("--caps", type=int, nargs="*", default=[16, 48])
+    parser.add_argument("--layers", type=int, nargs="*", default=[8])
+    parser.add_argument("--caps", type=int, nargs="*", default=[32])
+    parser.add_argument("--shots", type=int, default=2, help="pairs a task")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cheaper.json")
     args = parser.parse_args()
@@ -70,6 +76,7 @@ def main() -> None:
         messages += [pool.messages(i) for i in range(args.rows // 4)]
     rows = [r for r in encode_all(loaded.encoder, messages)[0] if r is not None]
     target = load_target(str(args.data / "target.jsonl"))
+    target = target.take(np.array(first_of_each(target.tasks, args.shots)))
     names, tasks = np.unique(target.tasks, return_inverse=True)
     pairs = []
     for i in range(len(target)):
@@ -89,12 +96,15 @@ def main() -> None:
         for checkpoint in checkpoints:
             adam = load_adam(checkpoint.path)
             with attached(loaded.model, checkpoint.path) as model:
+                vectors: dict[int | None, Any] = {}
                 for name, options in variants.items():
                     layers = {k: v for k, v in options.items() if k == "last_layers"}
                     some = [capped(r, options["cap"]) for r in rows] if "cap" in options else rows
-                    vectors = target_vectors(model, pairs, tasks, n_tasks=len(names), **layers)  # type: ignore[arg-type]
+                    depth = options.get("last_layers")
+                    if depth not in vectors:
+                        vectors[depth] = target_vectors(model, pairs, tasks, n_tasks=len(names), **layers)  # type: ignore[arg-type]
                     clock = time.process_time()
-                    found[name].append(influence(model, some, vectors, adam=adam, map="adam", **layers))
+                    found[name].append(influence(model, some, vectors[depth], adam=adam, map="adam", **layers))
                     spent[name] += time.process_time() - clock
                     print(f"step {checkpoint.step}: {name}: {spent[name]:.0f} s so far", flush=True)
     lr = np.array([c.mean_lr for c in checkpoints])
