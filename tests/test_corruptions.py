@@ -154,6 +154,17 @@ def test_other_damage_is_mended_or_told(tiny_run, folder):
     assert (folder / "quarantine.jsonl").read_bytes() == (tiny_run.run_dir / "quarantine.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "text", ['{"key": "k", "facts": {}, "files": "x"}', '{"key": 1, "facts": 2, "files": {}}', "[]", "3"]
+)
+def test_a_record_of_any_form_does_not_count(tmp_path, text):
+    (tmp_path / "models/a").mkdir(parents=True)
+    (tmp_path / "models/a/done.json").write_text(text)
+    assert Run(tmp_path).done("models/a") is None
+    with pytest.raises(KeepsetError, match="not finished"):
+        Run(tmp_path).require_whole("models/a")
+
+
 @pytest.mark.parametrize("text", ["", "a: [", "- 1", "\x00", "methods: 3\n"])
 def test_a_damaged_recipe_is_told_in_one_line(tiny_run, folder, text):
     (folder / "recipe.yaml").write_text(text)

@@ -361,9 +361,11 @@ class Run:
         """A step's record; None if it wasn't finished, or the record is damaged."""
         try:
             record = self.load_json(f"{folder}/done.json")
-            return record if isinstance(record, dict) and {"key", "facts", "files"} <= record.keys() else None
         except KeepsetError:
             return None
+        if not isinstance(record, dict) or not {"key", "facts", "files"} <= record.keys():
+            return None
+        return record if isinstance(record["facts"], dict) and isinstance(record["files"], dict) else None
 
     def require_whole(self, folder: str) -> None:
         """Check a finished step's files, before they are used outside `step`.
