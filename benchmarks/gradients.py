@@ -3,7 +3,8 @@
 Run `python benchmarks/gradients.py` (about 10 minutes on two quiet cores). Real Alpaca rows, SmolLM2-135M-Instruct,
 LoRA on q, k, v, o. What is timed is `influence`: Adam map, dots with 10 target vectors, norms, momentum share.
 Repetitions are interleaved and the ratio is taken inside each one, so that a busy machine disturbs both sides; medians
-are reported, and the ratio of processor time beside that of the clock. Adam's moments are those of real gradients of
+are reported of the clock's and of the processor time's ratio, and the headline is the worse of the two: on a busy machine
+the clock can flatter either side. Adam's moments are those of real gradients of
 other rows.
 
     floor        transformers + PEFT + sdpa, batches of at most 1,024 padded tokens, full logits, loss.backward()
@@ -356,7 +357,7 @@ def main() -> None:
         print(f"{part} ...", flush=True)
         if part in ("r8", "r128"):
             result[part] = speed(int(part[1:]), args.data, args.rows, args.repetitions)
-            result[f"{part}_over_floor"] = result[part]["over_floor"]
+            result[f"{part}_over_floor"] = max(result[part]["over_floor"], result[part]["over_floor_cpu"])
         elif part == "error":
             result["max_relative_error"] = largest_error(args.data)
         elif part == "memory":
