@@ -2,8 +2,8 @@
 
 Run `python benchmarks/gradients.py` (about 10 minutes on two quiet cores). Real Alpaca rows, SmolLM2-135M-Instruct,
 LoRA on q, k, v, o. What is timed is `influence`: Adam map, dots with 10 target vectors, norms, momentum share.
-Repetitions are interleaved and the ratio is taken inside each one, so that a busy machine disturbs both sides; medians
-of the clock's and of the processor time's ratio are reported, and the headline is the worse of the two: on a busy
+Repetitions are interleaved and the ratio is taken inside each one, so that a busy machine disturbs both sides. Medians
+of the clock's and of the processor time's ratio are reported; the headline is the worse of the two, since on a busy
 machine the clock can flatter either side. Adam's moments are those of real gradients of other rows.
 
     floor        transformers + PEFT + sdpa, batches of at most 1,024 padded tokens, full logits, loss.backward()
