@@ -127,3 +127,31 @@ def test_refusals(tmp_path) -> None:
         load_adam(tmp_path)
     with pytest.raises(ModelError, match="at least one step"):
         map_gradient("precondition", state(0), "w", torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("about", "told"),
+    [
+        ('{"step": 1, "betas": [], "eps": 1}', "are no numbers"),
+        ('{"step": 1, "betas": 3, "eps": 1}', "are no numbers"),
+        ('{"step": "x", "betas": [0.9, 0.9], "eps": 1}', "are no numbers"),
+        ('{"step": 1e999, "betas": [0.9, 0.9], "eps": 1}', "are no numbers"),
+        ('{"step": 1}', "neither in its header"),
+        ("[]", "neither in its header"),
+        ("3", "neither in its header"),
+        ("{", "not a readable safetensors file"),
+    ],
+)
+def test_headers_of_any_form_are_told_in_one_line(tmp_path, about, told) -> None:
+    tensors = {f"{kind}.w": torch.zeros(2) for kind in ("exp_avg", "exp_avg_sq")}
+    save_file(tensors, tmp_path / "adam.safetensors", metadata={"adam": about})
+    with pytest.raises(ModelError, match=told):
+        load_adam(tmp_path)
+
+
+def test_a_damaged_record_beside_the_moments_is_named(tmp_path) -> None:
+    tensors = {f"{kind}.w": torch.zeros(2) for kind in ("exp_avg", "exp_avg_sq")}
+    save_file(tensors, tmp_path / "adam.safetensors")
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(ModelError, match="meta.json: damaged"):
+        load_adam(tmp_path)

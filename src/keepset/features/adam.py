@@ -248,15 +248,21 @@ def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamSt
                 kind, _, name = key.partition(".")
                 if kind in ("exp_avg", "exp_avg_sq"):
                     (first if kind == "exp_avg" else second)[name] = file.get_tensor(key)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
     beside = path.parent / "meta.json"
-    if "step" not in meta and beside.is_file():
-        meta = json.loads(beside.read_text(encoding="utf-8"))
-    if not {"step", "betas", "eps"} <= set(meta):
+    if isinstance(meta, dict) and "step" not in meta and beside.is_file():
+        try:
+            meta = json.loads(beside.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            raise ModelError(f"{beside}: damaged (not JSON)") from None
+    if not isinstance(meta, dict) or not {"step", "betas", "eps"} <= set(meta):
         raise ModelError(f"{path}: step, betas and eps stand neither in its header nor in meta.json beside it")
-    betas = json.loads(meta["betas"]) if isinstance(meta["betas"], str) else meta["betas"]
-    state = AdamState(first, second, int(meta["step"]), (float(betas[0]), float(betas[1])), float(meta["eps"]))
+    try:
+        beta1, beta2 = json.loads(meta["betas"]) if isinstance(meta["betas"], str) else meta["betas"]
+        state = AdamState(first, second, int(meta["step"]), (float(beta1), float(beta2)), float(meta["eps"]))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        raise ModelError(f"{path}: step, betas or eps are no numbers") from None
     if set(first) != set(second) or not first or state.step < 0 or not math.isfinite(state.eps):
         raise ModelError(f"{path}: first and second moments don't belong together")
     return state
