@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from keepset.counts import selection_work, training
 from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, win_tie_loss
 from keepset.finals import Items, item_metrics
-from keepset.scoring import METHODS
 
 if TYPE_CHECKING:
     from keepset.job import Job
@@ -29,15 +30,6 @@ HEADLINES: tuple[tuple[str, str, int, int], ...] = (
     ("loss.heldout", "held-out\nloss", 3, -1),
     ("gsm8k.accuracy", "GSM8K\nexact", 2, 1),
 )
-
-# The costs.jsonl stages that a method needs, by what METHODS says it needs: its price if it were run alone.
-STAGES = {
-    "reference": ("train models/reference", "losses ("),
-    "losses": ("losses (",),
-    "warmup": ("train models/warmup",),
-    "gradients": ("train models/warmup", "gradients at "),
-    "representations": ("representations (",),
-}
 
 
 def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
@@ -124,33 +116,31 @@ def adjust(summary: list[dict[str, Any]]) -> None:
 
 
 def cost_of(job: Job, subset: Subset | None) -> dict[str, float]:
-    """What choosing and training cost: seconds and FLOPs, the shared stages counted in full for every method."""
+    """What choosing and training cost: FLOPs by count, as if the method ran alone, and the seconds that were logged.
+
+    Seconds sum every entry of a stage, so that a resumed run counts its first part too; a pass that several methods
+    shared counts in full for each of them.
+    """
     if subset is None:
         return {"select_seconds": 0.0, "select_flops": 0.0, "train_seconds": 0.0, "train_flops": 0.0}
     spec = next((m for m in job.recipe.methods if m.label == subset.label), None)
-    needs = METHODS[spec.name].needs if spec else ()
-    prefixes = tuple({p for need in needs for p in STAGES.get(need, ())})
-    latest = {e["stage"]: e for e in job.run.costs()}.values()
-    chosen = [e for e in latest if prefixes and e["stage"].startswith(prefixes)]
-    if not prefixes:
-        chosen = [e for e in latest if e["stage"] == f"score {subset.label}"]
-    trained = [e for e in latest if e["stage"].startswith(f"train models/{subset.name}-seed")]
+    work = selection_work(job, [spec]) if spec else []
+    patterns = [w.logged for w in work if w.logged] or [re.escape(f"score {subset.label}")]
+    costs = job.run.costs()
+    chosen = [e for e in costs if any(re.fullmatch(p, e["stage"]) for p in patterns)]
+    trained = [e for e in costs if e["stage"].startswith(f"train models/{subset.name}-seed")]
+    seeds = len({e["stage"] for e in trained}) or 1
     return {
         "select_seconds": round(sum(e["seconds"] for e in chosen), 2),
-        "select_flops": sum(e.get("flops", 0.0) for e in chosen),
-        "train_seconds": round(sum(e["seconds"] for e in trained) / max(1, len(trained)), 2),
-        "train_flops": sum(e.get("flops", 0.0) for e in trained) / max(1, len(trained)),
+        "select_flops": sum(w.flops for w in work),
+        "train_seconds": round(sum(e["seconds"] for e in trained) / seeds, 2),
+        "train_flops": sum({e["stage"]: e.get("flops", 0.0) for e in trained}.values()) / seeds,
     }
 
 
 def full_training_flops(job: Job) -> float:
     """FLOPs of training on the whole usable pool with the recipe's `train`."""
-    from keepset.cost import flops
-    from keepset.stages import count_tokens
-
-    n_tokens, n_head = count_tokens(job.rows)
-    args = job.recipe.train
-    return flops(job.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * args.num_train_epochs
+    return training(job, "", "", job.rows, job.recipe.train).flops
 
 
 def print_comparison(result: dict[str, Any], console: Console) -> None:
@@ -174,7 +164,7 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
         "±: half of the 95 % interval over held-out items; for Random, its standard\ndeviation over seeds. "
         "accuracy: chosen preferred to rejected by log-probability\na token; matched: pairs of like length; "
         "implicit: against the base. tokens:\nsupervised ones. * p < 0.05 against Random (paired over items, Holm).\n"
-        "price: FLOPs of choosing, each method alone, over those of one training on\nthe full pool.",
+        "price: FLOPs of choosing by count, each method alone, over those of one\ntraining on the full pool.",
         highlight=False,
     )
 

@@ -8,7 +8,10 @@ are a few per cent at the lengths of instruction data.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keepset.encoding import Encoded
 
 
 def matrix_weights(model: Any) -> tuple[int, int]:
@@ -32,3 +35,8 @@ def flops(model: Any, n_tokens: int, n_head: int, *, passes: int = 1) -> float:
     """
     blocks, head = matrix_weights(model)
     return 2.0 * passes * (blocks * n_tokens + head * n_head)
+
+
+def count_tokens(rows: list[Encoded]) -> tuple[int, int]:
+    """Tokens and supervised tokens of some rows."""
+    return sum(len(r.input_ids) for r in rows), sum(int(r.supervised.sum()) for r in rows)

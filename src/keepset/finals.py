@@ -10,13 +10,13 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from keepset.adapters import attached
-from keepset.cost import flops
+from keepset.cost import count_tokens, flops
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
 from keepset.evaluate.preference import PairLogps, correct, length_matched, margins, pair_logps, preference_table
 from keepset.job import encode_pairs
 from keepset.run import digest, file_digest
-from keepset.stages import VERSION, count_tokens, id_order
+from keepset.stages import VERSION, id_order
 from keepset.subsets import Subset
 
 if TYPE_CHECKING:

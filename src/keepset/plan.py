@@ -1,6 +1,6 @@
 """`keepset plan`: what a recipe would cost on this machine, from counts and a short probe, before anything is spent.
 
-Every stage's operations are counted (see `cost.py`); the probe measures how many operations a second this machine
+Every stage's operations are counted (see `counts.py`); the probe measures how many operations a second this machine
 does forward, and forward + backward, on rows of this very pool. Seconds = operations / measured rate. Times on named
 GPUs come from their peak rate at a stated utilisation: an estimate, not a measurement.
 """
@@ -10,21 +10,17 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from keepset.cost import flops
+from keepset.cost import count_tokens, flops
+from keepset.counts import Work, final_work, selection_work
 from keepset.job import Job
-from keepset.recipe import Recipe, TrainSpec, parse_budget
-from keepset.scoring import METHODS, influence_request
-from keepset.stages import count_tokens
-
-if TYPE_CHECKING:
-    from keepset.encoding import Encoded
+from keepset.recipe import Recipe
 
 PROBE_ROWS = 24
 GPUS = {"RTX 4090": 165e12, "A100 80GB": 312e12, "H100 SXM": 989e12}  # dense bf16 operations a second, vendors' figures
@@ -92,7 +88,7 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     """
     job = Job(recipe, console=console)
     rates = probe(job)
-    steps = selection_steps(job, rates) + final_steps(job, rates)
+    steps = [priced(w, rates) for w in [*selection_work(job, recipe.methods), *final_work(job)]]
     total = sum(step.seconds for step in steps)
     work = sum(step.flops for step in steps)
     return {
@@ -108,106 +104,11 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     }
 
 
-def training(job: Job, rates: Rates, stage: str, methods: str, rows: list[Encoded], args: TrainSpec) -> Step:
-    """A fine-tuning of `rows`."""
-    n_tokens, n_head = count_tokens(rows)
-    work = flops(job.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * args.num_train_epochs
-    seconds = work / rates.backward + rates.load_seconds
-    return Step(stage, methods, len(rows), int(n_tokens * args.num_train_epochs), work, seconds)
-
-
-def forward(job: Job, rates: Rates, stage: str, methods: str, rows: list[Encoded], times: int = 1) -> Step:
-    """`times` forward passes over `rows`."""
-    n_tokens, n_head = count_tokens(rows)
-    work = flops(job.loaded.model, n_tokens, n_head, passes=times)
-    return Step(stage, methods, len(rows), n_tokens * times, work, work / rates.forward)
-
-
-def selection_steps(job: Job, rates: Rates) -> list[Step]:
-    """The stages that the recipe's methods share or need alone."""
-    recipe, steps = job.recipe, []
-    by_need = {need: ", ".join(m.label for m in recipe.methods if need in METHODS[m.name].needs)
-               for need in ("losses", "reference", "warmup", "gradients", "representations")}  # fmt: skip
-    if by_need["losses"]:
-        steps.append(forward(job, rates, "losses under the base", by_need["losses"], job.rows))
-    if by_need["reference"] and not recipe.reference.path:
-        folds = recipe.reference.folds
-        for k in range(max(1, folds)):
-            rows = [r for i, r in enumerate(job.rows) if not folds or i % folds != k]
-            steps.append(training(job, rates, "train the reference", by_need["reference"], rows, recipe.reference))
-    if by_need["reference"]:
-        steps.append(forward(job, rates, "losses under the reference", by_need["reference"], job.rows))
-    if by_need["gradients"] or by_need["warmup"]:
-        from keepset.train.warmup import pick_subset
-
-        picked = pick_subset(job.ids, recipe.warmup.fraction, recipe.seed, min_rows=recipe.warmup.min_rows)
-        names = by_need["gradients"] or by_need["warmup"]
-        steps.append(training(job, rates, "warm-up", names, [job.rows[i] for i in picked], recipe.warmup))
-    if by_need["gradients"]:
-        steps += gradient_steps(job, rates)
-    if by_need["representations"]:
-        steps.append(forward(job, rates, "representations", by_need["representations"], job.rows))
-    return steps
-
-
-def gradient_steps(job: Job, rates: Rates) -> list[Step]:
-    """One pass over the pool for each map and checkpoint, and the target's gradients."""
-    recipe = job.recipe
-    spec = recipe.warmup
-    checkpoints = int(np.ceil(spec.num_train_epochs)) if spec.checkpoints == "all" else 1
-    users = [m for m in recipe.methods if "gradients" in METHODS[m.name].needs]
-    requests = {m.label: influence_request(m.name, m.options) for m in users}
-    n_tokens, n_head = count_tokens(job.rows)
-    sides = [side for pair in job.target_pairs[0] for side in pair if side is not None]
-    target_tokens, target_head = count_tokens(sides)
-    steps = []
-    for map_ in dict.fromkeys(r.map for r in requests.values()):
-        labels = ", ".join(label for label, r in requests.items() if r.map == map_)
-        work = flops(job.loaded.model, n_tokens, n_head, passes=2) * checkpoints
-        steps.append(Step(f"gradients ({map_}) x{checkpoints}", labels, len(job.rows), n_tokens * checkpoints, work,
-                          work / rates.backward))  # fmt: skip
-        distinct = len({r for r in requests.values() if r.map == map_})
-        work = flops(job.loaded.model, target_tokens, target_head, passes=2) * checkpoints * distinct
-        tokens = target_tokens * checkpoints * distinct
-        steps.append(Step(f"target gradients ({map_})", labels, len(sides), tokens, work, work / rates.backward))
-    return steps
-
-
-def final_steps(job: Job, rates: Rates) -> list[Step]:
-    """Training and evaluating a model for every subset and seed."""
-    from keepset.finals import Learner
-
-    recipe = job.recipe
-    learner = Learner(job)
-    sides: list[Encoded] = [side for pair in learner.eval_pairs[0] for side in pair] if learner.eval_pairs else []
-    sides += learner.eval_rows[0] if learner.eval_rows else []
-    if not sides:
-        return []
-    lengths = np.array([len(r.input_ids) for r in job.rows])
-    steps, models = [], 1
-    for budget in recipe.budget:
-        unit, amount = parse_budget(budget, len(job.rows), int(job.n_tokens().sum()))
-        n_rows = min(len(job.rows), amount if unit == "rows" else max(1, int(amount / job.n_tokens().mean())))
-        middle = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[:n_rows]
-        longest = np.argsort(-job.n_tokens(), kind="stable")[:n_rows]
-        count = (len(recipe.methods) + len(recipe.mix)) * len(recipe.train_seeds) + len(recipe.controls.random_seeds)
-        one = training(job, rates, "", "", [job.rows[i] for i in middle], recipe.train)
-        steps.append(scaled(one, count, f"train {count} models on {budget}", "methods, random"))
-        models += count
-        if recipe.controls.longest:
-            rows = [job.rows[i] for i in longest]
-            steps.append(training(job, rates, f"train on the longest {budget}", "longest", rows, recipe.train))
-            models += 1
-    if recipe.controls.full:
-        steps.append(training(job, rates, "train on the full pool", "full", job.rows, recipe.train))
-        models += 1
-    one = forward(job, rates, "", "", sides)
-    return [*steps, scaled(one, models, f"evaluate {models} models", "all")]
-
-
-def scaled(step: Step, times: int, stage: str, methods: str) -> Step:
-    """A step done several times."""
-    return Step(stage, methods, step.rows * times, step.tokens * times, step.flops * times, step.seconds * times)
+def priced(work: Work, rates: Rates) -> Step:
+    """A stage with its seconds here: loading the model adds to every training."""
+    seconds = work.flops / (rates.forward if work.kind == "forward" else rates.backward)
+    seconds += rates.load_seconds if work.kind == "train" else 0.0
+    return Step(work.stage, work.methods, work.rows, work.tokens, work.flops, seconds)
 
 
 def disk_bytes(job: Job, steps: list[Step]) -> float:

@@ -55,7 +55,8 @@ class Method:
     score: Callable[..., Scored]
     paper: str
     formula: str
-    needs: tuple[str, ...]  # of: text, losses, reference, warmup, gradients, representations, target, pairs
+    needs: tuple[str, ...]  # of: text, losses, answers, reference, warmup, checkpoint-losses,
+    #   gradients, representations, target, pairs
     cost: Cost
 
 
@@ -308,9 +309,15 @@ METHODS: dict[str, Method] = {
         "forward",
     ),
     "perplexity": Method(score_perplexity, "arXiv 2309.04564", "S = ±L_ini / T, or its middle", ("losses",), "forward"),
-    "ifd": Method(score_ifd, "Cherry, arXiv 2308.12032", "S = L(y | x) / L(y), above 1 last", ("losses",), "forward"),
+    "ifd": Method(
+        score_ifd, "Cherry, arXiv 2308.12032", "S = L(y | x) / L(y), above 1 last", ("losses", "answers"), "forward"
+    ),
     "forgetting": Method(
-        score_forgetting, "arXiv 1812.05159", "S = times learnt and lost again", ("losses", "warmup"), "gradients"
+        score_forgetting,
+        "arXiv 1812.05159",
+        "S = times learnt and lost again",
+        ("losses", "warmup", "checkpoint-losses"),
+        "gradients",
     ),
     "grad-norm": Method(
         score_grad_norm, "GraNd, arXiv 2107.07075", "S = mean_c ‖∇ℓ(z)‖", ("gradients", "target"), "gradients"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepset.adapters import attached
-from keepset.cost import flops
+from keepset.cost import count_tokens, flops
+from keepset.counts import answer_alone
 from keepset.methods.cross_fit import fold_of
 from keepset.recipe import TrainSpec
 from keepset.run import Arrays, digest
@@ -25,9 +27,48 @@ if TYPE_CHECKING:
 VERSION = 1  # of the numbers: raise it when a change of code changes them
 
 
-def count_tokens(rows: list[Encoded]) -> tuple[int, int]:
-    """Tokens and supervised tokens of some rows."""
-    return sum(len(r.input_ids) for r in rows), sum(int(r.supervised.sum()) for r in rows)
+def sweep_rows(
+    job: Job,
+    stages: dict[str, dict[str, Any]],
+    what: str,
+    batch: Callable[[list[Encoded], list[str]], dict[str, Arrays]],
+    *,
+    rows: list[Encoded] | None = None,
+    passes: int = 1,
+    each: bool = False,
+    head: bool = True,
+) -> dict[str, Arrays]:
+    """Compute what is missing of some stages, shard by shard, on the job's progress bar and in its costs.
+
+    Args:
+        job: the job; its ids name the rows.
+        stages: stage name -> everything it depends on.
+        what: the name in `costs.jsonl` and on screen.
+        batch: gets a shard's rows and the names of its missing stages; returns each one's arrays.
+        rows: the tokens of the job's rows; default: `job.rows`.
+        passes: forward-equivalents that a shard costs (see `cost.flops`).
+        each: whether every missing stage costs them, rather than all together.
+        head: whether the output head runs.
+
+    Returns:
+        Stage name -> arrays of all rows.
+    """
+    rows = job.rows if rows is None else rows
+
+    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
+        some = [rows[i] for i in indices]
+        found = batch(some, missing)
+        n_tokens, n_head = count_tokens(some)
+        times = len(missing) if each else 1
+        spent["tokens"] += n_tokens * times
+        spent["flops"] += flops(job.loaded.model, n_tokens, n_head if head else 0, passes=passes * times)
+        return found
+
+    with job.run.timed(what) as spent, job.tracked(what, len(rows)) as advance:
+        spent.update(tokens=0, flops=0.0, rows=len(rows))
+        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
+        spent["skip"] = spent["tokens"] == 0
+    return out
 
 
 # -- losses -----------------------------------------------------------------------------------------------------
@@ -65,58 +106,33 @@ def loss_sweep(
     """One pass over the rows under the base and / or one adapter, whichever is missing on disk."""
     from keepset.features.losses import row_losses
 
-    rows = job.rows
-    names = " and ".join(name.removeprefix("losses-") for name in stages)
+    budget = job.recipe.batching.token_budget
 
-    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
+    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
         adapters = tuple(name != "losses-base" for name in missing) if adapter is not None else (False,)
-        some = [rows[i] for i in indices]
-        found = row_losses(
-            model, some, token_budget=job.recipe.batching.token_budget, adapters=adapters, token_loss=token_loss
-        )
-        n_tokens, n_head = count_tokens(some)
-        spent["tokens"] += n_tokens * len(missing)
-        spent["flops"] += flops(model, n_tokens, n_head, passes=len(missing))
+        found = row_losses(model, some, token_budget=budget, adapters=adapters, token_loss=token_loss)
         return {name: {"nll": found.nll[k], "n_tokens": found.n_tokens} for k, name in enumerate(missing)}
 
-    with (
-        attached(job.loaded.model, adapter) if adapter is not None else nullcontext(job.loaded.model) as model,
-        job.run.timed(f"losses ({names})") as spent,
-        job.tracked(f"losses under {names}", len(rows)) as advance,
-    ):
-        spent.update(tokens=0, flops=0.0, rows=len(rows))
-        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
-        spent["skip"] = spent["tokens"] == 0
-    return out
+    names = " and ".join(name.removeprefix("losses-") for name in stages)
+    with attached(job.loaded.model, adapter) if adapter is not None else nullcontext(job.loaded.model) as model:
+        return sweep_rows(job, stages, f"losses ({names})", batch, each=True)
 
 
 def answer_losses(job: Job) -> Arrays:
     """Losses of the answers alone under the base: the supervised tokens after a single BOS (or EOS) token."""
-    from keepset.encoding import Encoded
     from keepset.features.losses import row_losses
 
     tokenizer = job.loaded.tokenizer
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    rows = []
-    for row in job.rows:
-        ids = np.concatenate([[start], row.input_ids[row.supervised]]).astype(np.int32)
-        rows.append(Encoded(ids, np.arange(len(ids)) > 0, row.truncated))
+    budget = job.recipe.batching.token_budget
 
-    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
-        some = [rows[i] for i in indices]
-        found = row_losses(job.loaded.model, some, token_budget=job.recipe.batching.token_budget, adapters=(False,))
-        n_tokens, n_head = count_tokens(some)
-        spent["tokens"] += n_tokens
-        spent["flops"] += flops(job.loaded.model, n_tokens, n_head)
+    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
+        found = row_losses(job.loaded.model, some, token_budget=budget, adapters=(False,))
         return {"losses-alone": {"nll": found.nll[0], "n_tokens": found.n_tokens}}
 
-    key = {"version": VERSION, **job.data_key()}
-    with job.run.timed("losses (answers alone)") as spent, job.tracked("losses of answers alone", len(rows)) as advance:
-        spent.update(tokens=0, flops=0.0, rows=len(rows))
-        stages = {"losses-alone": key}
-        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
-        spent["skip"] = spent["tokens"] == 0
-    return out["losses-alone"]
+    stages = {"losses-alone": {"version": VERSION, **job.data_key()}}
+    rows = [answer_alone(row, start) for row in job.rows]
+    return sweep_rows(job, stages, "losses (answers alone)", batch, rows=rows)["losses-alone"]
 
 
 def checkpoint_losses(job: Job) -> np.ndarray:
@@ -134,26 +150,17 @@ def full_reference_losses(job: Job, path: Path, key: dict[str, Any], token_loss:
     from keepset.features.losses import row_losses
     from keepset.model import load
 
-    rows = job.rows
+    stages = {"losses-reference": key}
     if job.run.complete("losses-reference", key, job.ids, job.recipe.batching.shard_rows):
-        return job.run.sweep({"losses-reference": key}, job.ids, lambda i, m: {})["losses-reference"]
+        return job.run.sweep(stages, job.ids, lambda i, m: {})["losses-reference"]
     model = load(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})).model
+    budget = job.recipe.batching.token_budget
 
-    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
-        some = [rows[i] for i in indices]
-        found = row_losses(
-            model, some, token_budget=job.recipe.batching.token_budget, adapters=(True,), token_loss=token_loss
-        )
-        n_tokens, n_head = count_tokens(some)
-        spent["tokens"] += n_tokens
-        spent["flops"] += flops(model, n_tokens, n_head)
+    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
+        found = row_losses(model, some, token_budget=budget, adapters=(True,), token_loss=token_loss)
         return {"losses-reference": {"nll": found.nll[0], "n_tokens": found.n_tokens}}
 
-    with job.run.timed("losses (reference)") as spent, job.tracked("losses under reference", len(rows)) as advance:
-        spent.update(tokens=0, flops=0.0, rows=len(rows))
-        return job.run.sweep(
-            {"losses-reference": key}, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance
-        )["losses-reference"]
+    return sweep_rows(job, stages, "losses (reference)", batch)["losses-reference"]
 
 
 # -- trained helpers: reference and warm-up -------------------------------------------------------------------------
@@ -317,7 +324,6 @@ def checkpoint_influence(
 
     names, codes = job.task_codes()
     pairs, kept = job.target_pairs
-    rows = job.rows
     stages = {
         f"influence-{digest(asdict(request))[:8]}-{checkpoint.path.name}": {
             "version": VERSION, **job.data_key(), "checkpoint": digest(weights_of(checkpoint.path)),
@@ -339,13 +345,9 @@ def checkpoint_influence(
             )  # fmt: skip
         return vectors[name]
 
-    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
-        some = [rows[i] for i in indices]
+    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
         stacked = concatenate([target_of(name) for name in missing])
         found = row_influence(model, some, stacked, adam=adam, map=requests[0].map, token_budget=budget)
-        n_tokens, n_head = count_tokens(some)
-        spent["tokens"] += n_tokens
-        spent["flops"] += flops(model, n_tokens, n_head, passes=2)
         parts = np.split(found.dots, len(missing), axis=1)
         return {
             name: {"dots": part, "norms": found.norms, "momentum": found.momentum}
@@ -353,15 +355,8 @@ def checkpoint_influence(
         }
 
     adam = load_adam(checkpoint.path)
-    what = f"gradients at {checkpoint.path.name} ({requests[0].map})"
-    with (
-        attached(job.loaded.model, checkpoint.path) as model,
-        job.run.timed(what) as spent,
-        job.tracked(what, len(rows)) as advance,
-    ):
-        spent.update(tokens=0, flops=0.0, rows=len(rows))
-        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
-        spent["skip"] = spent["tokens"] == 0
+    with attached(job.loaded.model, checkpoint.path) as model:
+        out = sweep_rows(job, stages, f"gradients at {checkpoint.path.name} ({requests[0].map})", batch, passes=2)
     return {by_name[name]: arrays for name, arrays in out.items()}
 
 
@@ -372,21 +367,13 @@ def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]
     """Pooled last hidden states of the pool (n, d) and of the target's prompts + chosen answers (m, d)."""
     from keepset.features.representations import representations as pool_states
 
-    rows, model, budget = job.rows, job.loaded.model, job.recipe.batching.token_budget
-    pairs, _ = job.target_pairs
+    model, budget = job.loaded.model, job.recipe.batching.token_budget
+    name = f"representations-{pooling}"
 
-    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
-        some = [rows[i] for i in indices]
-        n_tokens, _ = count_tokens(some)
-        spent["tokens"] += n_tokens
-        spent["flops"] += flops(model, n_tokens, 0)
-        return {"representations": {"state": pool_states(model, some, token_budget=budget, pooling=pooling)}}
+    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
+        return {name: {"state": pool_states(model, some, token_budget=budget, pooling=pooling)}}
 
-    key = {"version": VERSION, **job.data_key(), "pooling": pooling}
-    with job.run.timed(f"representations ({pooling})") as spent, job.tracked("representations", len(rows)) as advance:
-        spent.update(tokens=0, flops=0.0, rows=len(rows))
-        stages = {"representations": key}
-        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
-        spent["skip"] = spent["tokens"] == 0
-    queries = pool_states(model, [chosen for chosen, _ in pairs], token_budget=budget, pooling=pooling)
-    return out["representations"]["state"], queries
+    stages = {name: {"version": VERSION, **job.data_key()}}
+    out = sweep_rows(job, stages, f"representations ({pooling})", batch, head=False)
+    queries = pool_states(model, [chosen for chosen, _ in job.target_pairs[0]], token_budget=budget, pooling=pooling)
+    return out[name]["state"], queries

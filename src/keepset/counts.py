@@ -1,0 +1,193 @@
+"""The stages that methods need, with their rows, tokens and operations: what `plan` times and `compare` prices.
+
+Counts come from the recipe and the pool alone, so they are the same before a run, after it, and after a run that was
+killed and resumed; only seconds are measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from keepset.cost import count_tokens, flops
+from keepset.recipe import MethodSpec, TrainSpec, parse_budget
+from keepset.scoring import METHODS, influence_request, options_of
+
+if TYPE_CHECKING:
+    from keepset.encoding import Encoded
+    from keepset.job import Job
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage: who needs it, its rows, tokens and operations, and its entries in `costs.jsonl` (a pattern)."""
+
+    stage: str
+    methods: str
+    kind: Literal["forward", "backward", "train"]
+    rows: int
+    tokens: int
+    flops: float
+    logged: str = ""
+
+    def times(self, n: int, stage: str, methods: str) -> Work:
+        """The same stage done n times, under another name."""
+        return replace(
+            self, stage=stage, methods=methods, rows=self.rows * n, tokens=self.tokens * n, flops=self.flops * n
+        )
+
+
+def forward(job: Job, stage: str, methods: str, rows: list[Encoded], logged: str = "", *, times: int = 1) -> Work:
+    """`times` forward passes over `rows`."""
+    n_tokens, n_head = count_tokens(rows)
+    work = flops(job.loaded.model, n_tokens, n_head, passes=times)
+    return Work(stage, methods, "forward", len(rows), n_tokens * times, work, logged)
+
+
+def backward(job: Job, stage: str, methods: str, rows: list[Encoded], logged: str, *, times: int = 1) -> Work:
+    """`times` passes forward and backward through frozen weights over `rows`."""
+    n_tokens, n_head = count_tokens(rows)
+    work = flops(job.loaded.model, n_tokens, n_head, passes=2 * times)
+    return Work(stage, methods, "backward", len(rows), n_tokens * times, work, logged)
+
+
+def training(job: Job, stage: str, methods: str, rows: list[Encoded], args: TrainSpec, logged: str = "") -> Work:
+    """A fine-tuning on `rows`."""
+    n_tokens, n_head = count_tokens(rows)
+    work = flops(job.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * args.num_train_epochs
+    return Work(stage, methods, "train", len(rows), int(n_tokens * args.num_train_epochs), work, logged)
+
+
+def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
+    """The model stages that `methods` need together, each counted once. Methods without a model need none."""
+    recipe, found = job.recipe, []
+
+    def users(need: str) -> str:
+        return ", ".join(m.label for m in methods if need in METHODS[m.name].needs)
+
+    if users("losses"):
+        found.append(
+            forward(job, "losses under the base", users("losses"), job.rows, r"losses \(base( and reference)?\)")
+        )
+    if users("answers"):
+        answers = [answer_alone(r) for r in job.rows]
+        found.append(forward(job, "losses of answers alone", users("answers"), answers, r"losses \(answers alone\)"))
+    if users("reference"):
+        found += reference_work(job, users("reference"))
+    trained = ", ".join(m.label for m in methods if {"warmup", "gradients"} & set(METHODS[m.name].needs))
+    if trained:
+        from keepset.train.warmup import pick_subset
+
+        spec = recipe.warmup
+        seed = recipe.seed if spec.seed is None else spec.seed
+        picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
+        found.append(training(job, "warm-up", trained, [job.rows[i] for i in picked], spec, "train models/warmup"))
+    if users("checkpoint-losses"):
+        found.append(
+            forward(job, "losses at the checkpoints", users("checkpoint-losses"), job.rows,
+                    r"losses \(checkpoint-\d+\)", times=checkpoints(job))
+        )  # fmt: skip
+    if users("gradients"):
+        found += gradient_work(job, methods)
+    if users("representations"):
+        pooled: dict[str, list[str]] = {}
+        for m in methods:
+            if "representations" in METHODS[m.name].needs:
+                pooled.setdefault(pooling(m), []).append(m.label)
+        for how, labels in pooled.items():
+            found.append(
+                forward(job, f"representations ({how})", ", ".join(labels), job.rows, rf"representations \({how}\)")
+            )
+    return found
+
+
+def answer_alone(row: Encoded, start: int = 0) -> Encoded:
+    """A row's supervised tokens after the single token `start`, all of them supervised."""
+    from keepset.encoding import Encoded
+
+    ids = np.concatenate([[start], row.input_ids[row.supervised]]).astype(np.int32)
+    return Encoded(ids, np.arange(len(ids)) > 0, row.truncated)
+
+
+def checkpoints(job: Job) -> int:
+    """How many warm-up checkpoints the scores use."""
+    spec = job.recipe.warmup
+    return int(np.ceil(spec.num_train_epochs)) if spec.checkpoints == "all" else 1
+
+
+def pooling(spec: MethodSpec) -> str:
+    """How a representation method pools: its option, or its default."""
+    return (
+        "weighted_mean"
+        if spec.name == "rds+"
+        else str(spec.options.get("pooling", options_of(spec.name)["pooling"][1]))
+    )
+
+
+def reference_work(job: Job, methods: str) -> list[Work]:
+    """Training the reference (or one for each fold) and scoring every row under it."""
+    spec, found = job.recipe.reference, []
+    folds = spec.folds if spec.folds >= 2 else 0
+    if folds:
+        from keepset.methods.cross_fit import fold_of
+
+        fold = fold_of(job.ids, folds)
+        for k in range(folds):
+            rows = [r for r, f in zip(job.rows, fold, strict=True) if f != k]
+            folder = f"train models/reference-fold{k}"
+            found.append(training(job, f"train reference {k + 1} of {folds}", methods, rows, spec, folder))
+    elif not spec.path:
+        found.append(training(job, "train the reference", methods, job.rows, spec, "train models/reference"))
+    logged = r"losses \(((base and )?reference|fold\d+)\)"
+    return [*found, forward(job, "losses under the reference", methods, job.rows, logged)]
+
+
+def gradient_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
+    """One pass over the pool for each map and checkpoint, and the target's gradients."""
+    users = [m for m in methods if "gradients" in METHODS[m.name].needs]
+    requests = {m.label: influence_request(m.name, m.options) for m in users}
+    sides = [side for pair in job.target_pairs[0] for side in pair if side is not None]
+    chosen = [pair[0] for pair in job.target_pairs[0]]
+    many, found = checkpoints(job), []
+    for map_ in dict.fromkeys(r.map for r in requests.values()):
+        labels = ", ".join(label for label, r in requests.items() if r.map == map_)
+        logged = rf"gradients at \S+ \({map_}\)"
+        found.append(backward(job, f"gradients ({map_}) x{many}", labels, job.rows, logged, times=many))
+        for request in dict.fromkeys(r for r in requests.values() if r.map == map_):
+            rows = chosen if request.loss == "sft" else sides
+            labels = ", ".join(label for label, r in requests.items() if r == request)
+            found.append(backward(job, f"target gradients ({request.loss}) x{many}", labels, rows, "", times=many))
+    return found
+
+
+def final_work(job: Job) -> list[Work]:
+    """Training and evaluating a model for every subset and seed; rows of middle length stand for the unknown choice."""
+    from keepset.finals import Learner
+
+    recipe = job.recipe
+    learner = Learner(job)
+    sides: list[Encoded] = [side for pair in learner.eval_pairs[0] for side in pair] if learner.eval_pairs else []
+    sides += learner.eval_rows[0] if learner.eval_rows else []
+    if not sides:
+        return []
+    lengths = np.array([len(r.input_ids) for r in job.rows])
+    found, models = [], 1
+    for budget in recipe.budget:
+        unit, amount = parse_budget(budget, len(job.rows), int(job.n_tokens().sum()))
+        n_rows = min(len(job.rows), amount if unit == "rows" else max(1, int(amount / job.n_tokens().mean())))
+        middle = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[:n_rows]
+        longest = np.argsort(-job.n_tokens(), kind="stable")[:n_rows]
+        count = (len(recipe.methods) + len(recipe.mix)) * len(recipe.train_seeds) + len(recipe.controls.random_seeds)
+        one = training(job, "", "", [job.rows[i] for i in middle], recipe.train)
+        found.append(one.times(count, f"train {count} models on {budget}", "methods, random"))
+        models += count
+        if recipe.controls.longest:
+            rows = [job.rows[i] for i in longest]
+            found.append(training(job, f"train on the longest {budget}", "longest", rows, recipe.train))
+            models += 1
+    if recipe.controls.full:
+        found.append(training(job, "train on the full pool", "full", job.rows, recipe.train))
+        models += 1
+    return [*found, forward(job, "", "", sides).times(models, f"evaluate {models} models", "all")]
