@@ -39,10 +39,12 @@ class Work:
         )
 
 
-def forward(job: Job, stage: str, methods: str, rows: list[Encoded], logged: str = "", *, times: int = 1) -> Work:
-    """`times` forward passes over `rows`."""
+def forward(
+    job: Job, stage: str, methods: str, rows: list[Encoded], logged: str = "", *, times: int = 1, head: bool = True
+) -> Work:
+    """`times` forward passes over `rows`, with the output head on supervised positions or without it."""
     n_tokens, n_head = count_tokens(rows)
-    work = flops(job.loaded.model, n_tokens, n_head, passes=times)
+    work = flops(job.loaded.model, n_tokens, n_head if head else 0, passes=times)
     return Work(stage, methods, "forward", len(rows), n_tokens * times, work, logged)
 
 
@@ -97,9 +99,8 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
             if "representations" in METHODS[m.name].needs:
                 pooled.setdefault(pooling(m), []).append(m.label)
         for how, labels in pooled.items():
-            found.append(
-                forward(job, f"representations ({how})", ", ".join(labels), job.rows, rf"representations \({how}\)")
-            )
+            logged = rf"representations \({how}\)"
+            found.append(forward(job, f"representations ({how})", ", ".join(labels), job.rows, logged, head=False))
     return found
 
 
