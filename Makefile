@@ -60,7 +60,7 @@ fuzz: .venv/.fuzz  ## five fuzz targets, 60 s each: data files, dialects, recipe
 			-artifact_prefix=.venv/ || exit 1; done
 
 KILLS ?= 300
-soak: .venv/.ready  ## a tiny run killed at 300 points and times: the same bytes every time
+soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times: the same bytes every time
 	$(BIN)/python tests/soak.py $(KILLS)
 
 .PHONY: help setup demo test test-slow lint bench-gradients bench-losses bench-text fuzz soak

@@ -1,7 +1,8 @@
-"""`make soak`: a tiny whole run killed N times, each time in a folder of its own, resumed, and compared byte by byte.
+"""`make soak`: tiny whole runs killed N times in all, resumed, and compared byte by byte.
 
-Half the kills are at points drawn from all changes that a run makes to its folder (and half of those at a sync, with
-the file cut in two), half at random times. Prints what differed; exit code 1 if anything did.
+A folder takes up to six kills, each in a session that went on where the last one was stopped, and is then finished and
+compared. Three are at points drawn from the changes that a run makes to its folder, one from each third of them (and
+where the point is a sync, the file is cut in two), three at random times. Exit code 1 if anything differed.
 """
 
 from __future__ import annotations
@@ -20,40 +21,45 @@ from crash import TinyRun
 
 
 def main(kills: int) -> int:
-    """Kill `kills` times; the number of runs that came out otherwise."""
+    """Kill at least `kills` times; the number of folders that came out otherwise."""
     folder, draw = Path(tempfile.mkdtemp(prefix="keepset-soak-")), random.Random(kills)
     start = time.monotonic()
     tiny = TinyRun(folder)
     whole = time.monotonic()
     tiny.server.run(tiny.recipe, folder / "timed")
     seconds = time.monotonic() - whole
-    failed = done = 0
+    points = [p for p in tiny.points if "#" not in p]  # counted from a session's start: not the same in the next one
+    failed = done = folders = 0
     print(f"{len(tiny.points)} points; an undisturbed run takes {seconds:.1f} s", flush=True)
     while done < kills:
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
-        if done % 2:
-            what = f"after {draw.uniform(0.05, seconds):.2f} s"
-            answer = tiny.server.run(tiny.recipe, run, after=float(what.split()[1]))
-        else:
-            what = draw.choice(tiny.points)
-            torn = what.startswith("sync ")
-            answer = tiny.server.run(tiny.recipe, run, kill=what, torn=torn)
-        if answer["exit"] == 0:  # it was quicker this time
-            continue
-        done += 1
+        killed: list[str] = []
+        differs: list[str] = []
+        for part in range(3):
+            what = draw.choice(points[len(points) * part // 3 : len(points) * (part + 1) // 3])
+            after = draw.uniform(0.05, seconds / 3)
+            for request in ({"kill": what, "torn": what.startswith("sync ")}, {"after": after}):
+                answer = tiny.server.run(tiny.recipe, run, **request)
+                if answer["signal"] == 9:
+                    killed.append(str(request))
+                elif answer["exit"] != 0:  # 0: the session was quicker, or the point lies behind it
+                    differs.append(f"{request}: {answer}")
+        done += len(killed)
+        folders += 1
         try:
-            differs = tiny.resumed(run)
+            differs += tiny.resumed(run)
         except AssertionError as error:
-            differs = [str(error)[-2000:]]
-        if answer["signal"] != 9 or differs:
+            differs.append(str(error)[-2000:])
+        if differs:
             failed += 1
-            print(f"FAILED {what}: signal {answer['signal']}, differs: {differs}", flush=True)
-        if done % 25 == 0:
-            print(f"{done} kills, {failed} failed, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"FAILED {killed}: differs: {differs}", flush=True)
+        if folders % 10 == 0:
+            print(f"{done} kills in {folders} folders, {failed} failed, {time.monotonic() - start:.0f} s", flush=True)
     tiny.server.close()
     shutil.rmtree(folder)
-    print(f"{done} kills (half at points, half at times): {done - failed} byte-equal, {failed} failed")
+    print(f"{done} kills in {folders} folders: {folders - failed} folders byte-equal, {failed} failed, "
+          f"{time.monotonic() - start:.0f} s")  # fmt: skip
     return failed
 
 

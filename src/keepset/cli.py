@@ -234,6 +234,7 @@ def select(
     Example: keepset select davir --budget 5% --out chosen.jsonl
     """
     from keepset.data.export import write_subset
+    from keepset.diagnose import diagnose_edge, record
     from keepset.recipe import parse_budget
     from keepset.subsets import choose
 
@@ -247,6 +248,7 @@ def select(
     )
     with job.run.lock():
         subset = choose(job, label, job.recipe.budget[0], overrides=overrides)
+        record(job, diagnose_edge(subset))
         if out is not None:
             write_subset(job.pool, job.usable[subset.indices], out, to=to)
     if as_json:

@@ -19,6 +19,7 @@ from keepset.evaluate.statistics import correlations
 
 if TYPE_CHECKING:
     from keepset.job import Job
+    from keepset.subsets import Subset
 
 NEAR_ZERO_SCORE = 0.01  # median |DavIR| below this: the reference moved nothing
 STRONG_LENGTH = 0.5  # |Spearman| with length from here on is told as a warning
@@ -121,6 +122,22 @@ def diagnose_shares(table: pa.Table, label: str) -> list[Finding]:
     largest = max(chosen.count(s) / len(chosen) for s in set(sources))
     return [Finding("source-shares", "info", label, round(largest, 4), "sources before -> after: " + ", ".join(parts),
                     "select.quota keeps shares, if that is wanted")]  # fmt: skip
+
+
+def diagnose_edge(subset: Subset) -> list[Finding]:
+    """Rows that are in or out of a subset by less than the numbers can tell."""
+    edge = subset.edge
+    if edge is None or edge.gap is None:
+        return []
+    if not edge.chosen:
+        return [Finding("stability", "info", subset.name, 0, "no chosen row is within numerical noise of one left out",
+                        "another batch size or machine chooses the same rows")]  # fmt: skip
+    some = ", ".join(edge.chosen[:3]) + (", ..." if len(edge.chosen) > 3 else "")
+    n = len(edge.chosen)
+    share = f"{n} of {subset.n_rows} chosen rows {'is' if n == 1 else 'are'}"
+    return [Finding("stability", "warning", subset.name, n,
+        f"{share} within numerical noise of rows left out: {some}",
+        "another batch size or machine may exchange them; subsets.json names all")]  # fmt: skip
 
 
 def diagnose_comparison(result: dict[str, Any]) -> list[Finding]:

@@ -12,7 +12,14 @@ from safetensors.numpy import load_file
 
 from keepset import __version__
 from keepset.compare import Cell, compare, print_comparison
-from keepset.diagnose import diagnose_comparison, diagnose_leaks, diagnose_scores, diagnose_shares, record
+from keepset.diagnose import (
+    diagnose_comparison,
+    diagnose_edge,
+    diagnose_leaks,
+    diagnose_scores,
+    diagnose_shares,
+    record,
+)
 from keepset.errors import KeepsetError
 from keepset.finals import Items, Learner, evaluate_final, train_final
 from keepset.job import Job
@@ -72,8 +79,10 @@ def choose_all(job: Job) -> list[Subset]:
     wanted: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
     for spec, kind in [*wanted, *control_methods(job)]:
         scored(job, spec)
-        subsets += [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
+        chosen = [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
+        subsets += chosen
         if kind == "method":
+            record(job, [finding for subset in chosen for finding in diagnose_edge(subset)])
             table = job.run.load_table(f"scores/{spec.label}.parquet")
             record(job, diagnose_scores(table, spec.label) + diagnose_shares(table, spec.label))
     if job.recipe.target:

@@ -1,23 +1,24 @@
 """Which rows are in or out of a subset by less than the numbers can tell.
 
-Another batch shape changes a float32 loss by about 1e-7 relative (measured: 4e-8; promised: 1e-6). A chosen row whose
-score beats the best row left out by less than that noise might as well have been left out:
+Another batch shape changes a float32 loss by about 1e-7 relative (measured: 4e-8; promised: 1e-6). A chosen row is in
+doubt where some row that was left out has the same score within that noise, and the other way round:
 
-    chosen, in doubt      s_i − max_{o out} s_o  ≤  ε_i + ε_o
-    left out, in doubt    min_{c in} s_c − s_i   ≤  ε_i + ε_c
+    chosen row c and left-out row o are in doubt if   |s_c − s_o|  ≤  ε_c + ε_o
 
-ε is 1e-6 · |s| unless given. A score that is a difference of two losses has more: see `difference_noise`.
+ε is 1e-6 · |s| unless given. A score that is a difference of two losses has more, see `score_noise`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 NOISE = 1e-6  # relative, float32
+COARSE_NOISE = 2e-3  # the allowance for bfloat16 and float16
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,23 @@ def stability(
     inside, outside = np.flatnonzero(finite & chosen), np.flatnonzero(finite & ~chosen)
     if not len(inside) or not len(outside):
         return Stability([], [], None, 0.0)
-    worst, best = inside[np.argmin(values[inside])], outside[np.argmax(values[outside])]
-    doubt_in = inside[values[inside] - values[best] <= epsilon[inside] + epsilon[best]]
-    doubt_out = outside[values[worst] - values[outside] <= epsilon[outside] + epsilon[worst]]
+    kept = values[inside] - epsilon[inside], values[inside] + epsilon[inside]
+    left = values[outside] - epsilon[outside], values[outside] + epsilon[outside]
+    doubt_in, doubt_out = inside[meets(*kept, *left)], outside[meets(*left, *kept)]
     return Stability(
         chosen=names[doubt_in[np.lexsort((names[doubt_in], values[doubt_in]))]].tolist(),
         left_out=names[doubt_out[np.lexsort((names[doubt_out], -values[doubt_out]))]].tolist(),
-        gap=float(values[worst] - values[best]),
+        gap=float(values[inside].min() - values[outside].max()),
         share=len(doubt_in) / len(inside),
     )
+
+
+def meets(low: np.ndarray, high: np.ndarray, other_low: np.ndarray, other_high: np.ndarray) -> np.ndarray:
+    """Which of the intervals [low, high] (n,) touch one of the others (m,), m >= 1; (n,) bool."""
+    order = np.argsort(other_low, kind="stable")
+    reach = np.maximum.accumulate(other_high[order])  # how far up those that begin lowest come
+    begun = np.searchsorted(other_low[order], high, side="right")
+    return (begun > 0) & (reach[np.maximum(begun, 1) - 1] >= low)
 
 
 def difference_noise(loss_ini: ArrayLike, loss_ref: ArrayLike, *, relative: float = NOISE) -> np.ndarray:
@@ -80,3 +89,46 @@ def difference_noise(loss_ini: ArrayLike, loss_ref: ArrayLike, *, relative: floa
     it by far. For RHO, L_ini − L_ref, the noise is `relative` · (|L_ini| + |L_ref|).
     """
     return 2 * relative * np.abs(np.asarray(loss_ref, float) / np.asarray(loss_ini, float))
+
+
+def score_noise(
+    name: str, options: Mapping[str, Any], columns: Mapping[str, np.ndarray], *, relative: float = NOISE
+) -> np.ndarray:
+    """Absolute noise (n,) of a method's scores, from the columns stored beside them.
+
+    Losses carry `relative`. A cosine carries it absolutely, whatever it is: its terms cancel, their rounding doesn't.
+
+    Args:
+        name: the method (not the label).
+        options: its options.
+        columns: `score`, `n_tokens` and the method's parts, (n,) each.
+        relative: noise of one loss.
+    """
+    score = columns["score"]
+    if {"loss_ini", "loss_ref"} <= columns.keys():
+        ini, ref = columns["loss_ini"], columns["loss_ref"]
+        if name.startswith("rho"):
+            drop = relative * (np.abs(ini) + np.abs(ref))
+            return drop / columns["n_tokens"] if name == "rho-mean" else drop
+        return difference_noise(ref, ini, relative=relative) if name == "davir-ref" else (
+            difference_noise(ini, ref, relative=relative)
+        )  # fmt: skip
+    if name == "ifd":
+        return 2 * relative * np.abs(score)  # a quotient of two losses
+    if name == "perplexity" and options.get("prefer", "mid") == "mid":  # a place among the others
+        mean = columns["loss_ini"] / columns["n_tokens"]
+        ordered = np.sort(mean)
+        near = 1 + 2 * relative
+        within = np.searchsorted(ordered, mean * near, "right") - np.searchsorted(ordered, mean / near, "left") - 1
+        return within / max(1, len(mean) - 1)
+    if "ckpt0.norm" in columns and name != "grad-norm":
+        count = sum(column.endswith(".norm") for column in columns)
+        lr = np.stack([columns[f"ckpt{c}.lr"] for c in range(count)])
+        if name == "tracin":
+            return relative * sum(lr[c] * columns[f"ckpt{c}.norm"] for c in range(count))
+        if options.get("cosine", True):
+            return np.full(len(score), relative)
+        return relative * sum(lr[c] / lr.sum(axis=0) * columns[f"ckpt{c}.norm"] for c in range(count))
+    if name in ("rds", "rds+", "knn-shapley"):
+        return np.full(len(score), 2 * relative)  # both sides of the cosine come from a model
+    return relative * np.abs(score)

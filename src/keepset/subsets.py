@@ -15,17 +15,23 @@ from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label, parse_budget
 from keepset.run import file_digest
+from keepset.scoring import METHODS
 from keepset.select import select
+from keepset.stability import COARSE_NOISE, NOISE, Stability, score_noise, stability
 
 if TYPE_CHECKING:
     from keepset.job import Job
 
+MOST_NAMED = 100  # rows left out in doubt that are named; the chosen ones all are
 Kind = Literal["method", "random", "longest", "full", "mix", "base"]
 
 
 @dataclass(frozen=True)
 class Subset:
-    """One chosen training set. `indices` point into the job's usable rows, best first."""
+    """One chosen training set.
+
+    `indices` point into the job's usable rows, best first; `edge` names those that numerical noise might exchange.
+    """
 
     name: str
     label: str
@@ -33,6 +39,7 @@ class Subset:
     budget: str
     indices: np.ndarray
     n_tokens: int
+    edge: Stability | None = None
 
     @property
     def n_rows(self) -> int:
@@ -69,7 +76,28 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
         table = apply_overrides(table, overrides)
     indices = select_rows(job, table, budget, job.recipe.select)
     name = subset_name(label, budget, len(job.recipe.budget))
-    return finish(job, Subset(name, label, kind, str(budget), indices, int(job.n_tokens()[indices].sum())))
+    edge = edge_of(job, label, table, indices) if kind == "method" and overrides is None else None
+    subset = Subset(name, label, kind, str(budget), indices, int(job.n_tokens()[indices].sum()), edge)
+    return finish(job, subset)
+
+
+def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stability | None:
+    """The chosen rows that numerical noise might have left out, and the other way round.
+
+    None where noise can't decide or the score alone doesn't: text methods (their numbers don't depend on batches),
+    policies other than top-k, dropped duplicates.
+    """
+    spec = next((m for m in job.recipe.methods if m.label == label), None)
+    plain = job.recipe.select.policy == "top_k" and job.recipe.select.dedup == "none"
+    if spec is None or not plain or METHODS[spec.name].cost in ("free", "text"):
+        return None
+    columns = {name: table[name].to_numpy() for name in table.column_names if pa.types.is_floating(table[name].type)}
+    relative = NOISE if job.recipe.model.dtype == "float32" else COARSE_NOISE
+    with np.errstate(divide="ignore", invalid="ignore"):  # rows without a score, which don't count
+        columns["n_tokens"] = table["n_tokens"].to_numpy()
+        noise = score_noise(spec.name, spec.options, columns, relative=relative)
+    chosen = pc.is_in(table["id"], pa.array(job.ids[indices].astype(str))).to_numpy()
+    return stability(columns["score"], table["id"].to_numpy(zero_copy_only=False), chosen, noise=noise)
 
 
 def apply_overrides(table: pa.Table, path: Path) -> pa.Table:
@@ -169,7 +197,9 @@ def finish(job: Job, subset: Subset) -> Subset:
     if path.exists() and old.get("ids") == ids and old.get("sha256") not in (None, file_digest(path)):
         job.say(f"{path}: damaged or edited; written again")
     write_subset(job.pool, job.usable[subset.indices], path)
-    entry = {k: v for k, v in asdict(subset).items() if k != "indices"}
+    entry = {k: v for k, v in asdict(subset).items() if k not in ("indices", "edge")}
+    if subset.edge is not None:
+        entry["edge"] = {**asdict(subset.edge), "left_out": subset.edge.left_out[:MOST_NAMED]}
     index[subset.name] = {**entry, "n_rows": subset.n_rows, "file": f"subsets/{path.name}",
                           "sha256": file_digest(path), "ids": ids}  # fmt: skip
     job.run.save_json("subsets.json", index)
