@@ -31,6 +31,8 @@ def test_short_forms():
         ({"evaluate": {"pairs": [{"path": "a", "shotz": 3}]}}, "did you mean 'shots'"),
         ({"methods": []}, "methods"),
         ({"methods": ["rose", "rose"]}, "label 'rose' stands twice"),
+        ({"methods": [{"name": "davir", "label": "random-0"}]}, "is a control's name"),
+        ({"methods": ["rose"], "mix": [{"label": "rose", "parts": [{"source": "a"}]}]}, "label 'rose' stands twice"),
         ({"methods": [{"name": "rose", "label": "../up"}]}, "letters, digits"),
         ({"budget": "5%%"}, "budget '5%%' is not a count"),
         ({"budget": "0"}, "is not a count"),

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from keepset.errors import ModelError
-
 
 @contextmanager
 def attached(model: Any, path: Path) -> Iterator[Any]:
@@ -17,12 +15,9 @@ def attached(model: Any, path: Path) -> Iterator[Any]:
     Raises:
         ModelError: the folder holds no safetensors adapter.
     """
-    from peft import PeftModel
+    from keepset.model import load_adapter
 
-    if not (path / "adapter_config.json").exists() or not (path / "adapter_model.safetensors").exists():
-        raise ModelError(f"{path}: no LoRA adapter (adapter_config.json and adapter_model.safetensors) in this folder")
-    adapted = PeftModel.from_pretrained(model, str(path), is_trainable=True)
-    adapted.eval()
+    adapted = load_adapter(model, path, trainable=True)
     try:
         yield adapted
     finally:

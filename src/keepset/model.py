@@ -23,6 +23,7 @@ from keepset.encoding import Encoder
 from keepset.errors import ModelError
 from keepset.gguf import DEMO_MODELS, demo_folder, gguf_folder
 from keepset.recipe import LoraSpec, ModelSpec
+from keepset.run import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +189,8 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
     fingerprint = [_fingerprint(source, model), spec.dtype]
     if adapter is not None:
         model = load_adapter(model, adapter)
-        fingerprint.append(file_hash(Path(adapter) / "adapter_model.safetensors"))
-        fingerprint.append(file_hash(Path(adapter) / "adapter_config.json"))
+        fingerprint.append(file_digest(Path(adapter) / "adapter_model.safetensors"))
+        fingerprint.append(file_digest(Path(adapter) / "adapter_config.json"))
     if attn == attention.NAME and not packing.supports_packing(model) and not packing.probe(model):
         log.warning(
             "%s (%s) can't be run packed: padded batches instead, the same numbers more slowly",
@@ -200,8 +201,10 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
     return Loaded(model, tokenizer, Encoder(tokenizer, spec), spec, digest)
 
 
-def load_adapter(model: Any, adapter: str | Path) -> Any:
+def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) -> Any:
     """Put a PEFT adapter on a model and return the PeftModel in eval mode; safetensors only.
+
+    With `trainable` the adapter's matrices take gradients.
 
     Raises:
         ModelError: no adapter there, a pickled one, or one made for another model.
@@ -215,13 +218,7 @@ def load_adapter(model: Any, adapter: str | Path) -> Any:
         what = "pickled weights" if (folder / "adapter_model.bin").exists() else "no weights"
         raise ModelError(f"{adapter}: {what}; an adapter needs adapter_model.safetensors")
     with _one_line(str(adapter)):
-        return PeftModel.from_pretrained(model, str(folder)).eval()
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
 
 
 def _fingerprint(source: str, model: Any) -> str:
@@ -229,7 +226,7 @@ def _fingerprint(source: str, model: Any) -> str:
     if not folder.is_dir():
         return f"{source}@{getattr(model.config, '_commit_hash', None)}"
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return json.dumps([[p.name, file_hash(p)] for p in files])
+    return json.dumps([[p.name, file_digest(p)] for p in files])
 
 
 def linear_names(model: Any) -> list[str]:

@@ -245,10 +245,13 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Recipe:
-        labels = [m.label for m in self.methods]
+        labels = [m.label for m in self.methods] + [m.label for m in self.mix]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"methods: label '{twice[0]}' stands twice; give one of them its own `label`")
+        taken = [label for label in labels if re.fullmatch(r"base|full|longest|random-\d+", label)]
+        if taken:
+            raise ValueError(f"methods: label '{taken[0]}' is a control's name; give it another `label`")
         return self
 
 
