@@ -33,7 +33,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import zstandard
-from scipy.stats import spearmanr
 
 from keepset.cost import matrix_weights
 from keepset.encoding import Encoded, encode_all
@@ -41,8 +40,15 @@ from keepset.features.adam import AdamState, map_gradient
 from keepset.features.gradients import mean_weights, products, recording, run_rows
 from keepset.features.influence import influence
 from keepset.features.llama_pass import common_prefix
-from keepset.features.projection import GradientStore, build_store, project_target
-from keepset.features.sketch import Sketch
+from keepset.features.projection import (
+    META,
+    GradientStore,
+    ProjectedTarget,
+    build_store,
+    project_target,
+    store_error,
+    target_lengths,
+)
 from keepset.features.targets import GradientTarget, target_vectors
 from keepset.model import apply_lora, load
 from keepset.packing import plan_batches
@@ -244,31 +250,46 @@ def store(data: Path, n: int) -> dict[str, Any]:
     target, state = sft_target(model, rows[n:]), moments(model, rows[n : n + 8])
     out: dict[str, Any] = {"rows": n}
     for kind in ("adam", "precondition"):
-        sketch = Sketch(8192)
-        found = influence(model, rows[:n], target, adam=state, map=kind, token_budget=BUDGET, sketch=sketch)
-        assert found.sketch is not None
-        exact = found.dots / found.norms[:, None]
-        sketched, vectors = found.sketch, project_target(sketch, target)
-        for dim in (
-            8192,
-            4096,
-            2048,
-            1024,
-        ):  # buckets are taken modulo the size, so halves add up to the smaller sketch
-            if sketched.shape[1] > dim:
-                sketched, vectors = (x[:, :dim] + x[:, dim:] for x in (sketched, vectors))
-            estimate = (sketched @ vectors.T) / found.norms[:, None]
-            ranks = [spearmanr(estimate[:, j], exact[:, j]).statistic for j in range(TARGETS)]
-            out[f"spearman_{kind}_{dim}"] = float(np.median(ranks))
+        exact, depends = influence(model, rows[:n], target, adam=state, map=kind, token_budget=BUDGET), {"map": kind}
+        cosines = exact.dots / exact.norms[:, None]
+        out[f"median_momentum_{kind}"] = float(np.median(exact.momentum))
+        with tempfile.TemporaryDirectory() as folder:
+            kept = GradientStore.create(folder, depends, dim=8192, map=kind)
+            build_store(kept, model, rows[:n], [str(i) for i in range(n)], adam=state, token_budget=BUDGET)
+            projected = project_target(kept.sketch, target, map=kind, adam=state)
+            found = kept.dots(projected)
+            estimates = {8192: found, **folded(kept, projected)}
+        for dim, dots in estimates.items():
+            error = store_error(dots, exact.dots, exact.norms, target_lengths(target))
+            top = max(1, n // 20)
+            chosen = [set(np.argsort(-(dots[:, j] / exact.norms))[:top]) for j in range(TARGETS)]
+            wanted = [set(np.argsort(-cosines[:, j])[:top]) for j in range(TARGETS)]
+            out[f"spearman_{kind}_{dim}"] = float(np.median(error.spearman))
+            out[f"top5_{kind}_{dim}"] = float(np.mean([len(a & b) / top for a, b in zip(chosen, wanted, strict=True)]))
+            out[f"rms_{kind}_{dim}"] = error.rms
+        out[f"spread_{kind}"] = float(np.std(cosines, axis=0).mean())
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         big = GradientStore.create(folder, {}, dim=8192)
         for k in range(0, 100_000, 5_000):
             part = rng.standard_normal((5_000, 8192), dtype=np.float32)
-            big.append([str(i) for i in range(k, k + 5_000)], part, np.ones(5_000))
-        out["query_seconds_100k"] = timed(lambda: big.dots(vectors_of(TARGETS)))[0]
+            big.append([str(i) for i in range(k, k + 5_000)], part, np.ones(5_000), np.zeros(5_000))
+        query = ProjectedTarget(vectors_of(TARGETS), np.zeros(TARGETS))
+        out["query_seconds_100k"] = timed(lambda: big.dots(query))[0]
         out["bytes_per_row"] = (big.row_bytes * big.n_rows + (big.path / "rows.meta").stat().st_size) / big.n_rows
     return out
+
+
+def folded(kept: GradientStore, projected: ProjectedTarget) -> dict[int, np.ndarray]:
+    """The dots of the same store at smaller sizes: buckets are taken modulo the size, so halves add up."""
+    meta = np.fromfile(kept.path / "rows.meta", META, kept.n_rows)
+    rows = np.fromfile(kept.path / "rows.bin", kept.dtype).reshape(kept.n_rows, -1).astype(np.float32)
+    rows, vectors, found = rows * meta["scale"][:, None], projected.sketches, {}
+    while rows.shape[1] > 1024:
+        half = rows.shape[1] // 2
+        rows, vectors = (x[:, :half] + x[:, half:] for x in (rows, vectors))
+        found[half] = rows @ vectors.T + np.outer(meta["shared"], projected.shared)
+    return found
 
 
 def vectors_of(n: int) -> np.ndarray:

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from conftest import random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.errors import PlanMismatch, RecipeError  # noqa: E402
+from keepset.features.adam import AdamState  # noqa: E402
 from keepset.features.influence import influence  # noqa: E402
 from keepset.features.projection import (  # noqa: E402
     GradientStore,
@@ -96,13 +97,33 @@ def test_store_estimates_dots_and_knows_its_error(tmp_path, dtype, rounding) -> 
     assert store.row_bytes == 4096 * (2 if dtype == "float16" else 1)
     assert (tmp_path / "rows.bin").stat().st_size == 24 * store.row_bytes and store.ids == ids
     assert np.allclose(store.norms, exact.norms, rtol=1e-6)
-    sketched = project_target(store.sketch, target)
-    dots = store.dots(sketched, block=7)
-    unrounded = influence(peft, rows, target, adam=state, map="precondition", sketch=store.sketch).sketch @ sketched.T
+    projected = project_target(store.sketch, target, map="precondition", adam=state)
+    assert not projected.shared.any() and not store.momentum.any()
+    dots = store.dots(projected, block=7)
+    sketches = influence(peft, rows, target, adam=state, map="precondition", sketch=store.sketch).sketch
+    unrounded = sketches @ projected.sketches.T
     lengths = exact.norms[:, None] * target_lengths(target)
     assert np.abs((dots - unrounded) / lengths).max() < rounding
     error = store_error(dots, exact.dots, exact.norms, target_lengths(target))
     assert 0 < error.rms < 2.5 / np.sqrt(4096) + rounding and error.spearman.min() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["adam", "adam-less"])
+def test_what_all_rows_share_costs_no_accuracy(tmp_path, kind) -> None:
+    """The Adam maps' shared term is most of the vector here; the plain sketch of it would be the larger error."""
+    peft, rows, ids, target, state = setup()
+    state = AdamState({n: 20 * m for n, m in state.exp_avg.items()}, state.exp_avg_sq, state.step)
+    exact = influence(peft, rows, target, adam=state, map=kind)
+    assert np.median(exact.momentum) > 0.9
+    store = build_store(GradientStore.create(tmp_path, MADE, dim=512, map=kind), peft, rows, ids, adam=state)
+    assert np.allclose(store.momentum, exact.momentum, rtol=1e-6)
+    projected = project_target(store.sketch, target, map=kind, adam=state)
+    lengths = target_lengths(target)
+    error = store_error(store.dots(projected), exact.dots, exact.norms, lengths)
+    whole = influence(peft, rows, None, adam=state, map=kind, sketch=store.sketch).sketch
+    plain = store_error(whole @ project_target(store.sketch, target).sketches.T, exact.dots, exact.norms, lengths)
+    own = np.sqrt(1 - np.median(exact.momentum) ** 2)
+    assert error.rms < 0.6 * plain.rms and error.rms < 2.5 * own / np.sqrt(512)
 
 
 def test_store_resumes_appends_and_cuts_off_what_a_kill_left(tmp_path) -> None:
@@ -137,7 +158,7 @@ def test_store_refuses_what_it_was_not_made_for(tmp_path) -> None:
     with pytest.raises(PlanMismatch, match="are not the first"):
         build_store(store, peft, rows, ["other", *ids[1:]], adam=state)
     with pytest.raises(ValueError, match="not finite"):
-        store.append(["x"], np.full((1, 64), np.nan, np.float32), np.ones(1))
+        store.append(["x"], np.full((1, 64), np.nan, np.float32), np.ones(1), np.ones(1))
     with pytest.raises(RecipeError, match="float16 or int8"):
         GradientStore.create(tmp_path / "new", MADE, dtype="float64")
 

@@ -8,9 +8,14 @@ E⟨S(a), S(b)⟩ = ⟨a, b⟩ and the standard deviation of the cosine is at mo
 orthogonal vectors: that of a dense Rademacher projection (LESS, TRAK), at a cost per row that does not depend on k. The
 matrix is never stored; any slice of it comes from the hash, integer arithmetic that is the same on CPU and GPU.
 
+The Adam maps add one vector to every row (Γ of a zero gradient); c, its direction, is left out of both sides before the
+sketch and put back exactly, so that it costs no accuracy: with a⊥ = a − ⟨a, c⟩·c,
+
+    ⟨Γ, v⟩ ≈ ⟨Γ, c⟩·⟨v, c⟩ + ⟨S(Γ⊥), S(v⊥)⟩     error √(1/k)·‖Γ⊥‖·‖v⊥‖
+
 On disk: `header.json` (what the numbers depend on), `rows.bin` (n × k float16 or int8, each row by its own scale),
-`rows.meta` (scale and exact norm of each row), `ids.txt`, and `state.json`, replaced atomically after the others are
-flushed: whatever a killed process left behind it is cut off at the next start.
+`rows.meta` (scale, exact norm and exact ⟨Γ, c⟩ of each row), `ids.txt`, and `state.json`, replaced atomically after the
+others are flushed: whatever a killed process left behind it is cut off at the next start.
 """
 
 from __future__ import annotations
@@ -26,17 +31,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from keepset.errors import PlanMismatch, RecipeError
-from keepset.features.adam import AdamState
+from keepset.features.adam import AdamState, momentum_direction, parameter_map
+from keepset.features.gradients import recording
 from keepset.features.influence import influence
 from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
 from keepset.packing import Row
 
-META = np.dtype([("scale", "<f4"), ("norm", "<f8")])
-VERSION = 1
+META = np.dtype([("scale", "<f4"), ("norm", "<f8"), ("shared", "<f8")])
+VERSION = 2
 
 
 def dimension_for(error: float) -> int:
@@ -48,6 +54,19 @@ def dimension_for(error: float) -> int:
     if not 0 < error < 1:
         raise RecipeError(f"projection error {error}: must lie between 0 and 1")
     return math.ceil(1 / error**2 / 64) * 64
+
+
+@dataclass(frozen=True)
+class ProjectedTarget:
+    """Target vectors as a store takes them.
+
+    Attributes:
+        sketches: (j, k) float32, S(v⊥).
+        shared: (j,) float64, exact ⟨v, c⟩.
+    """
+
+    sketches: np.ndarray
+    shared: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -118,13 +137,14 @@ class GradientStore:
                 )
         return GradientStore(folder, flat)
 
-    def append(self, ids: Sequence[str], sketches: np.ndarray, norms: np.ndarray) -> None:
+    def append(self, ids: Sequence[str], sketches: np.ndarray, norms: np.ndarray, shared: np.ndarray) -> None:
         """Add rows.
 
         Args:
             ids: (n,) their ids.
-            sketches: (n, k) float32.
+            sketches: (n, k) float32, S(Γ⊥).
             norms: (n,) exact ‖Γ‖.
+            shared: (n,) exact ⟨Γ, c⟩; zeros for a map that shares nothing.
 
         Raises:
             ValueError: shapes that don't fit, or numbers that aren't finite.
@@ -135,7 +155,7 @@ class GradientStore:
         top[top == 0] = 1
         levels = 127 if self.dtype == np.int8 else 1
         meta = np.zeros(len(ids), META)
-        meta["scale"], meta["norm"] = top / levels, norms
+        meta["scale"], meta["norm"], meta["shared"] = top / levels, norms, shared
         scaled = sketches / meta["scale"][:, None]
         rows = np.rint(scaled).astype(np.int8) if self.dtype == np.int8 else scaled.astype(np.float16)
         text = "".join(f"{i}\n" for i in ids).encode()
@@ -170,37 +190,78 @@ class GradientStore:
         """(n,) exact norms."""
         return self._meta()["norm"]
 
+    @property
+    def momentum(self) -> np.ndarray:
+        """(n,) exact cosine with what all rows share."""
+        meta = self._meta()
+        return np.divide(meta["shared"], meta["norm"], out=np.zeros(self.n_rows), where=meta["norm"] > 0)
+
     def _meta(self) -> np.ndarray:
         return np.fromfile(self.path / "rows.meta", META, self.n_rows)
 
-    def dots(self, target: np.ndarray, *, block: int = 4096) -> np.ndarray:
+    def dots(self, target: ProjectedTarget, *, block: int = 4096) -> np.ndarray:
         """Estimate ⟨Γ_i, v_j⟩ for all rows, reading the store once, block by block.
 
         Args:
-            target: (j, k) sketches of the targets (`project_target`).
+            target: of `project_target`.
             block: rows held in float32 at once.
 
         Returns:
             (n, j) float64.
         """
-        out = np.zeros((self.n_rows, target.shape[0]))
+        out = np.zeros((self.n_rows, len(target.shared)))
         if not self.n_rows:
             return out
         rows = np.memmap(self.path / "rows.bin", self.dtype, "r", shape=(self.n_rows, self.sketch.dim))
-        vectors, scale = torch.from_numpy(np.ascontiguousarray(target, np.float32)).T, self._meta()["scale"]
+        vectors, meta = torch.from_numpy(np.ascontiguousarray(target.sketches, np.float32)).T, self._meta()
         for start in range(0, self.n_rows, block):
             part = torch.from_numpy(np.array(rows[start : start + block])).float()
-            out[start : start + block] = (part @ vectors).numpy() * scale[start : start + block, None]
-        return out
+            out[start : start + block] = (part @ vectors).numpy() * meta["scale"][start : start + block, None]
+        return out + np.outer(meta["shared"], target.shared)
 
 
-def project_target(sketch: Sketch, target: GradientTarget) -> np.ndarray:
-    """Sketch every target vector, (j, k) float32."""
-    first = next(iter(target.blocks.values()))
-    out = torch.zeros(target.n_targets, sketch.dim, device=first.device)
-    for name, block in target.blocks.items():
-        sketch.add_(out, name, block.flatten(1).float(), 0)
-    return out.cpu().numpy()
+def shared_direction(kind: str, adam: AdamState | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The unit vector c along which a map moves every row, by parameter (p,); empty for a map without one.
+
+    Args:
+        kind: the map's name.
+        adam: its moments.
+        shapes: the parameters' shapes.
+    """
+    found = {n: momentum_direction(parameter_map(kind, adam, n, s, "cpu")) for n, s in shapes.items()}
+    blocks = {n: d for n, d in found.items() if d is not None}
+    length = math.sqrt(sum(float(d.double().square().sum()) for d in blocks.values()))
+    return {n: d / length for n, d in blocks.items()} if length > 0 else {}
+
+
+def project(sketch: Sketch, blocks: Mapping[str, Tensor], n: int) -> np.ndarray:
+    """Sketch n vectors given by parameter, (n, ...) each; (n, k) float32."""
+    out = torch.zeros(n, sketch.dim)
+    for name, block in blocks.items():
+        sketch.add_(out, name, block.reshape(n, -1).float().cpu(), 0)
+    return out.numpy()
+
+
+def project_target(
+    sketch: Sketch, target: GradientTarget, *, map: str = "sgd", adam: AdamState | None = None
+) -> ProjectedTarget:
+    """Sketch every target vector, without the direction that the map gives to all rows.
+
+    Args:
+        sketch: the store's.
+        target: of `target_vectors`.
+        map: the store's.
+        adam: the checkpoint's moments, for the Adam maps.
+    """
+    sketches = project(sketch, target.blocks, target.n_targets)
+    shapes = {n: tuple(b.shape[1:]) for n, b in target.blocks.items()}
+    common = shared_direction(map, adam, shapes)
+    shared = np.zeros(target.n_targets)
+    for name, c in common.items():
+        shared += (target.blocks[name].flatten(1).cpu().double() @ c.double()).numpy()
+    if common:
+        sketches = sketches - np.outer(shared, project(sketch, common, 1)[0]).astype(np.float32)
+    return ProjectedTarget(sketches, shared)
 
 
 def build_store(
@@ -233,6 +294,9 @@ def build_store(
     """
     if store.ids != list(ids[: store.n_rows]):
         raise PlanMismatch(f"{store.path}: its {store.n_rows} rows are not the first of these {len(ids)}")
+    kind = store.header["map"]
+    with recording(model, written=False, **options) as recorder:
+        common = project(store.sketch, shared_direction(kind, adam, recorder.shapes), 1)[0]
     for start in range(store.n_rows, len(rows), chunk):
         part = slice(start, start + chunk)
         found = influence(
@@ -240,13 +304,15 @@ def build_store(
             rows[part],
             None,
             adam=adam,
-            map=store.header["map"],
+            map=kind,
             token_budget=token_budget,
             sketch=store.sketch,
             **options,
         )
         assert found.sketch is not None
-        store.append(ids[part], found.sketch, found.norms)
+        shared = found.momentum * found.norms
+        sketches = found.sketch - np.outer(shared, common).astype(np.float32)
+        store.append(ids[part], sketches, found.norms, shared)
         if progress is not None:
             progress(min(start + chunk, len(rows)))
     return store
