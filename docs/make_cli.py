@@ -14,7 +14,7 @@ HEAD = """# Command line
 Made from the commands' own help by `python docs/make_cli.py`. Long options are taken with `_` or `-`.
 
 Exit codes: 0 done; 2 a mistake in options, recipe or model; 3 the run folder is of another recipe; 4 data refused;
-130 stopped from the keyboard, 143 by a signal: the same command goes on.
+5 `reproduce` found a difference; 130 stopped from the keyboard, 143 by a signal: the same command goes on.
 """
 
 

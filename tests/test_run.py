@@ -194,6 +194,17 @@ def test_a_changed_recipe_is_refused_and_says_what_changed(tmp_path):
     assert run.recipe().budget == ["10%"]
 
 
+def test_a_key_the_folder_does_not_know_yet_has_its_default(tmp_path):
+    run = Run(tmp_path)
+    run.adopt(recipe())
+    file = tmp_path / "recipe.yaml"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines() if not line.startswith("strict:")))
+    run.adopt(recipe())
+    file.write_text(file.read_text() + "gone: 1\n")  # and one that is gone is a difference
+    with pytest.raises(PlanMismatch, match="gone: 1 -> None"):
+        run.adopt(recipe())
+
+
 def test_a_method_may_be_added(tmp_path):
     run = Run(tmp_path)
     run.adopt(recipe())

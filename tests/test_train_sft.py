@@ -186,6 +186,24 @@ def test_arguments(tmp_path):
     assert fit(tmp_path / "steps", extra={"max_steps": 2, "adam_beta1": 0.5}).steps == 2
 
 
+def test_a_tracker_is_told_every_step(tmp_path, monkeypatch):
+    """`extra.report_to` reaches the trainer; the tracker itself is a stand-in, none is installed here."""
+    from transformers.integrations import integration_utils
+
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **more):
+            seen.append(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Tracker)
+    monkeypatch.setattr("keepset.train.arguments.find_spec", lambda name: True if name == "trackio" else None)
+    result = fit(tmp_path / "a", extra={"report_to": "trackio"})
+    assert [logs["loss"] for logs in seen if "loss" in logs] == pytest.approx(result.losses, abs=1e-3)
+    with pytest.raises(RecipeError, match="extra.report_to: wandb is not installed: pip install wandb"):
+        fit(tmp_path / "b", extra={"report_to": ["trackio", "wandb"]})
+
+
 def test_bad_rows_and_a_loss_that_explodes(tmp_path):
     with pytest.raises(DataError, match="no rows"):
         fit(tmp_path, [])

@@ -42,10 +42,11 @@ budget {{ budget }}, seed {{ seed }}.
 Sources: {{ sources }}. The rows keep their original columns, and with them their licences.
 
 * `data/`: the chosen rows. `subsets/`: every method's rows in the input's own dialect.
+* `trainers/`: ready configs for TRL, axolotl and LLaMA-Factory on these rows.
 * `scores/`: id, score, rank, parts, one file a method. `manifest.json`: recipe, versions, hashes, costs.
 * Model that scored: `{{ model }}`. A choice made with one model need not fit another.
 
-To do it again: `keepset run recipe.yaml` with the `recipe.yaml` of this folder.
+To do it again and compare hashes: `keepset reproduce manifest.json`.
 """
 
 

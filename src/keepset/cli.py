@@ -41,6 +41,15 @@ Options = Annotated[
 err = Console(stderr=True)
 
 
+def hush(quiet: bool) -> bool:
+    """`--quiet`: progress goes nowhere; results and mistakes are printed all the same."""
+    err.quiet = quiet
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=hush, help="no progress, only results and mistakes")]
+
+
 def set_key(data: dict[str, Any], text: str) -> None:
     """Apply `a.b.c=value` (the value is YAML) to nested mappings."""
     import yaml
@@ -104,6 +113,7 @@ def run(
     settings: Options = None,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="only say what it would cost")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score, select, train, evaluate and compare, as a recipe says; a second call does only what is missing.
 
@@ -130,7 +140,11 @@ def run(
 
 
 @app.command()
-def plan(recipe: Annotated[Path, typer.Argument(help="the recipe's YAML file")], as_json: AsJson = False) -> None:
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="the recipe's YAML file")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what a recipe would cost here: stages, tokens, FLOPs, seconds, memory; from a short probe.
 
     Example: keepset plan recipe.yaml
@@ -146,7 +160,7 @@ def plan(recipe: Annotated[Path, typer.Argument(help="the recipe's YAML file")],
 
 
 @app.command()
-def demo(run_dir: RunDir = Path("runs/demo"), force: Force = False) -> None:
+def demo(run_dir: RunDir = Path("runs/demo"), force: Force = False, quiet: Quiet = False) -> None:
     """Run the whole job on the small model and data that ship: ROSE, DavIR, Random and the longest rows.
 
     Example: keepset demo
@@ -172,6 +186,7 @@ def score(
     label: Annotated[str | None, typer.Option("--label", help="name of this variant; default: the method's")] = None,
     settings: Options = None,
     force: Force = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Score every row of a pool by one method into RUN_DIR/scores/LABEL.parquet.
@@ -227,6 +242,7 @@ def select(
     ] = None,
     quota: Annotated[str | None, typer.Option("--quota", help="none proportional equal floor")] = None,
     dedup: Annotated[str | None, typer.Option("--dedup", help="none exact near")] = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Keep the best rows of a scored pool; the subset is written in the input's own dialect.
@@ -261,6 +277,7 @@ def train(
     run_dir: RunDir = Path("runs/keepset"),
     seed: Annotated[int, typer.Option("--seed")] = 0,
     settings: Options = None,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune the base on a subset (TRL + PEFT) into RUN_DIR/models/SUBSET-seedN.
 
@@ -283,6 +300,7 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     pairs: Annotated[list[str] | None, typer.Option("--pairs", help="held-out chosen/rejected pairs")] = None,
     heldout: Annotated[list[str] | None, typer.Option("--heldout", help="held-out rows")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Evaluate a trained model on held-out pairs and rows; the untrained base beside it.
 
@@ -308,7 +326,7 @@ def evaluate(
 
 
 @app.command()
-def compare(run_dir: RunDir = Path("runs/keepset"), as_json: AsJson = False) -> None:
+def compare(run_dir: RunDir = Path("runs/keepset"), quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Compare everything the run folder has trained and evaluated, with intervals and paired tests against Random.
 
     Example: keepset compare --run_dir runs/mine
@@ -477,6 +495,72 @@ def export(
     print(f"{out}: {len(wanted)} rows")
 
 
+@app.command()
+def trainers(
+    subset: Annotated[str, typer.Argument(help="a subset of the run folder, or `full`")],
+    run_dir: RunDir = Path("runs/keepset"),
+) -> None:
+    """Write RUN_DIR/trainers: the rows and ready configs for TRL, axolotl and LLaMA-Factory.
+
+    `keepset run` does it for its first method.
+
+    Example: keepset trainers davir --run_dir runs/mine
+    """
+    from keepset.subsets import stored_subset
+    from keepset.trainers import write_trainers
+
+    job = open_job(run_dir)
+    with job.run.lock():
+        for name in write_trainers(job, stored_subset(job, subset)):
+            print(run_dir / name)
+
+
+@app.command()
+def push(
+    repo_id: Annotated[str, typer.Argument(help="user/name on the hub")],
+    run_dir: RunDir = Path("runs/keepset"),
+    public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: a private one")] = False,
+) -> None:
+    """Push a finished run's chosen rows, scores, card and manifest to a dataset repository of the Hugging Face hub.
+
+    Example: keepset push me/chosen-by-rose --run_dir runs/mine
+    """
+    from keepset.hub import push_to_hub
+
+    print(push_to_hub(run_dir, repo_id, private=not public))
+
+
+@app.command()
+def reproduce(
+    manifest: Annotated[Path, typer.Argument(help="a run's manifest.json, or its folder")],
+    run_dir: Annotated[
+        Path | None, typer.Option("--run_dir", "--run-dir", help="the new folder; default: the old one's name + -again")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a manifest's recipe again in a new folder and compare hashes; exit code 5 if anything differs.
+
+    Example: keepset reproduce runs/demo/manifest.json
+    """
+    from keepset.reproduce import print_reproduction
+    from keepset.reproduce import reproduce as run_again
+
+    folder = (manifest if manifest.is_dir() else manifest.parent).resolve()
+    result = run_again(manifest, run_dir or folder.with_name(folder.name + "-again"), console=err)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_reproduction(result, Console())
+    if not result["equal"]:
+        raise typer.Exit(5)
+
+
+def complain(text: str) -> None:
+    """Print a mistake in one line, also with `--quiet`."""
+    Console(stderr=True).print(f"keepset: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run a command; what a user can mend is printed in one line, with its exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
@@ -486,7 +570,7 @@ def main() -> None:
         stop_on_signals()
         app(standalone_mode=False)
     except KeepsetError as error:
-        err.print(f"keepset: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        complain(str(error))
         sys.exit(error.exit_code)
     except typer.Exit as done:
         sys.exit(done.exit_code)
@@ -496,7 +580,7 @@ def main() -> None:
     except Exception as error:
         trouble = system_trouble(error)
         if trouble is not None:
-            err.print(f"keepset: {trouble}", style="red", highlight=False, markup=False, soft_wrap=True)
+            complain(trouble)
             sys.exit(2)
         show: Callable[..., None] | None = getattr(error, "show", None)
         if show is None:

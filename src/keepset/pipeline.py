@@ -157,11 +157,12 @@ def versions() -> dict[str, str]:
 def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
     """Write what makes the folder a record: manifest, the dataset of the first method's rows, its card."""
     from keepset.card import write_dataset
+    from keepset.trainers import write_trainers
 
     primary = next((s for s in subsets if s.kind == "method"), None)
     if primary is not None:
         write_dataset(job, primary)
-    scores = sorted((job.run.path / "scores").glob("*.parquet"))
+        write_trainers(job, primary)
     manifest: dict[str, Any] = {
         "recipe": job.recipe.model_dump(mode="json", exclude={"run_dir"}),
         "versions": versions(),
@@ -173,9 +174,21 @@ def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
             "duplicates": job.pool.duplicates,
             "fingerprint": job.pool.fingerprint(),
         },
-        "files": {f"scores/{p.name}": file_digest(p) for p in scores},
+        "files": made_files(job),
         "subsets": job.run.load_json("subsets.json", {}),
         "costs": job.run.costs(),
         "seconds": round(seconds, 1),
     }
     job.run.save_json("manifest.json", manifest)
+
+
+def made_files(job: Job) -> dict[str, str]:
+    """sha256 of what the run made and would make again: scores, subsets, weights, per-item results; by file name."""
+    run = job.run
+    files = {f"scores/{p.name}": file_digest(p) for p in sorted((run.path / "scores").glob("*.parquet"))}
+    files |= {entry["file"]: entry["sha256"] for entry in run.load_json("subsets.json", {}).values()}
+    for done in sorted([*run.path.glob("models/*/done.json"), *run.path.glob("evaluation/*/done.json")]):
+        folder = str(done.parent.relative_to(run.path))
+        made = (run.done(folder) or {"files": {}})["files"]
+        files |= {f"{folder}/{name}": sha for name, sha in sorted(made.items()) if name.endswith(".safetensors")}
+    return files

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from keepset.errors import KeepsetError, PlanMismatch
+from keepset.errors import KeepsetError, PlanMismatch, RecipeError
 from keepset.features.halving import Count
 from keepset.recipe import Recipe
 
@@ -111,8 +111,11 @@ class Run:
         path = self.path / "recipe.yaml"
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
         if path.exists() and not force:
-            old = self.recipe_data()
-            old.pop("run_dir", None)
+            try:  # a key that an older keepset didn't know has its default
+                old = self.recipe().model_dump(mode="json", exclude={"run_dir"})
+            except RecipeError:  # it knew one that is gone
+                old = self.recipe_data()
+                old.pop("run_dir", None)
             differences = [d for d in diff_keys(old, new) if not d.startswith("methods")]
             if differences:
                 shown = "; ".join(differences[:4]) + (

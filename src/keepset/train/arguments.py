@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ Config = TypeVar("Config")
 # What keepset decides itself: where things go, the seed, that nothing is truncated, and who is told about it.
 OURS = ("output_dir", "seed", "max_length", "dataset_kwargs", "dataset_text_field", "push_to_hub")
 
+TRACKERS = ("trackio", "wandb", "tensorboard")  # the trainer looks for these only after the model is loaded
+
 
 def trainer_config(
     config_class: type[Config], args: TrainSpec, out: Path, *, seed: int, model: ModelSpec | None = None, **more: Any
@@ -22,7 +25,8 @@ def trainer_config(
 
     keepset's defaults where TRL's would change numbers or cost time: no truncation (`max_length=None`), no mixed
     precision (weights keep `ModelSpec.dtype`), no gradient checkpointing, every step logged, a checkpoint an epoch of
-    which the last two are kept, nothing reported to a service. `args.extra` overrides them.
+    which the last two are kept, nothing reported to a service. `args.extra` overrides them: `report_to: trackio`,
+    `wandb` or `tensorboard` is passed through.
 
     Args:
         config_class: TRL's class.
@@ -44,6 +48,10 @@ def trainer_config(
             raise RecipeError(f"extra.{name}: set `{name}` beside `extra`, not inside it")
         if name not in known:
             raise RecipeError(f"extra.{name}: {config_class.__name__} has no such argument{did_you_mean(name, known)}")
+    trackers = args.extra.get("report_to") or []
+    for name in [trackers] if isinstance(trackers, str) else trackers:
+        if name in TRACKERS and find_spec(name) is None:
+            raise RecipeError(f"extra.report_to: {name} is not installed: pip install {name}")
     if not 0 <= args.warmup_ratio < 1:
         raise RecipeError(f"warmup_ratio: {args.warmup_ratio} is not a share of the steps, 0 <= warmup_ratio < 1")
     settings: dict[str, Any] = {

@@ -1,0 +1,5 @@
+"""`python -m keepset` is the command `keepset`."""
+
+from keepset.cli import main
+
+main()
