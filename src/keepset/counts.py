@@ -51,7 +51,7 @@ def forward(
 def backward(job: Job, stage: str, methods: str, rows: list[Encoded], logged: str, *, times: int = 1) -> Work:
     """`times` passes forward and backward through frozen weights over `rows`."""
     n_tokens, n_head = count_tokens(rows)
-    work = flops(job.loaded.model, n_tokens, n_head, passes=2 * times)
+    work = flops(job.loaded.model, n_tokens, n_head, passes=gradient_passes(job) * times)
     return Work(stage, methods, "backward", len(rows), n_tokens * times, work, logged)
 
 
@@ -79,7 +79,7 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
     if users("reference"):
         found += reference_work(job, users("reference"))
     trained = ", ".join(m.label for m in methods if {"warmup", "gradients"} & set(METHODS[m.name].needs))
-    if trained:
+    if trained and not recipe.warmup.path:
         from keepset.train.warmup import pick_subset
 
         spec = recipe.warmup
@@ -102,6 +102,27 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
             logged = rf"representations \({how}\)"
             found.append(forward(job, f"representations ({how})", ", ".join(labels), job.rows, logged, head=False))
     return found
+
+
+def gradient_rows(job: Job) -> list[Encoded]:
+    """The job's rows as gradient methods score them: cut after `gradients.max_completion_tokens` supervised tokens."""
+    cap = job.recipe.gradients.max_completion_tokens
+    return job.rows if cap is None else [first_supervised(row, cap) for row in job.rows]
+
+
+def first_supervised(row: Encoded, n: int) -> Encoded:
+    """A row cut after its first n supervised tokens."""
+    where = np.flatnonzero(row.supervised)
+    if len(where) <= n:
+        return row
+    end = int(where[n - 1]) + 1
+    return replace(row, input_ids=row.input_ids[:end], supervised=row.supervised[:end], truncated=True)
+
+
+def gradient_passes(job: Job) -> float:
+    """Forward-equivalents of a gradient pass: the backward part ends below the lowest layer that is looked at."""
+    depth, layers = job.recipe.gradients.last_layers, job.loaded.model.config.get_text_config().num_hidden_layers
+    return 2.0 if depth is None else 1.0 + min(1.0, depth / layers)
 
 
 def answer_alone(row: Encoded, start: int = 0) -> Encoded:
@@ -155,7 +176,7 @@ def gradient_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
     for map_ in dict.fromkeys(r.map for r in requests.values()):
         labels = ", ".join(label for label, r in requests.items() if r.map == map_)
         logged = rf"gradients at \S+ \({map_}\)"
-        found.append(backward(job, f"gradients ({map_}) x{many}", labels, job.rows, logged, times=many))
+        found.append(backward(job, f"gradients ({map_}) x{many}", labels, gradient_rows(job), logged, times=many))
         for request in dict.fromkeys(r for r in requests.values() if r.map == map_):
             rows = chosen if request.loss == "sft" else sides
             labels = ", ".join(label for label, r in requests.items() if r == request)

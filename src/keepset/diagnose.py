@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 NEAR_ZERO_SCORE = 0.01  # median |DavIR| below this: the reference moved nothing
 STRONG_LENGTH = 0.5  # |Spearman| with length from here on is told as a warning
 NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
+STORE_AGREES = (
+    0.9  # Spearman of a gradient store's cosines with the exact ones, below which ranks are not to be trusted
+)
 SWAMPED = 0.5  # median cosine of the mapped gradient with the momentum that all rows share
 
 
@@ -75,6 +78,14 @@ def diagnose_scores(table: pa.Table, label: str) -> list[Finding]:
             if share >= SWAMPED
             else "the rows' own part leads",
         )
+    stored = [scored[name].to_numpy() for name in scored.column_names if name.endswith(".store_spearman")]
+    if stored and np.isfinite(stored).all():
+        rank = float(np.min(stored))
+        low = rank < STORE_AGREES
+        add("store-agreement", "warning" if low else "info", rank,
+            f"scores come from the store, not exactly: on a sample, Spearman {rank:.2f} with the exact ones",
+            "raise gradients.store_dim, or leave gradients.store out for exact scores" if low else
+            "close enough for ranks")  # fmt: skip
     repeats = scored.num_rows - len({i.split("-")[0] for i in scored["id"].to_pylist()})
     if repeats:
         add("duplicates", "warning", repeats, f"{repeats} rows are exact copies of others and score alike",

@@ -129,6 +129,7 @@ class WarmupSpec(TrainSpec):
     learning_rate: float = 2e-5
     checkpoints: Literal["all", "last"] = Field("all", description="which epochs' ends are scored at; last is cheaper")
     seed: int | None = Field(None, description="picks the subset and the order; default: the recipe's seed")
+    path: str | None = Field(None, description="an existing warm-up: `models/warmup` of another run")
 
 
 class ReferenceSpec(TrainSpec):
@@ -136,6 +137,20 @@ class ReferenceSpec(TrainSpec):
 
     path: str | None = Field(None, description="an existing reference: adapter folder, model folder or hub name")
     folds: int = Field(0, ge=0, description="K >= 2: cross-fitted, each row scored by a model not trained on it")
+
+
+class GradientSpec(Strict):
+    """How gradient methods form their scores: exactly, unless one of these trades accuracy for cost."""
+
+    store: str | None = Field(
+        None, description="folder of a reusable store: rows are sketched once, later targets only read it"
+    )
+    store_dim: int | None = Field(None, ge=1, description="numbers a row; default: from store_error")
+    store_error: float = Field(0.01, gt=0, lt=1, description="standard deviation of a cosine near 0; sets store_dim")
+    store_dtype: Literal["float16", "int8"] = "float16"
+    store_sample: int = Field(64, ge=0, description="rows also scored exactly, to measure the store's error")
+    last_layers: int | None = Field(None, ge=1, description="matrices of the top so many layers only")
+    max_completion_tokens: int | None = Field(None, ge=1, description="score each row by its first so many tokens")
 
 
 class MethodSpec(Strict):
@@ -213,6 +228,7 @@ class Recipe(Strict):
     mix: list[MixSpec] = Field(default_factory=list, description="training sets put together from several pools")
     select: SelectSpec = SelectSpec()
     warmup: WarmupSpec = WarmupSpec()
+    gradients: GradientSpec = GradientSpec()
     reference: ReferenceSpec = ReferenceSpec()
     train: TrainSpec = TrainSpec()
     train_seeds: list[int] = Field(default_factory=lambda: [0], description="every method's model is trained per seed")

@@ -232,6 +232,9 @@ def gradient_score(
         parts[f"ckpt{c}.momentum"] = found["momentum"][c]
         parts[f"ckpt{c}.cosine"] = (found["dots"][c] / found["norms"][c][:, None]).max(axis=1)
         parts[f"ckpt{c}.lr"] = np.full(len(score), lr)
+        parts |= {
+            f"ckpt{c}.{k}": np.full(len(score), found[k][c]) for k in ("store_rms", "store_spearman") if k in found
+        }
     return Scored(score, parts)
 
 
@@ -458,15 +461,17 @@ def score_key(job: Job, spec: MethodSpec) -> str:
     """Hash of everything that a method's scores are made of."""
     from keepset.stages import VERSION, weights_of
 
-    needs, outside = METHODS[spec.name].needs, job.recipe.reference.path
+    needs, outside, warm = METHODS[spec.name].needs, job.recipe.reference.path, job.recipe.warmup.path
+    gradients = {"gradients", "warmup"} & set(needs)
     return digest(
         {
             "version": VERSION,
             "ids": [str(i) for i in job.ids],
             "data": {"pool": job.pool.fingerprint()} if job.text_only else job.data_key(),
             "target": job.target.fingerprint() if "target" in needs else None,
-            "recipe": job.recipe.model_dump(mode="json", include={"seed", "lora", "warmup", "reference"}),
+            "recipe": job.recipe.model_dump(mode="json", include={"seed", "lora", "warmup", "reference", "gradients"}),
             "reference": weights_of(Path(outside)) if outside and "reference" in needs else None,
+            "warmup": [weights_of(p) for p in sorted(Path(warm).glob("checkpoint-*"))] if warm and gradients else None,
             "method": spec.model_dump(mode="json"),
         }
     )

@@ -12,10 +12,11 @@ import numpy as np
 
 from keepset.adapters import attached
 from keepset.cost import count_tokens, flops
-from keepset.counts import answer_alone
+from keepset.counts import answer_alone, gradient_passes, gradient_rows
 from keepset.methods.cross_fit import fold_of
 from keepset.recipe import TrainSpec
 from keepset.run import Arrays, digest
+from keepset.stored_gradients import stored_influence
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
@@ -34,7 +35,7 @@ def sweep_rows(
     batch: Callable[[list[Encoded], list[str]], dict[str, Arrays]],
     *,
     rows: list[Encoded] | None = None,
-    passes: int = 1,
+    passes: float = 1,
     each: bool = False,
     head: bool = True,
 ) -> dict[str, Arrays]:
@@ -277,6 +278,9 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
     from keepset.train.warmup import list_checkpoints, pick_subset, warmup
 
     spec = job.recipe.warmup
+    if spec.path:
+        checkpoints = list_checkpoints(Path(spec.path))
+        return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
     seed = job.recipe.seed if spec.seed is None else spec.seed
     picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
     picked = picked[id_order(job.ids[picked])]
@@ -309,9 +313,15 @@ def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]
         job.say("the warm-up took too few steps for a mean learning rate: its checkpoints count alike")
         lr = np.ones(len(lr))
     return {
-        **{name: np.stack([f[name] for f in found]) for name in ("dots", "norms", "momentum")},
+        **{name: np.stack([f[name] for f in found]) for name in found[0]},
         "lr": lr,
     }
+
+
+def gradient_key(job: Job) -> dict[str, Any]:
+    """The recipe's `gradients` where they change the numbers, for the keys of gradient stages."""
+    spec = job.recipe.gradients.model_dump(include={"last_layers", "max_completion_tokens"}, exclude_none=True)
+    return {"gradients": spec} if spec else {}
 
 
 def checkpoint_influence(
@@ -327,13 +337,14 @@ def checkpoint_influence(
     stages = {
         f"influence-{digest(asdict(request))[:8]}-{checkpoint.path.name}": {
             "version": VERSION, **job.data_key(), "checkpoint": digest(weights_of(checkpoint.path)),
-            "target": job.target.fingerprint(), "tasks": names, "request": asdict(request),
+            "target": job.target.fingerprint(), "tasks": names, "request": asdict(request), **gradient_key(job),
         }
         for request in requests
     }  # fmt: skip
     by_name = dict(zip(stages, requests, strict=True))
     vectors: dict[str, Any] = {}
-    budget = job.recipe.batching.token_budget
+    budget, last_layers = job.recipe.batching.token_budget, job.recipe.gradients.last_layers
+    rows, kind = gradient_rows(job), requests[0].map
 
     def target_of(name: str) -> Any:
         request = by_name[name]
@@ -341,13 +352,13 @@ def checkpoint_influence(
             job.say(f"target gradients at {checkpoint.path.name}: {request.loss}, {len(pairs)} rows")
             vectors[name] = target_vectors(
                 model, pairs, codes[kept], n_tasks=len(names), loss=request.loss, beta=request.beta,
-                reference=request.reference, normalise=request.normalise, token_budget=budget,
+                reference=request.reference, normalise=request.normalise, token_budget=budget, last_layers=last_layers,
             )  # fmt: skip
         return vectors[name]
 
     def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
         stacked = concatenate([target_of(name) for name in missing])
-        found = row_influence(model, some, stacked, adam=adam, map=requests[0].map, token_budget=budget)
+        found = row_influence(model, some, stacked, adam=adam, map=kind, token_budget=budget, last_layers=last_layers)
         parts = np.split(found.dots, len(missing), axis=1)
         return {
             name: {"dots": part, "norms": found.norms, "momentum": found.momentum}
@@ -356,7 +367,14 @@ def checkpoint_influence(
 
     adam = load_adam(checkpoint.path)
     with attached(job.loaded.model, checkpoint.path) as model:
-        out = sweep_rows(job, stages, f"gradients at {checkpoint.path.name} ({requests[0].map})", batch, passes=2)
+        what = f"gradients at {checkpoint.path.name} ({kind})"
+        if job.recipe.gradients.store:
+            adapter = digest(weights_of(checkpoint.path))
+            return {
+                request: stored_influence(job, model, what, rows, target_of(name), adam, kind, adapter)
+                for name, request in by_name.items()
+            }
+        out = sweep_rows(job, stages, what, batch, rows=rows, passes=gradient_passes(job))
     return {by_name[name]: arrays for name, arrays in out.items()}
 
 
