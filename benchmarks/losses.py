@@ -5,9 +5,9 @@ same model in memory and the same LoRA (r = 8 on q, k, v, o; random B), adapter 
 interleaved and the ratio is taken inside each repetition, so a busy machine disturbs both sides.
 
     two forwards    HF + PEFT + sdpa, length-bucketed padded batches of at most 1,024 tokens, full logits, per-row sums
-    Trainer         transformers.Trainer.predict, batch 8 in the given order, prediction_step that returns per-row
-    losses lm-eval-like    what HFLM.loglikelihood does (0.4.13): longest first, batch 8, log_softmax of full logits,
-    argmax check one row         model(input_ids, labels) row by row
+    Trainer         transformers.Trainer.predict, batch 8 in the given order, prediction_step that returns row losses
+    lm-eval-like    what HFLM.loglikelihood does (0.4.13): longest first, batch 8, log_softmax of full logits, argmax
+    one row         model(input_ids, labels) row by row
 
 Peak memory is the high-water mark of a fresh process that loads Gemma and scores batches of 1,024 tokens.
 """
@@ -37,7 +37,7 @@ import zstandard
 from keepset.encoding import Encoded, encode_all
 from keepset.features.losses import plan, row_losses, sliding_window
 from keepset.model import apply_lora, load
-from keepset.packing import bare, plan_batches
+from keepset.packing import bare, needed, plan_batches
 from keepset.recipe import LoraSpec, ModelSpec
 
 HERE = Path(__file__).resolve().parent
@@ -233,13 +233,13 @@ def describe(model: Any, rows: list[Encoded]) -> dict[str, Any]:
     real = sum(lengths)
     plain = sum(len(b) * max(lengths[i] for i in b) for b in bucketed(lengths))
     made = list(plan(rows, BUDGET, share=True, window=sliding_window(model)))
-    run = sum(p + sum(lengths[i] - p for i in index) for index, p in made)
+    run = sum(p + sum(needed(rows[i]) - p for i in index) for index, p in made)
     return {
         "rows": len(rows),
         "tokens": real,
         "supervised_share": round(sum(int(r.supervised.sum()) for r in rows) / real, 4),
         "padding_waste_of_two_forwards": round(plain / real - 1, 4),
-        "tokens_saved_by_shared_beginnings": round(1 - run / real, 4),
+        "tokens_saved_by_shared_beginnings_and_ends": round(1 - run / real, 4),
         "batches": len(made),
         "batches_unshared": len(plan_batches(lengths, BUDGET)),
     }
@@ -313,6 +313,7 @@ def main() -> None:
             "one row": (one_row, m),
             "keepset, nothing shared": (lambda m, r: keepset(m, r, share_prefix=False), 1),
             "keepset, LoRA not merged": (lambda m, r: keepset(m, r, merge=False), 1),
+            "keepset, the model's own blocks": (lambda m, r: keepset(m, r, written=False), 1),
         }
         about, table = describe(model, rows), measure(model, rows, contenders)
         show("SmolLM2-135M-Instruct", about, table)

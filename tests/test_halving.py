@@ -64,6 +64,7 @@ def tight(monkeypatch):
     torch = pytest.importorskip("torch")
     from keepset import packing
     from keepset.features import gradients, llama_pass
+    from keepset.features.llama_forward import LlamaForward
 
     def small(real, count):
         def call(*args, **kwargs):
@@ -76,6 +77,7 @@ def tight(monkeypatch):
     monkeypatch.setattr(
         packing, "last_hidden", small(packing.last_hidden, lambda model, batch, **more: len(batch.rows))
     )
+    monkeypatch.setattr(LlamaForward, "__call__", small(LlamaForward.__call__, lambda forward, batch: len(batch.rows)))
     monkeypatch.setattr(gradients, "lay_out", small(llama_pass.lay_out, len))
 
 

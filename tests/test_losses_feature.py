@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset import packing  # noqa: E402
-from keepset.features.losses import merged_weights, plan, prefix_groups, row_losses  # noqa: E402
+from keepset.features.losses import merged_weights, plan, prefix_groups, row_losses, written_passes  # noqa: E402
 from keepset.features.representations import representations  # noqa: E402
 from test_packing import one_by_one  # noqa: E402
 
@@ -122,7 +122,7 @@ def test_prefix_groups_are_common_unsupervised_beginnings() -> None:
 
 def test_a_prefix_saves_tokens() -> None:
     rows = random_rows(32, seed=8, prefix=20)
-    made = [packing.pack(rows, index, packed=True, prefix=p) for index, p in plan(rows, 400, share=True)]
+    made = [packing.pack(rows, index, packed=True, prefix=p, trim=True) for index, p in plan(rows, 400, share=True)]
     assert sum(b.input_ids.numel() for b in made) < 0.75 * sum(len(r.input_ids) for r in rows)
     assert max(b.input_ids.numel() for b in made) <= 400
 
@@ -140,3 +140,30 @@ def test_representations(architecture: str, pooling: str) -> None:
         np.testing.assert_allclose(got[i], want.numpy(), rtol=1e-4, atol=1e-5)
     plain = representations(tiny_model(architecture, attn="sdpa"), rows, token_budget=50, pooling=pooling)
     np.testing.assert_allclose(plain, got, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral"])
+def test_the_written_out_pass_gives_the_model_s_own_numbers(architecture: str) -> None:
+    rows = [*mixed_rows(), TinyRow(np.arange(3, 12, dtype=np.int32), np.arange(9) == 4)]  # tokens after the last label
+    model = tiny_lora(tiny_model(architecture))
+    passes = written_passes(model, (False, True), merged_weights(model))
+    assert passes is not None and len(passes) == 2
+    for budget in (40, 300):
+        got = row_losses(model, rows, token_budget=budget, adapters=(False, True))
+        own = row_losses(model, rows, token_budget=budget, adapters=(False, True), written=False)
+        np.testing.assert_allclose(got.nll, own.nll, rtol=1e-6)
+
+
+def test_what_the_written_out_pass_does_not_serve_runs_the_model_s_own() -> None:
+    assert written_passes(tiny_model("gemma3"), (True,), None) is None
+    assert written_passes(tiny_lora(tiny_model("llama")), (True,), None) is None  # not merged
+    assert written_passes(tiny_model("llama").bfloat16(), (True,), None) is None
+
+
+def test_a_row_ends_before_its_last_supervised_token() -> None:
+    row = TinyRow(np.arange(10, dtype=np.int32), np.isin(np.arange(10), (4, 6)))
+    assert packing.needed(row) == 6
+    batch = packing.pack([row], [0], packed=True, trim=True)
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert (batch.predict.tolist(), batch.labels.tolist()) == ([3, 5], [4, 6])
+    assert packing.needed(TinyRow(row.input_ids, np.zeros(10, bool))) == 10

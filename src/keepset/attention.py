@@ -124,23 +124,41 @@ class _PackedCpu(torch.autograd.Function):
 
 
 def _packed_with_prefix(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
-    """Attention when all rows share a prefix whose keys and values stand once at the front (CPU, no gradient).
-
-    softmax over [prefix, own] = the two softmaxes mixed by their log-sum-exps: w = sigmoid(lse_prefix - lse_own).
-    """
+    """Attention when all rows share a prefix whose keys and values stand once at the front (CPU, no gradient)."""
     p = segments.prefix
     head, _ = _flash(q[:, :, :p], k[:, :, :p], v[:, :, :p], 0.0, True, scale=scale)
-    out, lse = _flash(q[:, :, p:], k[:, :, :p], v[:, :, :p], 0.0, False, scale=scale)
-    from_prefix = out[0].transpose(0, 1)  # (T - p, H, D)
+    own, beginning = [x[:, :, p:] for x in (q, k, v)], (k[:, :, :p], v[:, :, :p])
+    return torch.cat([_flat(head), beside_prefix(own[0], own[1], own[2], beginning, segments, scale=scale)])[None]
+
+
+def beside_prefix(
+    q: Tensor, k: Tensor, v: Tensor, beginning: tuple[Tensor, Tensor], segments: Segments, *, scale: float | None = None
+) -> Tensor:
+    """Attention of the rows' own tokens to a shared prefix and, causally, to their row (CPU, no gradient).
+
+    softmax over [prefix, own] = the two softmaxes mixed by their log-sum-exps: w = sigmoid(lse_prefix - lse_own).
+
+    Args:
+        q: queries (1, H, T, D) of the rows' own T tokens.
+        k: their keys (1, Hk, T, D).
+        v: their values (1, Hk, T, D).
+        beginning: keys and values (1, Hk, P, D) of the prefix.
+        segments: the division of P + T.
+        scale: factor on q·k; None is 1/sqrt(D).
+
+    Returns:
+        (T, H, D).
+    """
+    out, lse = _flash(q, *beginning, 0.0, False, scale=scale)
+    from_prefix = out[0].transpose(0, 1)
     outs, lses = [], []
-    for group in segments.groups:
+    for start, rows, length in segments.groups:
+        group = (start - segments.prefix, rows, length)
         out, own = _flash(_rows(q, group), _rows(k, group), _rows(v, group), 0.0, True, scale=scale)
         outs.append(_flat(out))
         lses.append(own.transpose(1, 2).flatten(0, 1))
     weight = torch.sigmoid(lse[0].transpose(0, 1) - torch.cat(lses))[..., None].to(q.dtype)
-    mixed = torch.cat([_flat(head), *outs])
-    mixed[p:].lerp_(from_prefix, weight)
-    return mixed[None]
+    return torch.cat(outs).lerp_(from_prefix, weight)
 
 
 def _packed_elsewhere(

@@ -77,6 +77,12 @@ class Batch:
         return self.segments.prefix if self.segments is not None else 0
 
 
+def needed(row: Row) -> int:
+    """Tokens a row must be run for: those before its last supervised one, which is predicted and predicts nothing."""
+    supervised = np.flatnonzero(row.supervised)
+    return int(supervised[-1]) if len(supervised) else len(row.input_ids)
+
+
 def plan_batches(lengths: Sequence[int] | np.ndarray, token_budget: int) -> list[np.ndarray]:
     """Sort by length (ties by position) and fill batches greedily up to `token_budget` tokens.
 
@@ -112,6 +118,7 @@ def pack(
     pad_token_id: int = 0,
     device: torch.device | str = "cpu",
     prefix: int = 0,
+    trim: bool = False,
 ) -> Batch:
     """Build one batch of `rows[i] for i in indices`.
 
@@ -122,12 +129,15 @@ def pack(
         pad_token_id: what stands in padding; never read by attention.
         device: where the tensors go.
         prefix: packed only: the first `prefix` tokens are the same in every row, unsupervised, and computed once.
+        trim: leave out what predicts nothing: a row's last supervised token and all after it (see `needed`).
     """
     index = np.asarray(indices, dtype=np.int64)
     chosen = [rows[int(i)] for i in index]
-    full = [len(row.input_ids) for row in chosen]
+    full = [needed(row) if trim else len(row.input_ids) for row in chosen]
     lengths = [n - prefix for n in full]
-    ids = np.concatenate([np.asarray(row.input_ids[prefix:], dtype=np.int64) for row in chosen])
+    ids = np.concatenate(
+        [np.asarray(row.input_ids[prefix:n], dtype=np.int64) for row, n in zip(chosen, full, strict=True)]
+    )
     places = np.concatenate([np.arange(prefix, n) for n in full])
     predict, labels, row_of = [], [], []
     if packed:

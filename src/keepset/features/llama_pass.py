@@ -220,6 +220,24 @@ def lay_out(rows: Sequence[Row]) -> Rows:
     )
 
 
+def read_norm(module: Any) -> Norm | None:
+    """The norm's numbers, or None where a model has none."""
+    return None if module is None else Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def read_blocks(decoder: Any, by_module: dict[int, Linear]) -> list[Block]:
+    """The decoder's layers; a linear layer found in `by_module` (by its id) has the weight given there."""
+    blocks = []
+    for layer in decoder.layers:
+        a, m = layer.self_attn, layer.mlp
+        modules = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
+        parts = [by_module.get(id(x)) or plain_linear(x) for x in modules]
+        norms = [read_norm(layer.input_layernorm), read_norm(layer.post_attention_layernorm)]
+        extra = [read_norm(getattr(a, "q_norm", None)), read_norm(getattr(a, "k_norm", None))]
+        blocks.append(Block(*parts, *norms, *extra))  # type: ignore[arg-type]
+    return blocks
+
+
 class LlamaPass:
     """The pass over one model with its recorded layers."""
 
@@ -229,23 +247,10 @@ class LlamaPass:
         by_module = {id(linear.module): linear for linear in linears.values()}
         self.recorded = {id(linear) for linear in linears.values() if linear.recorded}
         self.decoder = decoder
-
-        def dense(module: nn.Module) -> Linear:
-            return by_module.get(id(module)) or plain_linear(module)
-
-        def norm(module: Any) -> Norm | None:
-            return None if module is None else Norm(module.weight.detach(), module.variance_epsilon)
-
-        self.blocks = []
-        for layer in decoder.layers:
-            a, m = layer.self_attn, layer.mlp
-            parts = [dense(x) for x in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)]
-            norms = [norm(layer.input_layernorm), norm(layer.post_attention_layernorm)]
-            extra = [norm(getattr(a, "q_norm", None)), norm(getattr(a, "k_norm", None))]
-            self.blocks.append(Block(*parts, *norms, *extra))  # type: ignore[arg-type]
+        self.blocks = read_blocks(decoder, by_module)
         self.head_dim = int(decoder.layers[0].self_attn.head_dim)
         self.scale = float(decoder.layers[0].self_attn.scaling)
-        self.final = norm(decoder.norm)
+        self.final = read_norm(decoder.norm)
         used = [i for i, b in enumerate(self.blocks) if any(id(x) in self.recorded for x in vars(b).values())]
         self.lowest = min(used, default=len(self.blocks))
 

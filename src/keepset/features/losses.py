@@ -4,14 +4,15 @@ from.
 L_i = sum over supervised t of l(z_t, y_t), in nats, token values in float32 and sums in float64. The token loss l is
 one of
 
-    ce              nll = logsumexp(z) - z_y label-smoothed  (1 - e) * nll + e * (logsumexp(z) - mean(z))        e = 0.1
-    (Szegedy et al. 2016; torch's label_smoothing) focal           (1 - p_y)^g * nll,  p_y = exp(-nll)
-    g = 2     (Lin et al. 2017, eq. 4)
+    ce              nll = logsumexp(z) - z_y
+    label-smoothed  (1 - e) * nll + e * (logsumexp(z) - mean(z))    e = 0.1  (Szegedy et al. 2016; as torch has it)
+    focal           (1 - p_y)^g * nll,  p_y = exp(-nll)             g = 2    (Lin et al. 2017, eq. 4)
 
-How it is made cheap: rows are packed without padding; a beginning that many rows share (a system line, a template's
-first words) is computed once a batch; the output head runs at supervised positions only, over blocks of the vocabulary;
-for the adapter pass W + s·B·A is formed once a call, so that it costs what the base pass costs. Two separate full
-models are two calls.
+How it is made cheap: rows are packed without padding and end before their last supervised token, which predicts
+nothing; a beginning that many rows share (a system line, a template's first words) is computed once; the output head
+runs at supervised positions only, over blocks of the vocabulary; for the adapter pass W + s·B·A is formed once a call,
+so that it costs what the base pass costs; Llama-like blocks run in `llama_forward`. Two separate full models are two
+calls.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from keepset import head, packing
+from keepset.features import llama_pass
 from keepset.features.halving import in_halves
+from keepset.features.llama_forward import LlamaForward
+from keepset.features.matrices import Linear
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +66,7 @@ def row_losses(
     per_token: bool = False,
     share_prefix: bool = True,
     merge: bool = True,
+    written: bool = True,
 ) -> RowLosses:
     """Score rows under one model, with its adapter on and / or off.
 
@@ -70,12 +75,12 @@ def row_losses(
         rows: encoded rows.
         token_budget: tokens a batch holds.
         adapters: the passes over each batch: True as the model stands, False with its adapter off (a model without an
-        adapter
-            gives the same twice).
+            adapter gives the same twice).
         token_loss: see the module docstring.
         per_token: also return every token's loss.
         share_prefix: compute a beginning that rows have in common once (CPU, packed).
         merge: use merged LoRA weights in the adapter pass where that is exact.
+        written: run Llama-like blocks in `llama_forward` where it serves the model; False: always the model's own.
 
     Returns:
         Losses in the order of `rows`. A row whose loss is not finite keeps its NaN or Inf: the caller quarantines it.
@@ -87,16 +92,25 @@ def row_losses(
     n_tokens = np.asarray([int(np.count_nonzero(row.supervised)) for row in rows], dtype=np.int64)
     # Results stay on the device until the end: reading them back after every batch would make a GPU wait.
     done: list[tuple[int, np.ndarray, Tensor, Tensor | None]] = []
+    window = sliding_window(model)
     with torch.no_grad():  # not inference_mode: the merged tensors take the place of parameters for a while
         weights = merged_weights(model) if merge and peft and True in adapters else None
+        own: list[LlamaForward] | None = None
+        if written and packed and (window is None or all(len(row.input_ids) <= window for row in rows)):
+            own = written_passes(model, adapters, weights)
     with torch.inference_mode():
-        for index, prefix in plan(rows, token_budget, share=share, window=sliding_window(model)):
+        for index, prefix in plan(rows, token_budget, share=share, window=window):
 
             def score(index: np.ndarray, prefix: int = prefix) -> None:
-                batch = packing.pack(rows, index, packed=packed, device=device, prefix=prefix if len(index) > 1 else 0)
+                shared = prefix if len(index) > 1 else 0
+                batch = packing.pack(rows, index, packed=packed, device=device, prefix=shared, trim=True)
                 for k, on in enumerate(adapters):
-                    with _pass(model, on, peft, weights):
-                        values = token_values(model, batch, token_loss)
+                    if own is not None:
+                        hidden = own[k](batch)
+                    else:
+                        with _pass(model, on, peft, weights):
+                            hidden = packing.last_hidden(model, batch)[batch.predict]
+                    values = token_values(model, hidden, batch.labels, token_loss)
                     sums = packing.row_sums(values, batch.row_of, len(index))
                     done.append((k, index, sums, values if per_token else None))
 
@@ -112,21 +126,20 @@ def row_losses(
     return RowLosses(nll, n_tokens, tokens if per_token else None)
 
 
-def token_values(model: Any, batch: packing.Batch, token_loss: TokenLoss) -> Tensor:
-    """Return the token loss at every supervised position, (S,) float32, no gradient."""
+def token_values(model: Any, hidden: Tensor, labels: Tensor, token_loss: TokenLoss) -> Tensor:
+    """Return the loss of each label, (S,) float32, from the final hidden states (S, d) that predict it; no gradient."""
+    inner = packing.bare(model)
+    z, mapping = inner.get_output_embeddings(), head.logit_map(inner.config)
     if token_loss == "ce":
-        return packing.token_nll(model, batch)
+        return head.nll(hidden, labels, z, mapping)
     if token_loss == "focal":
-        nll = packing.token_nll(model, batch)
+        nll = head.nll(hidden, labels, z, mapping)
         return (1 - torch.exp(-nll)) ** GAMMA * nll
     if token_loss != "label-smoothed":
         raise ValueError(f"token_loss '{token_loss}' is not one of ce, label-smoothed, focal")
-    inner = packing.bare(model)
-    z = inner.get_output_embeddings()
     if type(z) is not nn.Linear:
         raise ValueError("label-smoothed losses need a plain linear output head (no adapter on it)")
-    hidden = packing.last_hidden(model, batch)[batch.predict]
-    stats = head.head_stats(hidden, batch.labels, z.weight, z.bias, head.logit_map(inner.config), with_mean=True)
+    stats = head.head_stats(hidden, labels, z.weight, z.bias, mapping, with_mean=True)
     return (1 - SMOOTHING) * (stats.lse - stats.label) + SMOOTHING * (stats.lse - stats.mean)
 
 
@@ -149,10 +162,10 @@ def plan(
     sliding window go without sharing.
     """
     everyone = np.arange(len(rows))
-    lengths = np.asarray([len(row.input_ids) for row in rows])
+    lengths = np.asarray([packing.needed(row) for row in rows], dtype=np.int64)
     groups: list[tuple[np.ndarray, int]] = [(everyone, 0)]
     if share and len(rows):
-        short = everyone if window is None else everyone[lengths <= window]
+        short = everyone if window is None else np.flatnonzero([len(row.input_ids) <= window for row in rows])
         groups = prefix_groups(rows, short)
         rest = np.setdiff1d(everyone, short)
         if len(rest):
@@ -167,9 +180,10 @@ def prefix_groups(rows: Sequence[packing.Row], members: np.ndarray) -> list[tupl
     rows.
 
     Returns:
-        (indices, prefix length) of each group; the first token that is supervised is never part of the beginning.
+        (indices, prefix length) of each group; the first token that is supervised is never part of the beginning,
+        and every row has a token of its own.
     """
-    free = {int(i): int(np.argmax(rows[int(i)].supervised)) for i in members}
+    free = {int(i): min(int(np.argmax(rows[i].supervised)), packing.needed(rows[i]) - 1) for i in members}
 
     def split(group: list[int]) -> list[tuple[np.ndarray, int]]:
         common = np.asarray(rows[group[0]].input_ids[: min(free[i] for i in group)])
@@ -198,7 +212,25 @@ def prefix_groups(rows: Sequence[packing.Row], members: np.ndarray) -> list[tupl
     return split([int(i) for i in members]) if len(members) else []
 
 
-# -- merged adapter weights -----------------------------------------------------------------------------------------
+# -- merged adapter weights, and the passes that use them -----------------------------------------------------------
+
+
+def written_passes(
+    model: Any, adapters: tuple[bool, ...], weights: list[tuple[Any, Tensor, Tensor]] | None
+) -> list[LlamaForward] | None:
+    """One `LlamaForward` for each pass, or None where the model's own forward must run."""
+    if hasattr(model, "disable_adapter") and weights is None:
+        return None
+    found: dict[bool, LlamaForward] = {}
+    for on in set(adapters):
+        linears = {
+            str(place): Linear(module, both if on else base, module.get_base_layer().bias, (), recorded=False)
+            for place, (module, base, both) in enumerate(weights or [])
+        }
+        if not llama_pass.serves(model, linears):
+            return None
+        found[on] = LlamaForward(model, linears)
+    return [found[on] for on in adapters]
 
 
 def merged_weights(model: Any) -> list[tuple[Any, Tensor, Tensor]] | None:
@@ -227,8 +259,8 @@ def merged_weights(model: Any) -> list[tuple[Any, Tensor, Tensor]] | None:
         if base.dtype != torch.float32:
             return None
         name = module.active_adapters[0]
-        delta = module.lora_B[name].weight @ module.lora_A[name].weight
-        out.append((module, base.data, torch.add(base.data, delta, alpha=float(module.scaling[name]))))
+        up, down = module.lora_B[name].weight, module.lora_A[name].weight
+        out.append((module, base.data, torch.addmm(base.data, up, down, alpha=float(module.scaling[name]))))
     modules_to_save = any("modules_to_save" in n for n, _ in model.named_modules())
     return out if out and not modules_to_save else None
 
