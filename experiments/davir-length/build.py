@@ -1,6 +1,6 @@
-"""Build the pools of all DavIR experiments (length, mix, sweep): short rows of Alpaca, GSM8K and Dolly, and held-out ones.
+"""Build the files of all DavIR experiments: short rows of Alpaca, GSM8K and Dolly as pools, others held out.
 
-Alpaca: the uniform sample of the 52K (random_9k). Lengths are words of prompt and answer together; the limits are there
+Alpaca: the uniform sample of the 52K (random_9k). Lengths are words of prompt and answer; the limits are there
 because a CPU pays for every token, and they narrow the range over which a tie to length can show. Licences: Alpaca
 CC BY-NC 4.0, GSM8K MIT, Dolly CC BY-SA 3.0.
 """
