@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from conftest import random_rows, tiny_lora, tiny_model  # noqa: E402
-from keepset.errors import PlanMismatch, RecipeError  # noqa: E402
+from keepset.errors import KeepsetError, PlanMismatch, RecipeError  # noqa: E402
 from keepset.features.adam import AdamState  # noqa: E402
 from keepset.features.influence import influence  # noqa: E402
 from keepset.features.projection import (  # noqa: E402
@@ -143,6 +143,47 @@ def test_store_resumes_appends_and_cuts_off_what_a_kill_left(tmp_path) -> None:
     assert done == [16, 24]
     for name in ("rows.bin", "rows.meta", "ids.txt", "state.json"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "rows.meta", "ids.txt"])
+@pytest.mark.parametrize("damage", ["one bit", "one byte short", "cut to half", "empty"])
+def test_damaged_rows_are_refused_and_only_they_made_again(tmp_path, monkeypatch, name, damage) -> None:
+    peft, rows, ids, target, state = setup()
+    store = build_store(GradientStore.create(tmp_path, MADE, dim=64), peft, rows, ids, adam=state)
+    files = {n: (tmp_path / n).read_bytes() for n in ("rows.bin", "rows.meta", "ids.txt", "state.json")}
+    whole = files[name]
+    cuts = {"one byte short": -1, "cut to half": len(whole) // 2, "empty": 0}
+    flipped = whole[:99] + bytes([whole[99] ^ 1]) + whole[100:]
+    (tmp_path / name).write_bytes(flipped if damage == "one bit" else whole[: cuts[damage]])
+    again, vectors = GradientStore.create(tmp_path, MADE, dim=64), project_target(store.sketch, target)
+    if (name, damage) != ("ids.txt", "one byte short"):  # the last line break alone: nothing is lost
+        with pytest.raises(KeepsetError, match=r"row \d+ is damaged"):
+            again.dots(vectors, block=5)
+    made = []
+    import keepset.features.projection as projection
+
+    real = projection.influence
+    monkeypatch.setattr(
+        projection, "influence", lambda m, some, *a, **k: (made.extend(some), real(m, some, *a, **k))[1]
+    )
+    build_store(again, peft, rows, ids, adam=state)
+    expected = {"one bit": 1, "one byte short": 1, "cut to half": 12, "empty": 24}[damage]
+    assert len(made) == (0 if name == "ids.txt" else expected)
+    assert (tmp_path / "ids.txt").read_bytes() == files["ids.txt"]
+    found, want = again.dots(vectors), store.dots(vectors)
+    assert np.abs(found - want).max() < 1e-3 * np.abs(want).max()
+    build_store(again, peft, rows, ids, adam=state)
+    assert len(made) == (0 if name == "ids.txt" else expected)
+
+
+@pytest.mark.parametrize("name", ["header.json", "state.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{", "\x00"])
+def test_a_damaged_header_is_one_line(tmp_path, name, text) -> None:
+    GradientStore.create(tmp_path, MADE, dim=64)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(KeepsetError, match=f"{name}: damaged") as caught:
+        GradientStore.create(tmp_path, MADE, dim=64)
+    assert "\n" not in str(caught.value)
 
 
 def test_store_refuses_what_it_was_not_made_for(tmp_path) -> None:
