@@ -81,9 +81,10 @@ def tight(monkeypatch):
     monkeypatch.setattr(gradients, "lay_out", small(llama_pass.lay_out, len))
 
 
-@pytest.mark.parametrize("what", ["losses", "losses of both", "representations", "influence"])
+@pytest.mark.parametrize("what", ["losses", "losses of both", "representations", "influence", "target", "target of tasks", "pairs"])
 def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
     from conftest import random_rows, tiny_lora, tiny_model
+    from keepset.evaluate.preference import pair_logps
     from keepset.features.influence import influence
     from keepset.features.losses import row_losses
     from keepset.features.representations import representations
@@ -99,6 +100,14 @@ def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
             return row_losses(model, rows, token_budget=400, adapters=(False, True), per_token=True).nll
         if what == "representations":
             return representations(model, rows, token_budget=400)
+        if what == "pairs":
+            found = pair_logps(model, list(zip(rows, random_rows(9, seed=3), strict=True)), token_budget=400)
+            return np.concatenate([found.chosen, found.rejected])
+        if what.startswith("target"):
+            sides = list(zip(rows, random_rows(9, seed=3), strict=True))
+            options = {"loss": "dpo", "normalise": "task"} if what == "target of tasks" else {"loss": "sft"}
+            found = target_vectors(model, sides, np.arange(9) % 2, token_budget=400, **options)
+            return np.concatenate([b.flatten().numpy() for b in found.blocks.values()])
         target = target_vectors(model, pairs, np.zeros(2, dtype=int), n_tasks=1, loss="sft")
         return influence(model, rows, target, map="sgd", token_budget=400).dots
 

@@ -146,7 +146,12 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
             items, gsm8k = measure(job, learner, weights)
         save_file(items, str(path / "items.safetensors"))
         summary = summarise(job, learner, items, base)
-        if gsm8k is not None:
+        if gsm8k is not None:  # the answers' texts apart: they are most of the bytes
+            answers, right = gsm8k.pop("answers"), items["gsm8k.correct"]
+            job.run.save_json(
+                f"{folder}/gsm8k-answers.json",
+                [{"correct": bool(c), "answer": a} for c, a in zip(right, answers, strict=True)],
+            )
             summary["gsm8k"] = gsm8k
         job.run.save_json(f"{folder}/summary.json", summary)
         return {}

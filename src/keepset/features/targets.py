@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from keepset.errors import ModelError, RecipeError, did_you_mean
 from keepset.features.gradients import Recorder, mean_weights, products, recording, run_rows, sum_weights
+from keepset.features.halving import in_halves
 from keepset.features.llama_pass import Places
 from keepset.packing import Row, pack, plan_batches, row_sums, token_nll
 
@@ -171,7 +172,7 @@ def target_vectors(
     with recording(model, matrices=matrices, last_layers=last_layers) as recorder:
         shapes = recorder.shapes
         acc = {n: torch.zeros(j, *shape, device=device) for n, shape in shapes.items()}
-        for indices in _plan(pairs, loss, token_budget, sum(a * b for a, b in shapes.values())):
+        def add(indices: np.ndarray) -> None:
             rows = [side for i in indices for side in (pairs[i][:1] if loss == "sft" else pairs[i])]
             sides = 1 if loss == "sft" else 2
             sink = _PairSink(shapes, len(indices), torch.arange(len(rows), device=device) // sides, device)
@@ -184,6 +185,7 @@ def target_vectors(
             norms[indices] = sink.norms().cpu().numpy()
             if not np.isfinite(norms[indices]).all():
                 raise ModelError(f"target pair {int(indices[~np.isfinite(norms[indices])][0])}: gradient is not finite")
+            # from here on nothing takes memory: a batch that is halved has added nothing yet
             for p, i in enumerate(indices):
                 if norms[i] == 0:
                     continue
@@ -197,6 +199,9 @@ def target_vectors(
                     factor = math.exp(log_weight[i] - top[t])
                 for n, a in acc.items():
                     a[t].add_(sink.grads[n][p], alpha=factor)
+
+        for batch in _plan(pairs, loss, token_budget, sum(a * b for a, b in shapes.values())):
+            in_halves(batch, add)
     used = np.bincount(task[norms > 0], minlength=j)
     lengths = torch.stack([a.flatten(1).norm(dim=1).double() for a in acc.values()]).norm(dim=0).cpu().numpy()
     divisor = np.where(used > 0, used, 1) if normalise == "pair" else np.where(lengths > 0, lengths, 1)
