@@ -81,7 +81,10 @@ def tight(monkeypatch):
     monkeypatch.setattr(gradients, "lay_out", small(llama_pass.lay_out, len))
 
 
-@pytest.mark.parametrize("what", ["losses", "losses of both", "representations", "influence", "target", "target of tasks", "pairs"])
+WHATS = ["losses", "losses of both", "representations", "influence", "target", "target of tasks", "pairs"]
+
+
+@pytest.mark.parametrize("what", WHATS)
 def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
     from conftest import random_rows, tiny_lora, tiny_model
     from keepset.evaluate.preference import pair_logps
