@@ -172,6 +172,7 @@ def target_vectors(
     with recording(model, matrices=matrices, last_layers=last_layers) as recorder:
         shapes = recorder.shapes
         acc = {n: torch.zeros(j, *shape, device=device) for n, shape in shapes.items()}
+
         def add(indices: np.ndarray) -> None:
             rows = [side for i in indices for side in (pairs[i][:1] if loss == "sft" else pairs[i])]
             sides = 1 if loss == "sft" else 2
