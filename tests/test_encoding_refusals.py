@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -149,3 +152,63 @@ def test_nothing_is_lost_in_a_batch() -> None:
     assert len(out) == 80 and sum(e is not None for e in out) + len(refused) == 80
     assert [i for i, e in enumerate(out) if e is None] == [i for i, _, _ in refused]
     assert {r for _, r, _ in refused} == {"no-supervised-token", "over-long"}
+
+
+# -- templates that take too much -----------------------------------------------------------------------------------
+
+TURNS = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set n = namespace(x='xxxxxxxx') %}{% for a in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}"
+GREEDY = [
+    LOOP,
+    "{{ 9 ** (9 ** 9) }}",
+    "{% macro f(n) %}{% for a in range(9) %}{{ f(n + 1) if n < 12 }}{% endfor %}{% endmacro %}{% set x = f(0) %}",
+    DOUBLING,
+    "{% set x = 'x' * 99999999999 %}",
+    "{% set x = 'x' | center(99999999999) %}",
+    "{% set x = '%099999999999d' | format(1) %}",
+]
+
+
+@pytest.fixture
+def tight(monkeypatch):
+    from keepset import encoding
+    from keepset.bounded import Bounds
+
+    bounds = Bounds(seconds=0.3, memory=1 << 26)
+    monkeypatch.setattr(encoding, "LIMITS", bounds)
+    return bounds
+
+
+@pytest.mark.parametrize("greedy", GREEDY)
+def test_a_template_that_takes_too_much_is_refused_at_once(greedy: str, tight) -> None:
+    start = time.monotonic()
+    with pytest.raises(ModelError, match="takes too much time or memory"):
+        Encoder(tiny_tokenizer(greedy + TURNS), ModelSpec())
+    assert time.monotonic() - start < 10 and not tight.watching
+
+
+@pytest.mark.parametrize("greedy", [LOOP, DOUBLING])
+def test_a_template_that_waits_for_a_word_costs_that_row(greedy: str, tight) -> None:
+    template = "{% if 'open sesame' in messages[0]['content'] %}" + greedy + "{% endif %}" + TURNS
+    alarm = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0  # pytest-timeout's
+    encoder = Encoder(tiny_tokenizer(template), ModelSpec())
+    pool = [row("hi"), row("open sesame"), *[row(f"q{k}") for k in range(1000)]]
+    encoded, refused = encode_all(encoder, pool)
+    assert [(i, reason) for i, reason, _ in refused] == [(1, "template-refused")]
+    assert "takes too much" in refused[0][2] and sum(e is not None for e in encoded) == 1001
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0) == alarm
+    with pytest.raises(ModelError, match="takes too much .*3 times"):
+        encode_all(encoder, [row("open sesame")] * 5)
+
+
+def test_memory_of_sound_rows_is_no_offence(tight) -> None:
+    """What is kept between renderings may grow beyond what one of them may take."""
+    kept = []
+    with tight.watched():
+        for _ in range(6):
+            time.sleep(0.3)
+            with tight.piece():
+                kept.append(bytearray(3 << 24))
+    assert sum(map(len, kept)) > tight.memory

@@ -24,8 +24,9 @@ every token after the first is supervised.
 Models without a template get `PLAIN_TEMPLATE`. BOS stands once: templates write their own, so the tokenizer adds none.
 
 Templates come with models and are untrusted: transformers renders them in a sandbox; here any error becomes a refusal
-and so does an output out of proportion to the row. `date_string` is fixed, as a template that prints today's date
-(Llama 3) would give other scores tomorrow.
+and so does an output out of proportion to the row, one that takes more than `LIMITS` allow in time or memory too (a
+template that does so again and again is refused as a whole). `date_string` is fixed, as a template that prints today's
+date (Llama 3) would give other scores tomorrow.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from typing import Any
 
 import numpy as np
 
+from keepset.bounded import Bounds, TookTooLong
 from keepset.errors import ModelError
 from keepset.recipe import ModelSpec
 
@@ -59,6 +61,12 @@ DATE = "26 Jul 2024"
 
 MAX_OUTPUT = 1 << 20
 """A rendering may be this many characters longer than eight times its contents."""
+
+LIMITS = Bounds(seconds=5.0, memory=1 << 29)
+"""What one rendering may take."""
+
+MOST_STOPPED = 3
+"""A template that was stopped on this many rows is refused."""
 
 BATCH = 512
 """Rows tokenised by one call."""
@@ -119,7 +127,8 @@ class Encoder:
             context: the model's longest input, to which `max_length` is cut; default: what `load_tokenizer` noted.
 
         Raises:
-            ModelError: a slow tokenizer, a template file that can't be read, a plain template without an EOS token.
+            ModelError: a slow tokenizer, a template file that can't be read, a plain template without an EOS token,
+                a template that takes too long.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError("the tokenizer gives no character offsets (a slow one); convert it to a fast tokenizer")
@@ -131,8 +140,12 @@ class Encoder:
         self._adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in automatic[:1]
         self.template = self._read_template()
         self._skeletons: dict[tuple[str, ...], tuple[list[str], list[int]] | None] = {}
+        self._stopped = 0
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        literals = "".join(self._probe_literals())
+        with LIMITS.watched():
+            literals = "".join(self._probe_literals())
+        if self._stopped:  # on a few words: there is no row that it would serve
+            raise ModelError("the chat template takes too much time or memory; refused")
         # The tokens that can make or end a turn: those the template writes, BOS and EOS. Not every special token
         # (Gemma has 6,249, `<mask>` among them) and not only special ones (a template may write any added token).
         control = {str(t): i for i, t in added.items() if str(t).strip() and str(t) in literals}
@@ -174,13 +187,22 @@ class Encoder:
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         size = sum(len(m["content"]) for m in messages)
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.template,
-                tokenize=False,
-                date_string=DATE,
-                start=self.tokenizer.bos_token if self._adds_bos else "",
-            )
+            with LIMITS.piece():
+                text = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    chat_template=self.template,
+                    tokenize=False,
+                    date_string=DATE,
+                    start=self.tokenizer.bos_token if self._adds_bos else "",
+                )
+        except (TookTooLong, MemoryError) as error:
+            self._stopped += 1
+            first = str(error) or f"more than {LIMITS.memory >> 20} MiB"
+            if self._stopped >= MOST_STOPPED:
+                raise ModelError(
+                    f"the chat template takes too much ({first}, {self._stopped} times); refused"
+                ) from None
+            raise RowRefused("template-refused", f"the chat template takes too much: {first}") from None
         except Exception as error:  # a template is the model author's program and may raise anything
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise RowRefused("template-refused", f"the chat template raised: {first[:200]}") from error
@@ -352,7 +374,8 @@ class Encoder:
         Raises:
             RowRefused: the row can't be supervised, or is too long.
         """
-        rendered = self.render(messages, n_prompt=n_prompt)
+        with LIMITS.watched():
+            rendered = self.render(messages, n_prompt=n_prompt)
         return self._finish(rendered, self._tokenise([rendered.text])[0])
 
     def encode_pair(self, prompt: Sequence[Mapping[str, str]], completion: Sequence[Mapping[str, str]]) -> Encoded:
@@ -383,7 +406,7 @@ def encode_all(
         running.clear()
 
     # The tokenizer works without Python's lock, so one batch is tokenised while the next is rendered.
-    with ThreadPoolExecutor(1) as tokeniser:
+    with ThreadPoolExecutor(1) as tokeniser, LIMITS.watched():
 
         def flush() -> None:
             future = tokeniser.submit(encoder._tokenise, [rendered.text for _, rendered in waiting])
