@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,3 +173,41 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     made = TinyRun(tmp_path_factory.mktemp("tiny_run"))
     yield made
     made.server.close()
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of ROSE, DavIR and BM25 on twelve rows with a tiny model: two checkpoints, all models trained."""
+    import io
+    import json
+
+    from rich.console import Console
+
+    from keepset.pipeline import run_recipe
+    from keepset.recipe import parse_recipe
+
+    folder = tmp_path_factory.mktemp("small")
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [{"instruction": f"q{i} the user", "output": "the answer is " + "thing " * (i % 4 + 1)} for i in range(12)]
+    pairs = [{"task": "ab"[i % 2], "prompt": f"p{i}", "chosen": "the answer" + " is" * i, "rejected": "the thing"}
+             for i in range(5)]  # fmt: skip
+    for name, some in (("pool", rows), ("target", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    train = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    recipe = {
+        "run_dir": str(folder / "first"),
+        "model": {"model_name_or_path": str(folder / "model"), "max_length": 128},
+        "lora": {"lora_r": 2, "lora_alpha": 4},
+        "pool": str(folder / "pool.jsonl"),
+        "target": str(folder / "target.jsonl"),
+        "methods": ["davir", "rose", "bm25"],
+        "budget": 3,
+        "warmup": {**train, "num_train_epochs": 2},
+        "reference": train,
+        "train": train,
+        "evaluate": {"pairs": [{"path": str(folder / "target.jsonl")}], "bootstrap": 100},
+        "controls": {"random_seeds": [0], "longest": False},
+    }
+    run_recipe(parse_recipe(recipe), console=Console(file=io.StringIO()), out=Console(file=io.StringIO()))
+    return folder / "first"

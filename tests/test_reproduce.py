@@ -9,40 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from conftest import tiny_model, tiny_tokenizer
 from keepset.errors import KeepsetError
 from keepset.hub import public, push_to_hub
-from keepset.pipeline import run_recipe
-from keepset.recipe import parse_recipe
 from keepset.reproduce import print_reproduction, reproduce
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A finished run of DavIR and BM25 with one trained and evaluated model each."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    rows = [{"instruction": f"q{i} the user", "output": "the answer is " + "thing " * (i % 4 + 1)} for i in range(12)]
-    pairs = [{"task": "t", "prompt": f"p{i}", "chosen": "the answer", "rejected": "the thing"} for i in range(3)]
-    for name, some in (("pool", rows), ("target", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    train = {"num_train_epochs": 1, "per_device_train_batch_size": 4}
-    recipe = {
-        "run_dir": str(folder / "first"),
-        "model": {"model_name_or_path": str(folder / "model"), "max_length": 128},
-        "lora": {"lora_r": 2, "lora_alpha": 4},
-        "pool": str(folder / "pool.jsonl"),
-        "target": str(folder / "target.jsonl"),
-        "methods": ["davir", "bm25"],
-        "budget": 3,
-        "reference": train,
-        "train": train,
-        "evaluate": {"pairs": [{"path": str(folder / "target.jsonl")}], "bootstrap": 100},
-        "controls": {"random_seeds": [0], "longest": False},
-    }
-    run_recipe(parse_recipe(recipe), console=Console(file=io.StringIO()), out=Console(file=io.StringIO()))
-    return folder / "first"
+def run(small_run) -> Path:
+    return small_run
 
 
 @pytest.fixture(scope="module")

@@ -381,12 +381,21 @@ def methods(
 def report(
     run_dir: RunDir = Path("runs/keepset"),
     out: Annotated[Path | None, typer.Option("--out", help="default: RUN_DIR/report.html")] = None,
+    why: Annotated[
+        bool, typer.Option("--why", help="first run the models over the kept rows: their tokens, their validation rows")
+    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the run's report: one self-contained HTML page.
 
     Example: keepset report --run_dir runs/demo
     """
     from keepset.report import write_report
+
+    if why:
+        from keepset.why import write_why
+
+        write_why(run_dir, console=err)
 
     print(write_report(run_dir, out))
 
@@ -422,6 +431,9 @@ def explain(
     tokens: Annotated[
         bool, typer.Option("--tokens", help="DavIR: the tokens whose loss fell (runs the models)")
     ] = False,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="ROSE, LESS: the validation rows that pulled it (runs the model)")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say why a row was kept or dropped: its score's parts, rank, neighbours, and what would change it.
@@ -439,6 +451,12 @@ def explain(
         if not as_json:
             print_token_changes(changes, Console())
         facts["tokens"] = changes
+    if pairs:
+        from keepset.explain_pairs import pair_pulls, print_pair_pulls
+
+        facts["pairs"] = pair_pulls(run_dir, [facts["id"]], label)[facts["id"]]
+        if not as_json:
+            print_pair_pulls(facts["pairs"], Console())
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
     else:

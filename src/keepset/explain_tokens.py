@@ -5,6 +5,7 @@ Needs the run's model; the reference is never trained here, only read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,31 +36,39 @@ def token_changes(run_dir: Path, row_id: str) -> dict[str, Any]:
     Raises:
         KeepsetError: no such row, its text is gone, the run has no reference model, or the row can't be encoded.
     """
+    return next(iter(tokens_of_rows(run_dir, [row_id]).values()))
+
+
+def tokens_of_rows(run_dir: Path, row_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`token_changes` of several rows with the models loaded once; by id."""
     from keepset.encoding import RowRefused
     from keepset.model import load
 
     data = read_run(Path(run_dir))
-    id_ = str(data.ids[find_row(data, row_id)])
-    if data.recipe is None or id_ not in data.messages:
-        raise KeepsetError(f"{run_dir}: the text of row {id_} is gone: its pool file is not where the recipe says")
-    folder = reference_folder(data, id_)
+    ids = [str(data.ids[find_row(data, row_id)]) for row_id in row_ids]
+    for id_ in ids:
+        if data.recipe is None or id_ not in data.messages:
+            raise KeepsetError(f"{run_dir}: the text of row {id_} is gone: its pool file is not where the recipe says")
+    assert data.recipe is not None
+    by_folder: dict[Path, list[str]] = {}
+    for id_ in ids:
+        by_folder.setdefault(reference_folder(data, id_), []).append(id_)
     loaded = load(data.recipe.model)
-    try:
-        row = loaded.encoder.encode(data.messages[id_])
-    except RowRefused as refusal:
-        raise KeepsetError(f"{run_dir}: row {id_} can't be encoded: {refusal}") from None
-    before, after = token_losses(loaded.model, row, folder, data)
-    ids = row.input_ids[row.supervised].tolist()
-    tokens = [
-        {"text": loaded.tokenizer.decode([token]), "before": float(a), "after": float(b)}
-        for token, a, b in zip(ids, before, after, strict=True)
-    ]
-    return {
-        "id": id_,
-        "before": sum(t["before"] for t in tokens),
-        "after": sum(t["after"] for t in tokens),
-        "tokens": tokens,
-    }
+    out: dict[str, dict[str, Any]] = {}
+    for folder, some in by_folder.items():
+        try:
+            rows = [loaded.encoder.encode(data.messages[id_]) for id_ in some]
+        except RowRefused as refusal:
+            raise KeepsetError(f"{run_dir}: a row of {', '.join(some)[:70]} can't be encoded: {refusal}") from None
+        befores, afters = token_losses(loaded.model, rows, folder, data)
+        for id_, row, before, after in zip(some, rows, befores, afters, strict=True):
+            tokens = [
+                {"text": loaded.tokenizer.decode([token]), "before": float(a), "after": float(b)}
+                for token, a, b in zip(row.input_ids[row.supervised].tolist(), before, after, strict=True)
+            ]
+            sums = {side: sum(t[side] for t in tokens) for side in ("before", "after")}
+            out[id_] = {"id": id_, **sums, "tokens": tokens}
+    return {id_: out[id_] for id_ in ids}
 
 
 def reference_folder(data: RunData, id_: str) -> Path:
@@ -83,23 +92,23 @@ def reference_folder(data: RunData, id_: str) -> Path:
     return data.path / name
 
 
-def token_losses(model: Any, row: Encoded, folder: Path, data: RunData) -> tuple[Any, Any]:
-    """Per-token losses (T,) under the base and under the reference in `folder`, an adapter or a whole model."""
+def token_losses(model: Any, rows: list[Encoded], folder: Path, data: RunData) -> tuple[list[Any], list[Any]]:
+    """Per-token losses of each row under the base and under the reference in `folder`, an adapter or a whole model."""
     from keepset.adapters import attached
     from keepset.features.losses import row_losses
     from keepset.model import load
 
     assert data.recipe is not None
-    budget = max(data.recipe.batching.token_budget, len(row.input_ids))
+    budget = max(data.recipe.batching.token_budget, *(len(row.input_ids) for row in rows))
     if (folder / "adapter_config.json").exists():
         with attached(model, folder) as adapted:
-            found = row_losses(adapted, [row], token_budget=budget, adapters=(False, True), per_token=True)
+            found = row_losses(adapted, rows, token_budget=budget, adapters=(False, True), per_token=True)
         assert found.token_nll is not None
-        return found.token_nll[0][0], found.token_nll[1][0]
+        return found.token_nll[0], found.token_nll[1]
     other = load(data.recipe.model.model_copy(update={"model_name_or_path": str(folder)})).model
-    both = [row_losses(m, [row], token_budget=budget, per_token=True).token_nll for m in (model, other)]
+    both = [row_losses(m, rows, token_budget=budget, per_token=True).token_nll for m in (model, other)]
     assert both[0] is not None and both[1] is not None
-    return both[0][0][0], both[1][0][0]
+    return both[0][0], both[1][0]
 
 
 def print_token_changes(facts: dict[str, Any], console: Console) -> None:

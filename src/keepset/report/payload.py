@@ -17,7 +17,7 @@ from keepset.report.numbers import (
     overlap,
     shares,
 )
-from keepset.report.run_data import Message, RunData, as_dict
+from keepset.report.run_data import Message, RunData, as_dict, as_list
 
 TEXT_BUDGET = 12_000_000  # characters of row text in the page
 QUARANTINE_ROWS = 2_000
@@ -88,6 +88,7 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
             "categories": categories,
             "category": category,
             "n_tokens": numbers(data.n_tokens[rows]),
+            "why": why_of(data, {str(i) for i in data.ids[rows]}),
             "messages": [clipped(data.messages.get(str(i), []), limit) for i in data.ids[rows]],
             "methods": {
                 label: {name: numbers(values[rows]) for name, values in columns.items()}
@@ -95,6 +96,25 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
             },
         },
     }
+
+
+def why_of(data: RunData, ids: set[str]) -> dict[str, dict[str, Any]]:
+    """What the models said about rows (see `keepset.why`), by label and id; entries of another form are left out."""
+    out: dict[str, dict[str, Any]] = {}
+    for label, found in data.why.items():
+        for id_, entry in as_dict(found).items():
+            if label not in data.columns or id_ not in ids or not isinstance(entry, dict):
+                continue
+            tokens = [t for t in entry.get("tokens") or [] if isinstance(t, list) and len(t) == 3]
+            if tokens or isinstance(entry.get("pairs"), list):
+                out.setdefault(label, {})[id_] = {
+                    **({"tokens": tokens} if tokens else {}),
+                    **({"pairs": as_list(entry["pairs"])} if entry.get("pairs") else {}),
+                    "left_out": entry.get("left_out", 0),
+                    "weights": entry.get("weights", []),
+                    "without": entry.get("without"),
+                }
+    return out
 
 
 def summary(data: RunData, shown: int) -> dict[str, Any]:

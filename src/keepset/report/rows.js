@@ -160,6 +160,26 @@ function partsTable(i, label) {
   })));
 }
 
+// What `keepset report --why` stored: tokens whose loss fell or rose, validation rows that pulled up or down.
+function whySection(i, label) {
+  const found = (ROWS.why[label] || {})[ROWS.id[i]];
+  if (!found) return null;
+  const sum = (side) => (found.tokens || []).reduce((a, t) => a + (isNumber(t[side]) ? t[side] : 0), 0);
+  const token = ([text, before, after]) => {
+    const change = before - after, span = h("span", { class: change >= 0 ? "fell" : "rose", title: `${short(before)} → ${short(after)} nats` }, visible(text));
+    span.style.setProperty("--heat", Math.round(Math.min(1, Math.abs(change) / 2) * 70) + "%");
+    return span;
+  };
+  const top = (list, sign) => [...list].sort((a, b) => sign * (b[1] - b[2] - (a[1] - a[2]))).filter((t) => sign * (t[1] - t[2]) > 0).slice(0, 3).map((t) => `“${visible(t[0].trim())}” ${short(t[1], 2)} → ${short(t[2], 2)}`).join(", ");
+  return h("div", { class: "why" },
+    found.tokens && [h("h3", {}, "Tokens whose loss fell, and rose"), h("p", { class: "tokens", dir: "auto" }, found.tokens.map(token)),
+      h("p", { class: "note" }, `${short(sum(1))} → ${short(sum(2))} nats in all. Fell most: ${top(found.tokens, 1) || "none"}. Rose most: ${top(found.tokens, -1) || "none"}.`)],
+    found.pairs && [h("h3", {}, "Validation rows that pulled it up and down"), h("ul", { class: "pulls" }, found.pairs.map((p) => h("li", {},
+      h("b", { class: p.value < 0 ? "down" : "up" }, (p.value > 0 ? "+" : "") + short(p.value)), " ", h("code", {}, visible(p.task)), " ", h("bdi", {}, visible(p.prompt ?? "")), " → ", h("bdi", { class: "chosen" }, visible(p.chosen ?? "")), p.rejected && [" not ", h("bdi", { class: "rejected" }, visible(p.rejected))],
+      (p.checkpoints || []).length > 1 && h("small", {}, "by checkpoint: " + p.checkpoints.map((v) => short(v)).join(", "))))),
+      h("p", { class: "note" }, "Cosine of the row's step with each row's own gradient, averaged over the checkpoints.", found.left_out > 0 && ` ${whole(found.left_out)} between them are left out.`, found.without && " " + visible(found.without))]);
+}
+
 function openDrawer(i) {
   const drawer = $("drawer"), id = ROWS.id[i], at = state.found.indexOf(i);
   const step = (by) => h("button", { disabled: at < 0 || at + by < 0 || at + by >= state.found.length, onclick: () => openDrawer(state.found[at + by]) }, by < 0 ? "↑ Previous" : "↓ Next");
@@ -171,6 +191,7 @@ function openDrawer(i) {
     h("div", { class: "drawer-acts" }, markButtons(i, (what) => { openDrawer(i); drawer.querySelector(".mark ." + what).focus(); refreshTable(); }), step(-1), step(1)),
     h("dl", { class: "pairs" }, [["source", sourceOf(i)], ["category", categoryOf(i)], ["supervised " + UNIT, whole(ROWS.n_tokens[i])]].filter((p) => p[1]).map(([k, v]) => h("div", {}, h("dt", {}, k), h("dd", {}, visible(v))))),
     h("div", { class: "messages" }, ROWS.messages[i].length ? ROWS.messages[i].map(([role, text]) => h("div", { class: "message " + (role === "assistant" ? "assistant" : "") }, h("p", { class: "role" }, visible(role)), h("pre", { dir: "auto" }, visible(text)))) : h("p", { class: "note" }, "The text is not at hand: the pool file moved.")),
+    whySection(i, current),
     partsTable(i, current),
     DATA.methods.length > 1 && h("table", { class: "parts" }, h("caption", {}, "By each method"), h("thead", {}, h("tr", {}, ["method", "rank", "score", ""].map((t, k) => h("th", { scope: "col", class: k && k < 3 ? "num" : "" }, t)))),
       h("tbody", {}, DATA.methods.map((m) => { const v = ROWS.methods[m.label]; return h("tr", {}, h("th", { scope: "row" }, visible(m.label)), h("td", { class: "num" }, whole(v.rank[i])), h("td", { class: "num" }, short(v.score[i], 4)), h("td", {}, v.selected[i] ? h("span", { class: "chip" }, "kept") : "")); }))),

@@ -39,6 +39,7 @@ class RunData:
     costs: list[dict[str, Any]] = field(default_factory=list)
     method_names: dict[str, str] = field(default_factory=dict)  # label -> method
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> id -> why it has no score
+    why: dict[str, Any] = field(default_factory=dict)  # label -> id -> tokens or pairs, see `keepset.why`
     length_unit: str = "tokens"  # or "words", where no tokenizer was at hand
 
 
@@ -67,6 +68,7 @@ def read_run(path: Path, *, labels: list[str] | None = None, texts: bool = True)
     data.comparison = as_dict(run.load_json("comparison.json"))
     data.findings = as_list(run.load_json("findings.json"))
     data.manifest = as_dict(run.load_json("manifest.json"))
+    data.why = as_dict(run.load_json("why.json"))
     data.quarantine = read_lines(path / "quarantine.jsonl")
     data.costs = run.costs()
     if texts:
