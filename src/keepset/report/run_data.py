@@ -40,6 +40,7 @@ class RunData:
     method_names: dict[str, str] = field(default_factory=dict)  # label -> method
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> id -> why it has no score
     why: dict[str, Any] = field(default_factory=dict)  # label -> id -> tokens or pairs, see `keepset.why`
+    languages: dict[str, str] = field(default_factory=dict)  # id -> language, filled when it is first asked for
     length_unit: str = "tokens"  # or "words", where no tokenizer was at hand
 
 
