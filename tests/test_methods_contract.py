@@ -19,6 +19,7 @@ from keepset.methods.influence import influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
 from keepset.methods.less import less, tracin
+from keepset.methods.loss import loss
 from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
@@ -73,6 +74,8 @@ METHODS = {
     "perplexity_low": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="low"),
     "perplexity_mid": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="mid"),
     "perplexity_high": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="high"),
+    "loss_mean": lambda r: loss(r["ini"], r["n_tokens"]),
+    "loss_sum_low": lambda r: loss(r["ini"], r["n_tokens"], form="sum", prefer="low"),
     "el2n": lambda r: el2n(r["ini"], r["n_tokens"]),
     "grand": lambda r: grand(r["norms"].T),
     "forgetting": lambda r: forgetting(r["losses"].T),

@@ -12,6 +12,7 @@ from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
 from keepset.methods.ifd import ifd
 from keepset.methods.length import length
+from keepset.methods.loss import loss
 from keepset.methods.perplexity import perplexity
 
 LOSS = st.floats(0.01, 500)
@@ -70,6 +71,16 @@ def test_ifd_ranks_high_but_not_above_one():
     np.testing.assert_allclose(ifd(given_prompt, alone, ceiling=None), [0.5, 0.9, 1.2, 3.0])
     # without a prompt one token goes unpredicted: means over different numbers of tokens
     np.testing.assert_allclose(ifd(np.array([4.0]), np.array([4.0]), np.array([5]), np.array([4])), [0.8])
+
+
+def test_loss_mean_and_sum_high_and_low():
+    nll, tokens = np.array([6.0, 4.0, 9.0]), np.array([2, 4, 9])
+    assert loss(nll, tokens).tolist() == [3.0, 1.0, 1.0]
+    assert loss(nll, tokens, form="sum").tolist() == [6.0, 4.0, 9.0]
+    assert loss(nll, tokens, form="sum", prefer="low").tolist() == [-6.0, -4.0, -9.0]
+    np.testing.assert_array_equal(loss(nll, tokens, prefer="high"), perplexity(nll, tokens, prefer="high"))
+    with pytest.raises(ValueError, match="form"):
+        loss(nll, tokens, form="median")
 
 
 def test_perplexity_low_mid_high():

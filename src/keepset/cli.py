@@ -50,22 +50,20 @@ def hush(quiet: bool) -> bool:
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=hush, help="no progress, only results and mistakes")]
 
 
-def set_key(data: dict[str, Any], text: str) -> None:
-    """Apply `a.b.c=value` (the value is YAML) to nested mappings."""
+def apply_setting(data: dict[str, Any], text: str) -> None:
+    """Apply `a.b.c=value` (the value is YAML) to nested mappings and lists."""
     import yaml
+
+    from keepset.recipe import set_key
 
     key, separator, value = text.partition("=")
     if not separator:
         raise RecipeError(f"--set '{text}': write it as key=value")
-    *parents, last = key.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise RecipeError(f"--set '{text}': '{parent}' holds no keys")
     try:
-        data[last] = yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"--set '{text}': not YAML: {getattr(error, 'problem', error)}") from None
+    set_key(data, key, parsed)
 
 
 def open_job(
@@ -96,7 +94,7 @@ def open_job(
     if model:
         data.setdefault("model", {})["model_name_or_path"] = model
     for text in settings or []:
-        set_key(data, text)
+        apply_setting(data, text)
     known = [m["label"] if isinstance(m, dict) else m for m in data["methods"]]
     for method in methods or []:
         data["methods"] = [m for m in data["methods"] if (m["label"] if isinstance(m, dict) else m) != method["label"]]
@@ -125,7 +123,7 @@ def run(
     if settings or run_dir:
         data = loaded.model_dump(mode="json")
         for text in settings or []:
-            set_key(data, text)
+            apply_setting(data, text)
         if run_dir:
             data["run_dir"] = str(run_dir)
         loaded = parse_recipe(data, where=str(recipe))
@@ -195,6 +193,7 @@ def score(
     """
     import importlib.util
 
+    from keepset.diagnose import diagnose_scores, record
     from keepset.recipe import MethodSpec, check_label
     from keepset.scoring import check_options, needs_model
     from keepset.scoring import method as find_method
@@ -205,7 +204,7 @@ def score(
 
     options: dict[str, Any] = {}
     for text in option or []:
-        set_key(options, text)
+        apply_setting(options, text)
     spec = MethodSpec(name=method, label=label or method, options=options)
     check_options(spec)
     has_model = importlib.util.find_spec("transformers") is not None
@@ -220,6 +219,7 @@ def score(
         if text_only:
             job.save_quarantine([])
         table = score_job(job, spec)
+        record(job, diagnose_scores(table, spec.label, folds=job.recipe.reference.folds))
     if as_json:
         scored = table.num_rows - table["score"].null_count
         quarantined = job.pool.n_in - scored
@@ -241,6 +241,7 @@ def select(
         str | None, typer.Option("--policy", help="top_k round_robin mmr facility_location sample")
     ] = None,
     quota: Annotated[str | None, typer.Option("--quota", help="none proportional equal floor")] = None,
+    quota_by: Annotated[str | None, typer.Option("--quota_by", "--quota-by", help="source or category")] = None,
     dedup: Annotated[str | None, typer.Option("--dedup", help="none exact near")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -250,11 +251,12 @@ def select(
     Example: keepset select davir --budget 5% --out chosen.jsonl
     """
     from keepset.data.export import write_subset
-    from keepset.diagnose import diagnose_edge, record
+    from keepset.diagnose import diagnose_edge, diagnose_shares, record
     from keepset.recipe import parse_budget
     from keepset.subsets import choose
 
-    settings = [f"select.{k}={v}" for k, v in (("policy", policy), ("quota", quota), ("dedup", dedup)) if v]
+    given = (("policy", policy), ("quota", quota), ("quota_by", quota_by), ("dedup", dedup))
+    settings = [f"select.{k}={v}" for k, v in given if v]
     if budget:
         parse_budget(budget, 1, None)
     probe = open_job(run_dir)
@@ -264,7 +266,12 @@ def select(
     )
     with job.run.lock():
         subset = choose(job, label, job.recipe.budget[0], overrides=overrides)
-        record(job, diagnose_edge(subset))
+        table = job.run.load_table(f"scores/{label}.parquet")
+        shares = diagnose_shares(table, subset.name, subset.ids(job))
+        record(job, diagnose_edge(subset) + shares)
+        for finding in shares:
+            if finding.level == "info":  # warnings are printed by `record`
+                job.say(f"  {finding.text}")
         if out is not None:
             write_subset(job.pool, job.usable[subset.indices], out, to=to)
     if as_json:
@@ -342,6 +349,25 @@ def compare(run_dir: RunDir = Path("runs/keepset"), quiet: Quiet = False, as_jso
         print(json.dumps(result))
     else:
         print_comparison(result, Console())
+
+
+@app.command()
+def overlap(
+    scorings: Annotated[list[str], typer.Argument(help="two or more: RUN_DIR (its first method) or RUN_DIR:LABEL")],
+    budget: Annotated[list[str] | None, typer.Option("--budget", help="size of the top sets; may be repeated")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far scorings of one pool agree: rank correlation, overlap of the top rows, lengths of what they keep.
+
+    Example: keepset overlap runs/in-sample runs/cross-fitted --budget 5% --budget 10%
+    """
+    from keepset.overlap import SHARES, agreement, print_agreement, stored_scores
+
+    result = agreement({place: stored_scores(place) for place in scorings}, budget or SHARES)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_agreement(result, Console())
 
 
 @app.command()

@@ -1,11 +1,13 @@
 """What looks wrong with a scoring or a comparison: named findings, each with its figure and what to do about it.
 
 The names are failure signatures: scores near zero, scores that follow length, repeats, a base loss near zero, a
-reference that learnt nothing, gradients that are mostly shared momentum, leaks, a selection no better than Random.
+reference that learnt nothing (or nothing that holds on other rows: `reference_check`), gradients that are mostly shared
+momentum, leaks, sources and categories that vanish, a selection no better than Random or worse.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
 STORE_AGREES = (
     0.9  # Spearman of a gradient store's cosines with the exact ones, below which ranks are not to be trusted
 )
+MOST_SHARES = 12  # sources or categories that a finding names
 SWAMPED = 0.5  # median cosine of the mapped gradient with the momentum that all rows share
 
 
@@ -42,8 +45,14 @@ class Finding:
     advice: str
 
 
-def diagnose_scores(table: pa.Table, label: str) -> list[Finding]:
-    """Findings from one method's scores table (see `scoring.score` for its columns)."""
+def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Finding]:
+    """Findings from one method's scores table.
+
+    Args:
+        table: see `scoring.score` for its columns.
+        label: the method's.
+        folds: of a cross-fitted reference; 0: the reference was trained on the rows it scored.
+    """
     scored = table.filter(pc.is_valid(table["score"]))
     if scored.num_rows < 3:
         return []
@@ -65,7 +74,7 @@ def diagnose_scores(table: pa.Table, label: str) -> list[Finding]:
         "hold the result against the `longest` control and read the length-matched figures" if level == "warning" else
         "no strong tie to length")  # fmt: skip
     if {"loss_ini", "loss_ref"} <= set(scored.column_names):
-        found += loss_findings(scored, label, score, n_tokens)
+        found += loss_findings(scored, label, n_tokens, folds)
     momentum = [name for name in scored.column_names if name.endswith(".momentum")]
     if momentum:
         share = float(np.median(np.abs(np.stack([scored[name].to_numpy() for name in momentum]))))
@@ -93,9 +102,15 @@ def diagnose_scores(table: pa.Table, label: str) -> list[Finding]:
     return found
 
 
-def loss_findings(scored: pa.Table, label: str, score: np.ndarray, n_tokens: np.ndarray) -> list[Finding]:
+def loss_findings(scored: pa.Table, label: str, n_tokens: np.ndarray, folds: int) -> list[Finding]:
     """DavIR's own failure signatures."""
+    from keepset.reference_check import held_out_finding
+
     ini, ref = scored["loss_ini"].to_numpy(), scored["loss_ref"].to_numpy()
+    usable = (ini > 0) & np.isfinite(ini) & np.isfinite(ref)  # rho has scores where DavIR has none
+    ini, ref, n_tokens = ini[usable], ref[usable], n_tokens[usable]
+    if len(ini) < 3:
+        return []
     relative = (ini - ref) / ini
     found: list[Finding] = []
     middle = float(np.median(np.abs(relative)))
@@ -108,11 +123,15 @@ def loss_findings(scored: pa.Table, label: str, score: np.ndarray, n_tokens: np.
         found.append(Finding("base-loss-near-zero", "warning", label, small,
             f"{small} rows have a base loss below {NEAR_ZERO_LOSS} nats a token, by which DavIR divides",
             "look at them: memorised or trivial answers; their scores are unstable"))  # fmt: skip
-    drop = float((ini - ref).sum() / n_tokens.sum())
-    level, advice = ("info", "in-sample: cross-fit with reference.folds to see what is memory") if drop > 0 else (
-        "warning", "the reference did not learn the pool: check its learning rate and epochs")  # fmt: skip
-    found.append(Finding("reference-gain", level, label, round(drop, 4),
-        f"the reference lowers the pool's loss by {drop:.3f} nats a token", advice))  # fmt: skip
+    if folds >= 2:
+        where = f"the pool's rows, each scored by the reference that was not trained on it ({folds} folds),"
+        found.append(held_out_finding(ini, ref, n_tokens, where, label))
+    else:
+        drop = float((ini - ref).sum() / n_tokens.sum())
+        level, advice = ("info", "in-sample: cross-fit with reference.folds to see what is memory") if drop > 0 else (
+            "warning", "the reference did not learn the pool: check its learning rate and epochs")  # fmt: skip
+        found.append(Finding("reference-gain", level, label, round(drop, 4),
+            f"the reference lowers the pool's loss by {drop:.3f} nats a token", advice))  # fmt: skip
     plain = correlations(ini - ref, n_tokens)
     normalised = correlations(relative, n_tokens)
     found.append(Finding("length-before-after", "info", label, round(plain.spearman, 4),
@@ -122,17 +141,36 @@ def loss_findings(scored: pa.Table, label: str, score: np.ndarray, n_tokens: np.
     return found
 
 
-def diagnose_shares(table: pa.Table, label: str) -> list[Finding]:
-    """How each source's share changed by the selection."""
-    sources = table["source"].to_pylist()
-    chosen = table.filter(table["selected"])["source"].to_pylist()
-    if not chosen or len(set(sources)) < 2:
+def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = None) -> list[Finding]:
+    """How each source's and category's share, and the mean length, changed by the selection.
+
+    Args:
+        table: the scores table.
+        label: the subset's.
+        chosen: (k,) ids of the subset; default: the rows marked `selected`.
+    """
+    kept = table.filter(table["selected"] if chosen is None else pc.is_in(table["id"], pa.array(chosen.astype(str))))
+    if not kept.num_rows:
         return []
-    parts = [f"{s} {sources.count(s) / len(sources):.0%} -> {chosen.count(s) / len(chosen):.0%}"
-             for s in sorted(set(sources))]  # fmt: skip
-    largest = max(chosen.count(s) / len(chosen) for s in set(sources))
-    return [Finding("source-shares", "info", label, round(largest, 4), "sources before -> after: " + ", ".join(parts),
-                    "select.quota keeps shares, if that is wanted")]  # fmt: skip
+    found = []
+    for column, plural in (("source", "sources"), ("category", "categories")):
+        before, after = (Counter("–" if v is None else v for v in t[column].to_pylist()) for t in (table, kept))
+        if len(before) < 2:
+            continue
+        shares = {name: (n / table.num_rows, after[name] / kept.num_rows) for name, n in before.most_common()}
+        text = ", ".join(f"{name} {a:.0%} -> {b:.0%}" for name, (a, b) in list(shares.items())[:MOST_SHARES])
+        more = f" and {len(shares) - MOST_SHARES} more" if len(shares) > MOST_SHARES else ""
+        lost = [name for name, (_, b) in shares.items() if b == 0]
+        level = "warning" if lost else "info"
+        advice = (f"none of {', '.join(lost[:3])} is left: " if lost else "") + "select.quota keeps shares, if wanted"
+        found.append(Finding(f"{column}-shares", level, label, round(max(b for _, b in shares.values()), 4),
+                             f"{plural} before -> after: {text}{more}", advice))  # fmt: skip
+    lengths = [float(np.mean(t["n_tokens"].to_numpy())) for t in (table, kept)]
+    unit = (table.schema.metadata or {}).get(b"length_unit", b"tokens").decode()
+    found.append(Finding("kept-length", "info", label, round(lengths[1], 2),
+        f"mean answer before -> after: {lengths[0]:.1f} -> {lengths[1]:.1f} {unit}",
+        "a token budget, or the `longest` control, tells length from merit"))  # fmt: skip
+    return found
 
 
 def diagnose_edge(subset: Subset) -> list[Finding]:
@@ -158,7 +196,15 @@ def diagnose_comparison(result: dict[str, Any]) -> list[Finding]:
         if entry["kind"] != "method" or not entry["vs_random"]:
             continue
         metric, test = next(iter(entry["vs_random"].items()))
-        if test["low"] <= 0 <= test["high"]:
+        smaller_is_better = metric.startswith("loss.")
+        if test["high"] < 0 if smaller_is_better else test["low"] > 0:
+            continue
+        if test["low"] > 0 or test["high"] < 0:
+            found.append(Finding("worse-than-random", "warning", entry["label"], round(test["difference"], 4),
+                f"{metric}: {test['difference']:+.3f} against Random, 95 % interval {test['low']:+.3f} to "
+                f"{test['high']:+.3f}: worse",
+                "this choice harms here: take Random, another method or another budget"))  # fmt: skip
+        else:
             found.append(Finding("no-better-than-random", "warning", entry["label"], round(test["difference"], 4),
                 f"{metric}: {test['difference']:+.3f} against Random, 95 % interval {test['low']:+.3f} to "
                 f"{test['high']:+.3f}: not told apart",

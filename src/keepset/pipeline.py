@@ -24,10 +24,12 @@ from keepset.errors import KeepsetError
 from keepset.finals import Items, Learner, evaluate_final, train_final
 from keepset.job import Job
 from keepset.recipe import MethodSpec, Recipe
+from keepset.reference_check import check_reference
 from keepset.report import write_report
 from keepset.run import file_digest
 from keepset.scoring import check_options, score, score_key
 from keepset.subsets import Kind, Subset, choose, choose_mix, control_methods, full_subset, stored_subset
+from keepset.variants import run_variants
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow", "bm25s")
 
@@ -55,6 +57,8 @@ def run_recipe(
         cells = train_and_evaluate(job, subsets)
         result = compare(job, cells)
         record(job, diagnose_comparison(result))
+        if recipe.variants:
+            run_variants(job, out, force=force)
         finish_folder(job, subsets, time.perf_counter() - start)
         write_report(job.run.path)
         if cells:
@@ -82,9 +86,10 @@ def choose_all(job: Job) -> list[Subset]:
         chosen = [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
         subsets += chosen
         if kind == "method":
-            record(job, [finding for subset in chosen for finding in diagnose_edge(subset)])
             table = job.run.load_table(f"scores/{spec.label}.parquet")
-            record(job, diagnose_scores(table, spec.label) + diagnose_shares(table, spec.label))
+            record(job, diagnose_scores(table, spec.label, folds=job.recipe.reference.folds))
+            for subset in chosen:
+                record(job, diagnose_edge(subset) + diagnose_shares(table, subset.name, subset.ids(job)))
     if job.recipe.target:
         record(job, diagnose_leaks(job.pool, job.target, "target"))
     subsets += [choose_mix(job, mix) for mix in job.recipe.mix]
@@ -97,9 +102,11 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
     evaluation = job.recipe.evaluate
     if not (evaluation.pairs or evaluation.heldout or evaluation.gsm8k):
         job.say("evaluate: the recipe names no held-out pairs or rows, so nothing is trained or compared")
+        record(job, check_reference(job, learner))
         return []
     if learner.eval_pairs:
         record(job, diagnose_leaks(job.pool, learner.eval_pairs[2], "evaluation"))
+    record(job, check_reference(job, learner))
     base: Items | None = None
     cells: list[Cell] = []
     if job.recipe.controls.base or evaluation.pairs:

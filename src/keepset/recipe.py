@@ -96,6 +96,18 @@ class MixSpec(Strict):
         return check_label(value)
 
 
+class VariantSpec(Strict):
+    """The same scoring with some keys changed: another model, seed, reference ..."""
+
+    label: str = Field(description="its name, and its folder's under `variants/`")
+    set: dict[str, Any] = Field(min_length=1, description="recipe keys by dotted name: `reference.num_train_epochs: 3`")
+
+    @field_validator("label")
+    @classmethod
+    def _label(cls, value: str) -> str:
+        return check_label(value)
+
+
 class TrainSpec(Strict):
     """Trainer arguments; whatever TRL's SFTConfig or DPOConfig takes may be added under `extra`."""
 
@@ -226,6 +238,9 @@ class Recipe(Strict):
         ["5%"], min_length=1, description="rows (500), percentage (5%) or `200000 tokens`; several for a sweep"
     )
     mix: list[MixSpec] = Field(default_factory=list, description="training sets put together from several pools")
+    variants: list[VariantSpec] = Field(
+        default_factory=list, description="the same scoring with other keys, compared with this one (overlap.json)"
+    )
     select: SelectSpec = SelectSpec()
     warmup: WarmupSpec = WarmupSpec()
     gradients: GradientSpec = GradientSpec()
@@ -292,6 +307,33 @@ def parse_budget(budget: int | str, n_rows: int, n_tokens: int | None) -> tuple[
     if number != int(number):
         raise RecipeError(f"budget '{budget}': a count must be a whole number")
     return unit, int(number)
+
+
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b.c` in nested mappings; a number is a place in a list (`pool.0.limit`).
+
+    Raises:
+        RecipeError: the key leads through something that holds no keys.
+    """
+    *parents, last = key.split(".")
+    inner: Any = data
+    for name in parents:
+        if isinstance(inner, list):
+            inner = inner[_place(inner, name, key)]
+        else:
+            inner = inner.setdefault(name, {})
+        if not isinstance(inner, dict | list):
+            raise RecipeError(f"key '{key}': '{name}' holds no keys")
+    if isinstance(inner, list):
+        inner[_place(inner, last, key)] = value
+    else:
+        inner[last] = value
+
+
+def _place(inner: list[Any], name: str, key: str) -> int:
+    if not name.isdecimal() or int(name) >= len(inner):
+        raise RecipeError(f"key '{key}': '{name}' must be a place in the list, from 0 to {len(inner) - 1}")
+    return int(name)
 
 
 def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

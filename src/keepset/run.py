@@ -94,15 +94,20 @@ class Run:
     """A run folder, locked while open."""
 
     def __init__(self, path: str | Path) -> None:
-        """Open (and create) the folder; nothing is written before `lock` or a save."""
+        """Open (and create) the folder; nothing is written before `lock` or a save.
+
+        Attributes:
+            lenders: other run folders whose shards of the same stage, key and rows are copied, not computed again.
+        """
         self.path = Path(path)
+        self.lenders: list[Path] = []
 
     # -- the recipe ---------------------------------------------------------------------------------------------
 
     def adopt(self, recipe: Recipe, *, force: bool = False) -> None:
         """Make `recipe` the folder's own, or check that it is.
 
-        Methods may be added freely; any other difference from the stored recipe is refused.
+        Methods and variants may be added freely; any other difference from the stored recipe is refused.
 
         Raises:
             PlanMismatch: the folder was made by another recipe; the message lists what differs.
@@ -116,7 +121,7 @@ class Run:
             except RecipeError:  # it knew one that is gone
                 old = self.recipe_data()
                 old.pop("run_dir", None)
-            differences = [d for d in diff_keys(old, new) if not d.startswith("methods")]
+            differences = [d for d in diff_keys(old, new) if not d.startswith(("methods", "variants"))]
             if differences:
                 shown = "; ".join(differences[:4]) + (
                     f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
@@ -316,7 +321,7 @@ class Run:
         collected: dict[str, list[Arrays]] = {name: [] for name in stages}
         for number, indices in enumerate(shards):
             id_hash = digest([str(i) for i in ids[indices]])
-            ready = {name: read_shard(folder, number, id_hash) for name, folder in folders.items()}
+            ready = {name: self._shard(folder, number, id_hash) for name, folder in folders.items()}
             missing = [name for name, arrays in ready.items() if arrays is None]
             if missing:
                 fresh = compute(indices, missing)
@@ -329,6 +334,16 @@ class Run:
             advance(len(indices))
         order = np.concatenate(shards) if shards else np.zeros(0, dtype=np.int64)
         return {name: gather(parts, order) for name, parts in collected.items()}
+
+    def _shard(self, folder: Path, number: int, id_hash: str) -> Arrays | None:
+        """A shard of this folder, or one copied from a lender; None if there is none."""
+        own = read_shard(folder, number, id_hash)
+        for lender in self.lenders if own is None else []:
+            lent = read_shard(lender / folder.relative_to(self.path), number, id_hash)
+            if lent is not None:
+                write_shard(folder, number, id_hash, lent)
+                return lent
+        return own
 
     def complete(self, name: str, key: Mapping[str, Any], ids: np.ndarray, shard_rows: int | None = None) -> bool:
         """Whether every shard of a stage is there and whole."""

@@ -25,6 +25,7 @@ from keepset.methods.ifd import ifd
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
 from keepset.methods.less import less, tracin
+from keepset.methods.loss import loss
 from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
@@ -144,6 +145,32 @@ def score_perplexity(job: Job, *, prefer: Literal["low", "mid", "high"] = "mid")
 
     found = base_losses(job)
     return Scored(perplexity(found["nll"], found["n_tokens"], prefer=prefer), {"loss_ini": found["nll"]})
+
+
+def score_loss(
+    job: Job,
+    *,
+    prefer: Literal["high", "low"] = "high",
+    form: Literal["mean", "sum"] = "mean",
+    token_loss: TokenLoss = "ce",
+) -> Scored:
+    """The base's loss alone."""
+    from keepset.stages import base_losses
+
+    found = base_losses(job, token_loss=token_loss)
+    return Scored(loss(found["nll"], found["n_tokens"], form=form, prefer=prefer), {"loss_ini": found["nll"]})
+
+
+def score_loss_ref(
+    job: Job,
+    *,
+    prefer: Literal["high", "low"] = "high",
+    form: Literal["mean", "sum"] = "mean",
+    token_loss: TokenLoss = "ce",
+) -> Scored:
+    """The reference's loss alone."""
+    ini, ref, n_tokens = loss_pair(job, token_loss)
+    return Scored(loss(ref, n_tokens, form=form, prefer=prefer), {"loss_ini": ini, "loss_ref": ref})
 
 
 def score_ifd(job: Job, *, ceiling: float = 1.0) -> Scored:
@@ -312,6 +339,8 @@ METHODS: dict[str, Method] = {
         "forward",
     ),
     "perplexity": Method(score_perplexity, "arXiv 2309.04564", "S = ±L_ini / T, or its middle", ("losses",), "forward"),
+    "loss": Method(score_loss, DAVIR, "S = ±L_ini / T, or ±L_ini", ("losses",), "forward"),
+    "loss-ref": Method(score_loss_ref, DAVIR, "S = ±L_ref / T, or ±L_ref", ("losses", "reference"), "reference"),
     "ifd": Method(
         score_ifd, "Cherry, arXiv 2308.12032", "S = L(y | x) / L(y), above 1 last", ("losses", "answers"), "forward"
     ),

@@ -105,7 +105,7 @@ def score_noise(
         relative: noise of one loss.
     """
     score = columns["score"]
-    if {"loss_ini", "loss_ref"} <= columns.keys():
+    if {"loss_ini", "loss_ref"} <= columns.keys() and name != "loss-ref":
         ini, ref = columns["loss_ini"], columns["loss_ref"]
         if name.startswith("rho"):
             drop = relative * (np.abs(ini) + np.abs(ref))

@@ -110,7 +110,7 @@ def loss_sweep(
     budget = job.recipe.batching.token_budget
 
     def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
-        adapters = tuple(name != "losses-base" for name in missing) if adapter is not None else (False,)
+        adapters = tuple(not name.endswith("-base") for name in missing) if adapter is not None else (False,)
         found = row_losses(model, some, token_budget=budget, adapters=adapters, token_loss=token_loss)
         return {name: {"nll": found.nll[k], "n_tokens": found.n_tokens} for k, name in enumerate(missing)}
 
@@ -151,9 +151,9 @@ def full_reference_losses(job: Job, path: Path, key: dict[str, Any], token_loss:
     from keepset.features.losses import row_losses
     from keepset.model import load
 
-    stages = {"losses-reference": key}
-    if job.run.complete("losses-reference", key, job.ids, job.recipe.batching.shard_rows):
-        return job.run.sweep(stages, job.ids, lambda i, m: {})["losses-reference"]
+    stages, shard_rows = {"losses-reference": key}, job.recipe.batching.shard_rows
+    if job.run.complete("losses-reference", key, job.ids, shard_rows):
+        return job.run.sweep(stages, job.ids, lambda i, m: {}, shard_rows=shard_rows)["losses-reference"]
     model = load(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})).model
     budget = job.recipe.batching.token_budget
 
