@@ -67,12 +67,13 @@ def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Find
         add("constant-scores", "warning", score[0], f"every row has the score {score[0]:g}",
             "the method has no signal here: check the target, the reference or the warm-up")  # fmt: skip
         return found
-    link = correlations(score, n_tokens)
-    level = "warning" if abs(link.spearman) >= STRONG_LENGTH else "info"
-    add("length-correlation", level, link.spearman,
-        f"score and length: Spearman {link.spearman:+.2f}, Pearson {link.pearson:+.2f}",
-        "hold the result against the `longest` control and read the length-matched figures" if level == "warning" else
-        "no strong tie to length")  # fmt: skip
+    if np.ptp(n_tokens) > 0:
+        link = correlations(score, n_tokens)
+        level = "warning" if abs(link.spearman) >= STRONG_LENGTH else "info"
+        add("length-correlation", level, link.spearman,
+            f"score and length: Spearman {link.spearman:+.2f}, Pearson {link.pearson:+.2f}",
+            "hold the result against the `longest` control and read the length-matched figures" if level == "warning"
+            else "no strong tie to length")  # fmt: skip
     if {"loss_ini", "loss_ref"} <= set(scored.column_names):
         found += loss_findings(scored, label, n_tokens, folds)
     momentum = [name for name in scored.column_names if name.endswith(".momentum")]
@@ -132,12 +133,16 @@ def loss_findings(scored: pa.Table, label: str, n_tokens: np.ndarray, folds: int
             "warning", "the reference did not learn the pool: check its learning rate and epochs")  # fmt: skip
         found.append(Finding("reference-gain", level, label, round(drop, 4),
             f"the reference lowers the pool's loss by {drop:.3f} nats a token", advice))  # fmt: skip
-    plain = correlations(ini - ref, n_tokens)
-    normalised = correlations(relative, n_tokens)
+    if np.ptp(n_tokens) == 0 or np.ptp(relative) == 0:
+        return found
+    plain, mean, normalised = (correlations(x, n_tokens) for x in (ini - ref, (ini - ref) / n_tokens, relative))
+    weaker = abs(normalised.spearman) < abs(plain.spearman)
     found.append(Finding("length-before-after", "info", label, round(plain.spearman, 4),
-        f"length: summed drop (RHO) Spearman {plain.spearman:+.2f}, Pearson {plain.pearson:+.2f}; normalised (DavIR) "
-        f"{normalised.spearman:+.2f}, {normalised.pearson:+.2f}",
-        "the paper's claim is that dividing by the base loss weakens the tie to length"))  # fmt: skip
+        f"length: summed drop (RHO) Spearman {plain.spearman:+.2f}, Pearson {plain.pearson:+.2f}; a token "
+        f"{mean.spearman:+.2f}, {mean.pearson:+.2f}; normalised (DavIR) {normalised.spearman:+.2f}, "
+        f"{normalised.pearson:+.2f}",
+        "dividing by the base loss weakened the tie to length, as the paper claims" if weaker else
+        "dividing by the base loss did not weaken the tie to length here, as the paper claims it does"))  # fmt: skip
     return found
 
 
