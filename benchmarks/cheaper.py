@@ -8,6 +8,7 @@ with four checkpoints, torch's Adam map. Cost is processor time of the pool's pa
     last n checkpoints   the exact numbers of those alone
     top k layers         LoRA gradients of the top k layers: the backward pass stops below them
     cap s                a row is cut after its s-th supervised token
+    proxy                another, smaller model's scores in the place of the model's (`--model M --proxy P`)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ import torch
 from scipy.stats import spearmanr
 
 from keepset.adapters import attached
-from keepset.data import load_pool, load_target
-from keepset.encoding import Encoded, encode_all
+from keepset.counts import first_supervised
+from keepset.data import Target, load_pool, load_target
+from keepset.encoding import encode_all
 from keepset.features.adam import load_adam
-from keepset.features.influence import influence
+from keepset.features.influence import Influence, influence
 from keepset.features.targets import target_vectors
 from keepset.methods.rose import rose
 from keepset.model import load
@@ -43,23 +45,69 @@ HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "runs" / "data" / "rose-shp"
 
 
-def capped(row: Encoded, tokens: int) -> Encoded:
-    """Cut a row after its first so many supervised tokens."""
-    where = np.flatnonzero(row.supervised)
-    if len(where) <= tokens:
-        return row
-    end = int(where[tokens - 1]) + 1
-    return replace(row, input_ids=row.input_ids[:end], supervised=row.supervised[:end])
-
-
 def first_of_each(tasks: np.ndarray, shots: int) -> list[int]:
     """Positions of the first pairs of every task."""
     return [int(i) for task in np.unique(tasks) for i in np.flatnonzero(tasks == task)[:shots]]
 
 
+@dataclass
+class Measured:
+    """What one model's gradients gave: a variant's parts and processor seconds, checkpoint by checkpoint."""
+
+    lr: np.ndarray
+    parts: dict[str, list[Influence]]
+    seconds: dict[str, list[float]]
+
+    def score(self, variant: str, last: int) -> np.ndarray:
+        """ROSE from the last so many checkpoints, (n,)."""
+        parts = self.parts[variant][-last:]
+        return rose(np.stack([f.dots for f in parts]), np.stack([f.norms for f in parts]), self.lr[-last:])[0]
+
+    def cost(self, variant: str, last: int) -> float:
+        """Processor seconds of those checkpoints' passes over the pool."""
+        return sum(self.seconds[variant][-last:])
+
+
+def measure(name: str, messages: list[Any], target: Target, variants: dict[str, dict[str, Any]]) -> Measured:
+    """Warm one model up and take every variant's gradients at its four checkpoints."""
+    spec = ModelSpec(model_name_or_path=name, max_length=256, overlong="truncate")
+    loaded = load(spec)
+    rows = [r for r in encode_all(loaded.encoder, messages)[0] if r is not None]
+    assert len(rows) == len(messages)
+    names, tasks = np.unique(target.tasks, return_inverse=True)
+    pairs = []
+    for i in range(len(target)):
+        prompt, chosen, rejected = target.pair(i)
+        assert rejected is not None
+        pairs.append(tuple(loaded.encoder.encode_pair(prompt, side) for side in (chosen, rejected)))
+    first = np.random.default_rng(0).permutation(len(rows))[: len(rows) // 4]
+    parts: dict[str, list[Influence]] = {variant: [] for variant in variants}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        how = WarmupSpec(learning_rate=2e-4, per_device_train_batch_size=6)
+        lora = LoraSpec(lora_r=8, lora_alpha=32)
+        checkpoints = warmup(spec, lora, [rows[i] for i in first], Path(folder), how, seed=0)
+        for checkpoint in checkpoints:
+            adam = load_adam(checkpoint.path)
+            with attached(loaded.model, checkpoint.path) as model:
+                vectors: dict[int | None, Any] = {}
+                for variant, options in variants.items():
+                    depth = options.get("last_layers")
+                    some = [first_supervised(r, options["cap"]) for r in rows] if "cap" in options else rows
+                    if depth not in vectors:
+                        vectors[depth] = target_vectors(model, pairs, tasks, n_tasks=len(names), last_layers=depth)  # type: ignore[arg-type]
+                    start = time.process_time()
+                    parts[variant].append(influence(model, some, vectors[depth], adam=adam, last_layers=depth))
+                    seconds[variant].append(time.process_time() - start)
+                    print(f"{name}, step {checkpoint.step}: {variant}: {sum(seconds[variant]):.0f} s", flush=True)
+    return Measured(np.array([c.mean_lr for c in checkpoints]), parts, seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--proxy", help="a smaller model that scores in the model's place")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--layers", type=int, nargs="*", default=[8])
     parser.add_argument("--caps", type=int, nargs="*", default=[32])
@@ -68,66 +116,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cheaper.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    spec = ModelSpec(model_name_or_path="demo", max_length=256, overlong="truncate")
-    loaded = load(spec)
     messages = []
     for name in ("alpaca", "gsm8k", "cot", "shp"):
         pool = load_pool(str(args.data / f"{name}.jsonl"))
         messages += [pool.messages(i) for i in range(args.rows // 4)]
-    rows = [r for r in encode_all(loaded.encoder, messages)[0] if r is not None]
     target = load_target(str(args.data / "target.jsonl"))
     target = target.take(np.array(first_of_each(target.tasks, args.shots)))
-    names, tasks = np.unique(target.tasks, return_inverse=True)
-    pairs = []
-    for i in range(len(target)):
-        prompt, chosen, rejected = target.pair(i)
-        assert rejected is not None
-        pairs.append(tuple(loaded.encoder.encode_pair(prompt, side) for side in (chosen, rejected)))
-    lora = LoraSpec(lora_r=8, lora_alpha=32)
-    first = np.random.default_rng(0).permutation(len(rows))[: len(rows) // 4]
     variants: dict[str, dict[str, Any]] = {"all layers": {}}
     variants |= {f"top {k} layers": {"last_layers": k} for k in args.layers}
     variants |= {f"cap {s}": {"cap": s} for s in args.caps}
-    found: dict[str, list[Any]] = {name: [] for name in variants}
-    spent = dict.fromkeys(variants, 0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        how = WarmupSpec(learning_rate=2e-4, per_device_train_batch_size=6)
-        checkpoints = warmup(spec, lora, [rows[i] for i in first], Path(folder), how, seed=0)
-        for checkpoint in checkpoints:
-            adam = load_adam(checkpoint.path)
-            with attached(loaded.model, checkpoint.path) as model:
-                vectors: dict[int | None, Any] = {}
-                for name, options in variants.items():
-                    layers = {k: v for k, v in options.items() if k == "last_layers"}
-                    some = [capped(r, options["cap"]) for r in rows] if "cap" in options else rows
-                    depth = options.get("last_layers")
-                    if depth not in vectors:
-                        vectors[depth] = target_vectors(model, pairs, tasks, n_tasks=len(names), **layers)  # type: ignore[arg-type]
-                    clock = time.process_time()
-                    found[name].append(influence(model, some, vectors[depth], adam=adam, map="adam", **layers))
-                    spent[name] += time.process_time() - clock
-                    print(f"step {checkpoint.step}: {name}: {spent[name]:.0f} s so far", flush=True)
-    lr = np.array([c.mean_lr for c in checkpoints])
-
-    def score(name: str, last: int) -> np.ndarray:
-        parts = found[name][-last:]
-        return rose(np.stack([f.dots for f in parts]), np.stack([f.norms for f in parts]), lr[-last:])[0]
-
-    exact, table = score("all layers", len(lr)), []
-    top = max(1, len(rows) // 20)
-    for name in variants:
-        for last in (len(lr), 2, 1):
-            got = score(name, last)
-            same = len(set(np.argsort(-got)[:top]) & set(np.argsort(-exact)[:top])) / top
-            rank = float(spearmanr(got, exact).statistic)
-            cost = spent[name] / spent["all layers"] * last / len(lr)
-            table.append({"variant": name, "checkpoints": last, "cost": cost, "spearman": rank, "top5_overlap": same})
-            print(f"| {name} | {last} | {cost:.2f} | {rank:.3f} | {same:.2f} |")
+    found = measure(args.model, messages, target, variants)
+    many = len(found.lr)
+    exact, whole = found.score("all layers", many), found.cost("all layers", many)
+    scores = [(v, n, found.score(v, n), found.cost(v, n)) for v in variants for n in (many, 2, 1)]
+    if args.proxy:
+        proxy = measure(args.proxy, messages, target, {"all layers": {}})
+        scores += [(f"proxy {args.proxy}", n, proxy.score("all layers", n), proxy.cost("all layers", n))
+                   for n in (many, 2, 1)]  # fmt: skip
+    table, top = [], max(1, len(messages) // 20)
+    for name, last, got, seconds in scores:
+        same = len(set(np.argsort(-got)[:top]) & set(np.argsort(-exact)[:top])) / top
+        rank, cost = float(spearmanr(got, exact).statistic), seconds / whole
+        table.append({"variant": name, "checkpoints": last, "cost": cost, "spearman": rank, "top5_overlap": same})
+        print(f"| {name} | {last} | {cost:.2f} | {rank:.3f} | {same:.2f} |")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     context = {
         "date": datetime.date.today().isoformat(),
-        "rows": len(rows),
-        "pairs": len(pairs),
+        "model": args.model,
+        "rows": len(messages),
+        "pairs": len(target),
         "threads": args.threads,
     }
     args.out.write_text(json.dumps({"context": context, "table": table}, indent=1) + "\n")
