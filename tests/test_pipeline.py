@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from conftest import tiny_model, tiny_tokenizer
+from keepset.compare import compare
 from keepset.errors import DataError, PlanMismatch, RecipeError
 from keepset.job import Job
-from keepset.pipeline import run_recipe
-from keepset.recipe import MethodSpec, parse_recipe
+from keepset.pipeline import evaluated_cells, run_recipe
+from keepset.recipe import MethodSpec, load_recipe, parse_recipe
 from keepset.scoring import METHODS, score
 from keepset.subsets import choose
 
@@ -133,6 +134,16 @@ def test_the_folder_loads_as_a_dataset(finished, tmp_path):
     assert rows.num_rows == 5 and rows.column_names == ["instruction", "input", "output"]
     scores = load_dataset(str(run_dir), "scores", cache_dir=str(tmp_path))["train"]
     assert scores.num_rows == 22 and "score" in scores.column_names
+
+
+def test_compare_alone_keeps_the_tables_order_and_numbers(finished):
+    run_dir, _, table = finished
+    before = (run_dir / "comparison.json").read_bytes()
+    made = load_recipe(run_dir / "recipe.yaml").model_copy(update={"run_dir": str(run_dir)})
+    job = Job(made, console=quiet())
+    again = compare(job, evaluated_cells(job))
+    assert (run_dir / "comparison.json").read_bytes() == before
+    assert [e["label"] for e in again["summary"]] == ["base", "rose", "less", "davir", "random", "longest", "full"]
 
 
 def test_comparison_holds_methods_against_random(finished):

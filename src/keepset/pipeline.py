@@ -138,7 +138,19 @@ def evaluated_cells(job: Job) -> list[Cell]:
         cells.append((stored_subset(job, name), int(seed), items) if name else (None, None, items))
     if not cells:
         raise KeepsetError(f"{folder}: nothing evaluated yet; `keepset run`, or `train` and then `evaluate`")
-    return sorted(cells, key=lambda cell: (cell[0] is not None, cell[0].name if cell[0] else ""))
+    return sorted(cells, key=lambda cell: table_order(job.recipe, cell))
+
+
+def table_order(recipe: Recipe, cell: Cell) -> tuple[Any, ...]:
+    """Where a cell stands in the table, the order in which `run` makes them: the base, methods, controls, mixes."""
+    subset, seed, _ = cell
+    if subset is None:
+        return (-1,)
+    labels = [m.label for m in recipe.methods] + [f"random-{k}" for k in recipe.controls.random_seeds]
+    labels += ["longest", *(m.label for m in recipe.mix), "full"]
+    budgets = [str(b) for b in recipe.budget]
+    place = labels.index(subset.label) if subset.label in labels else len(labels)
+    return place, budgets.index(subset.budget) if subset.budget in budgets else len(budgets), subset.name, seed or 0
 
 
 def seeds_for(job: Job, subset: Subset) -> list[int]:
