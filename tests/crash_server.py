@@ -161,7 +161,8 @@ def main() -> None:
     import keepset
 
     for module in pkgutil.walk_packages(keepset.__path__, "keepset."):
-        importlib.import_module(module.name)
+        if not module.name.endswith("__main__"):  # which runs the command line
+            importlib.import_module(module.name)
     torch.set_num_threads(1)
     assert threading.active_count() == 1
     print(json.dumps({"ready": True}), flush=True)

@@ -11,9 +11,8 @@ import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
-from keepset.features.halving import Count
+from keepset.meter import Meter
 from keepset.recipe import Recipe
 
 Arrays = dict[str, np.ndarray]
@@ -101,6 +100,7 @@ class Run:
         """
         self.path = Path(path)
         self.lenders: list[Path] = []
+        self.meter = Meter(self.path)
 
     # -- the recipe ---------------------------------------------------------------------------------------------
 
@@ -185,6 +185,7 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise KeepsetError(f"{self.path}: another keepset process works in this folder; wait for it") from None
+            self.meter.settle()
             yield
 
     def refuse_links(self) -> None:
@@ -328,6 +329,7 @@ class Run:
                 for name in missing:
                     write_shard(folders[name], number, id_hash, fresh[name])
                     ready[name] = fresh[name]
+                self.meter.note()
             for name, arrays in ready.items():
                 assert arrays is not None
                 collected[name].append(arrays)
@@ -344,6 +346,17 @@ class Run:
                 write_shard(folder, number, id_hash, lent)
                 return lent
         return own
+
+    def once(self, name: str, key: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
+        """Arrays that are no rows of the pool (target vectors), kept on disk as one shard of a stage of their own."""
+        folder, of = self.path / "work" / name / digest(key)[:16], digest(key)
+        found = self._shard(folder, 0, of)
+        if found is None:
+            write_atomic(folder / "key.json", canonical(key).encode())
+            found = compute()
+            write_shard(folder, 0, of, found)
+            self.meter.note()
+        return found
 
     def complete(self, name: str, key: Mapping[str, Any], ids: np.ndarray, shard_rows: int | None = None) -> bool:
         """Whether every shard of a stage is there and whole."""
@@ -401,34 +414,13 @@ class Run:
 
     # -- costs --------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def timed(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
-        """Append what a stage cost (seconds, tokens, FLOPs, rows) to `costs.jsonl`; a skipped stage adds nothing."""
-        start, halved = time.perf_counter(), Count.total
-        entry: dict[str, Any] = {"stage": stage, **facts}
-        yield entry
-        if entry.pop("skip", False):
-            return
-        entry["seconds"] = round(time.perf_counter() - start, 3)
-        if Count.total > halved:
-            entry["halved_batches"] = Count.total - halved
-        path = self.path / "costs.jsonl"
-        torn = path.exists() and not path.read_bytes().endswith(b"\n")  # a crash in the middle of the last line
-        with path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
+    def timed(self, stage: str, **facts: Any) -> AbstractContextManager[dict[str, Any]]:
+        """Append what a stage cost (seconds, tokens, FLOPs, rows) to `costs.jsonl`; see `Meter.timed`."""
+        return self.meter.timed(stage, **facts)
 
     def costs(self) -> list[dict[str, Any]]:
         """All entries of `costs.jsonl`; a torn last line (a crash) is left out."""
-        path = self.path / "costs.jsonl"
-        entries = []
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("seconds"), int | float) and "stage" in entry:
-                entries.append(entry)
-        return entries
+        return self.meter.entries()
 
 
 def read_shard(folder: Path, number: int, id_hash: str) -> Arrays | None:

@@ -61,12 +61,13 @@ def sweep_rows(
         found = batch(some, missing)
         n_tokens, n_head = count_tokens(some)
         times = len(missing) if each else 1
+        spent["rows"] += len(some)
         spent["tokens"] += n_tokens * times
         spent["flops"] += flops(job.loaded.model, n_tokens, n_head if head else 0, passes=passes * times)
         return found
 
     with job.run.timed(what) as spent, job.tracked(what, len(rows)) as advance:
-        spent.update(tokens=0, flops=0.0, rows=len(rows))
+        spent.update(tokens=0, flops=0.0, rows=0)
         out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
         spent["skip"] = spent["tokens"] == 0
     return out
@@ -330,7 +331,7 @@ def checkpoint_influence(
     """All requests (of one map) at one checkpoint, in one pass over the pool."""
     from keepset.features.adam import load_adam
     from keepset.features.influence import influence as row_influence
-    from keepset.features.targets import concatenate, target_vectors
+    from keepset.features.targets import GradientTarget, concatenate, target_vectors
 
     names, codes = job.task_codes()
     pairs, kept = job.target_pairs
@@ -342,18 +343,24 @@ def checkpoint_influence(
         for request in requests
     }  # fmt: skip
     by_name = dict(zip(stages, requests, strict=True))
-    vectors: dict[str, Any] = {}
+    vectors: dict[str, GradientTarget] = {}
     budget, last_layers = job.recipe.batching.token_budget, job.recipe.gradients.last_layers
     rows, kind = gradient_rows(job), requests[0].map
 
-    def target_of(name: str) -> Any:
-        request = by_name[name]
+    def target_of(name: str) -> GradientTarget:
         if name not in vectors:
-            job.say(f"target gradients at {checkpoint.path.name}: {request.loss}, {len(pairs)} rows")
-            vectors[name] = target_vectors(
-                model, pairs, codes[kept], n_tasks=len(names), loss=request.loss, beta=request.beta,
-                reference=request.reference, normalise=request.normalise, token_budget=budget, last_layers=last_layers,
-            )  # fmt: skip
+            wanted = {k: v for k, v in asdict(by_name[name]).items() if k != "map"}  # targets are never mapped
+            key = {k: v for k, v in stages[name].items() if k != "pool"} | {"request": wanted}
+
+            def compute() -> Arrays:
+                job.say(f"target gradients at {checkpoint.path.name}: {wanted['loss']}, {len(pairs)} rows")
+                return target_vectors(
+                    model, pairs, codes[kept], n_tasks=len(names), **wanted, token_budget=budget,
+                    last_layers=last_layers,
+                ).arrays()  # fmt: skip
+
+            found = job.run.once(f"target-{checkpoint.path.name}", key, compute)
+            vectors[name] = GradientTarget.from_arrays(found, model.device)
         return vectors[name]
 
     def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
@@ -393,5 +400,10 @@ def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]
 
     stages = {name: {"version": VERSION, **job.data_key()}}
     out = sweep_rows(job, stages, f"representations ({pooling})", batch, head=False)
-    queries = pool_states(model, [chosen for chosen, _ in job.target_pairs[0]], token_budget=budget, pooling=pooling)
-    return out[name]["state"], queries
+
+    def queries() -> Arrays:
+        chosen = [chosen for chosen, _ in job.target_pairs[0]]
+        return {"state": pool_states(model, chosen, token_budget=budget, pooling=pooling)}
+
+    key = {"version": VERSION, **job.data_key(), "target": job.target.fingerprint()}
+    return out[name]["state"], job.run.once(f"queries-{pooling}", key, queries)["state"]

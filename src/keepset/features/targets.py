@@ -37,6 +37,7 @@ from keepset.features.halving import in_halves
 from keepset.features.llama_pass import Places
 from keepset.packing import Row, pack, plan_batches, row_sums, token_nll
 
+FACTS = ("tasks", "margin", "log_weight", "norms")
 TargetLoss = Literal["sft", "dpo", "margin", "mean_margin"]
 Reference = Literal["base", "checkpoint", "none"]
 PAIR_NUMBERS = 1 << 27
@@ -77,6 +78,21 @@ class GradientTarget:
         squares = sum(b.flatten(1).double().square().sum(1) for b in self.blocks.values())
         assert isinstance(squares, Tensor)
         return (squares == 0).cpu().numpy()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it as named arrays, to be written to disk; see `from_arrays`."""
+        facts = {k: getattr(self, k) for k in FACTS}
+        return {**facts, **{f"block.{n}": b.cpu().numpy() for n, b in self.blocks.items()}}
+
+    @staticmethod
+    def from_arrays(arrays: dict[str, np.ndarray], device: torch.device | str = "cpu") -> GradientTarget:
+        """The target whose `arrays` these are."""
+        blocks = {
+            k.removeprefix("block."): torch.from_numpy(a).to(device)
+            for k, a in arrays.items()
+            if k.startswith("block.")
+        }
+        return GradientTarget(blocks, **{k: arrays[k] for k in FACTS})
 
     def check(self, shapes: dict[str, tuple[int, int]]) -> None:
         """Refuse to be used with other matrices than these.
