@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keepset import head
+from keepset.errors import ModelError
 from keepset.features.llama_pass import LlamaPass, Places, lay_out, serves, sliding_window
 from keepset.features.matrices import Linear, find_linears
 from keepset.packing import Batch, Row, bare, last_hidden, pack, supports_packing, token_nll
@@ -191,6 +192,7 @@ def run_rows(
     rows: Sequence[Row],
     weigh: LossWeights,
     sink: Sink,
+    uniform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run rows forward and back together for the loss Σ weight·nll.
 
@@ -200,40 +202,54 @@ def run_rows(
         rows: the batch's rows.
         weigh: the loss weights.
         sink: receives every recorded parameter's factors, rows in the order given.
+        uniform: (S,) numbers in [0, 1), in row order: each label is then drawn from the model's own distribution by
+            inverting its distribution function at the number, instead of the data's next token.
 
     Returns:
         (S,) float32 token losses in nats and (S,) the row of each, in row order.
+
+    Raises:
+        ModelError: labels are to be drawn and the head is recorded, or not a plain linear layer.
     """
     longest = max(len(r.input_ids) for r in rows)
     if recorder.written is not None and (recorder.window is None or longest <= recorder.window):
-        return _run_written(model, recorder.written, rows, weigh, sink)
+        return _run_written(model, recorder.written, rows, weigh, sink, uniform)
     device = recorder.anchor.device
     batch = pack(rows, np.arange(len(rows)), packed=recorder.packed, device=device)
     recorder.sink, recorder.places = sink, Places(batch.lengths, batch.offsets)
     weights = weigh(batch.row_of, len(rows))
     try:
         with torch.enable_grad():
-            return _run_autograd(model, recorder, batch, weights), batch.row_of
+            return _run_autograd(model, recorder, batch, weights, uniform), batch.row_of
     finally:
         recorder.sink = recorder.places = recorder.head_places = None
 
 
 def _run_written(
-    model: nn.Module, written: LlamaPass, rows: Sequence[Row], weigh: LossWeights, sink: Sink
+    model: nn.Module,
+    written: LlamaPass,
+    rows: Sequence[Row],
+    weigh: LossWeights,
+    sink: Sink,
+    uniform: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     placed = lay_out(rows)
     hidden, tape = written.forward(placed)
     inner = bare(model)
     weights = weigh(placed.row_of, len(rows))
-    nll, grad = head_gradient(hidden, placed.labels, weights, inner.get_output_embeddings(), inner.config)
+    nll, grad = head_gradient(hidden, placed.labels, weights, inner.get_output_embeddings(), inner.config, uniform)
     written.backward(placed, tape, grad, partial(hand_factors, sink))
     return nll, placed.row_of
 
 
-def _run_autograd(model: nn.Module, recorder: Recorder, batch: Batch, weights: Tensor) -> Tensor:
-    hidden = last_hidden(model, batch)
+def _run_autograd(
+    model: nn.Module, recorder: Recorder, batch: Batch, weights: Tensor, uniform: Tensor | None
+) -> Tensor:
     inner = bare(model)
     output = inner.get_output_embeddings()
+    if uniform is not None and (recorder.head is not None or type(output) is not nn.Linear):
+        raise ModelError("labels are drawn from the model only where its head is a plain linear layer without adapter")
+    hidden = last_hidden(model, batch)
     if recorder.head is not None:
         counts = np.bincount(batch.row_of.cpu().numpy(), minlength=len(batch.lengths))
         recorder.head_places = Places(counts.tolist(), (np.cumsum(counts) - counts).tolist())
@@ -243,7 +259,8 @@ def _run_autograd(model: nn.Module, recorder: Recorder, batch: Batch, weights: T
     elif type(output) is not nn.Linear:
         nll = token_nll(model, batch, hidden=hidden)
     else:
-        nll, grad = head_gradient(hidden.detach()[batch.predict], batch.labels, weights, output, inner.config)
+        states = hidden.detach()[batch.predict]
+        nll, grad = head_gradient(states, batch.labels, weights, output, inner.config, uniform)
         hidden.backward(torch.zeros_like(hidden).index_add_(0, batch.predict, grad))
         return nll
     (nll * weights).sum().backward()
@@ -262,7 +279,12 @@ def sum_weights(row_of: Tensor, n: int) -> Tensor:
 
 @torch.no_grad()
 def head_gradient(
-    hidden: Tensor, labels: Tensor, weights: Tensor, output: nn.Linear, config: Any
+    hidden: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    output: nn.Linear,
+    config: Any,
+    uniform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token losses and the gradient of Σ weights·nll with respect to the hidden states, the logits formed once.
 
@@ -272,6 +294,7 @@ def head_gradient(
         weights: (S,) factor of each token's loss.
         output: the head.
         config: the model's; its soft cap and logit scale are honoured.
+        uniform: (S,) in [0, 1): draw the labels from the model instead, see `run_rows`.
 
     Returns:
         nll (S,) float32 in nats and the gradient (S, d) in hidden's dtype.
@@ -284,10 +307,16 @@ def head_gradient(
         part = slice(start, min(start + step, len(labels)))
         z = mapping(F.linear(hidden[part], weight, bias))
         lse = z.logsumexp(1, keepdim=True)
-        y = labels[part, None]
+        y = labels[part, None] if uniform is None else _drawn(z, lse, uniform[part, None])
         nll[part] = (lse - z.gather(1, y))[:, 0]
         g = z.sub(lse).exp_() if mapping.cap is not None else z.sub_(lse).exp_()
         g.scatter_add_(1, y, torch.full_like(lse, -1.0))
         g.mul_(weights[part, None])
         grad[part] = mapping.backward(z, g).to(hidden.dtype) @ weight
     return nll, grad
+
+
+def _drawn(z: Tensor, lse: Tensor, uniform: Tensor) -> Tensor:
+    """(s, 1) labels at which the distribution function of softmax(z) passes the uniform numbers (s, 1)."""
+    below = z.sub(lse).exp_().double().cumsum(1)
+    return torch.searchsorted(below, uniform.double()).clamp_(max=z.shape[1] - 1)

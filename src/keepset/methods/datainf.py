@@ -17,6 +17,24 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def datainf_shares(
+    dots: np.ndarray, squares: np.ndarray, size: int, *, damping: float = 0.1
+) -> tuple[np.ndarray, float]:
+    """Return one layer's weights of the rows in r, and its λ: r = (v − mean_i share_i · g_i) / λ.
+
+    Args:
+        dots: (n, j) <g_i, v_j>.
+        squares: (n,) ‖g_i‖².
+        size: numbers in the layer, d.
+        damping: the factor 0.1 of λ.
+
+    Returns:
+        shares (n, j) float64 and λ; both 0 for a layer whose gradients are all zero.
+    """
+    lam = damping * float(np.mean(squares)) / size
+    return (dots / (lam + squares)[:, None], lam) if lam > 0 else (np.zeros_like(dots), 0.0)
+
+
 def datainf_solve(
     targets: Sequence[np.ndarray], gradients: Sequence[np.ndarray], *, damping: float = 0.1
 ) -> list[np.ndarray]:
@@ -39,11 +57,10 @@ def datainf_solve(
     for layer, (v, g) in enumerate(zip(targets, gradients, strict=True)):
         v, g = np.asarray(v, dtype=np.float64), np.asarray(g, dtype=np.float64)
         squares = np.einsum("nd,nd->n", g, g)
-        lam = damping * squares.sum() / g.size
+        shares, lam = datainf_shares(g @ v.T, squares, g.shape[1], damping=damping)
         if not lam > 0:
             raise ValueError(f"datainf: layer {layer} has no gradient, so no damping; leave it out")
-        share = (v @ g.T) / (lam + squares)
-        solved.append((v - share @ g / len(g)) / lam)
+        solved.append((v - shares.T @ g / len(g)) / lam)
     return solved
 
 

@@ -24,8 +24,13 @@ def kronecker_bases(inputs: np.ndarray, output_gradients: np.ndarray) -> tuple[n
         output_gradients: (t, out) δ at the same tokens.
     """
     factors = [np.asarray(x, dtype=np.float64) for x in (inputs, output_gradients)]
-    q_a, q_b = (np.linalg.eigh(x.T @ x / len(x))[1] for x in factors)
+    q_a, q_b = (eigenvectors(x.T @ x) for x in factors)
     return q_a, q_b
+
+
+def eigenvectors(factor: np.ndarray) -> np.ndarray:
+    """Return the eigenvectors (d, d), as columns, of a factor: a sum or mean of outer products (d, d)."""
+    return np.linalg.eigh(factor)[1]
 
 
 def corrected_eigenvalues(gradients: np.ndarray, q_a: np.ndarray, q_b: np.ndarray) -> np.ndarray:

@@ -49,6 +49,23 @@ def dense_solve(hessian: np.ndarray, targets: np.ndarray, *, damping: float = 0.
     return np.linalg.solve(hessian + damping * np.eye(len(hessian)), np.asarray(targets, dtype=np.float64).T).T
 
 
+def fisher_coefficients(gram: np.ndarray, dots: np.ndarray, *, damping: float) -> np.ndarray:
+    """Solve with F = (1/h) Σ g gᵀ of h rows by h × h matrices alone, never a p × p one (Woodbury's identity).
+
+        (F + λI)⁻¹ v = (v − Σ_i c_i g_i) / λ,     c = (G Gᵀ + hλI)⁻¹ G v
+
+    Args:
+        gram: (h, h) G Gᵀ, inner products of the rows' gradients.
+        dots: (h, j) G v of each target.
+        damping: λ, above 0.
+
+    Returns:
+        c (h, j) float64.
+    """
+    h = len(gram)
+    return np.linalg.solve(np.asarray(gram, np.float64) + h * damping * np.eye(h), np.asarray(dots, np.float64))
+
+
 def cg_solve(
     product: Callable[[np.ndarray], np.ndarray],
     targets: np.ndarray,

@@ -1,0 +1,123 @@
+"""Whole per-row gradients, one parameter and one batch at a time: for what a dot product with a fixed vector can't say.
+
+`influence.py` never forms them at full size; here a visitor sees each parameter's gradients (n, a, b) of a batch once
+and reduces them. Where labels are drawn from the model, their mean outer product is an estimate of the Gauss-Newton
+matrix (Fisher information) without bias; with the data's own labels it is the empirical Fisher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keepset.features.gradients import Recorder, Sink, mean_weights, products, recording, run_rows
+from keepset.features.llama_pass import Places
+from keepset.packing import Row, plan_batches
+
+Labels = Literal["sampled", "data"]
+Visit = Callable[[str, np.ndarray, Tensor], None]
+"""Takes a parameter's name, the batch's positions in `rows` (n,) and the gradients (n, a, b) of their mean token loss."""
+
+
+def each_gradient(
+    model: nn.Module,
+    rows: Sequence[Row],
+    visit: Visit,
+    *,
+    token_budget: int = 1024,
+    labels: Labels = "data",
+    seed: int = 0,
+) -> dict[str, tuple[int, int]]:
+    """Show a visitor every row's gradient, and return the parameters' shapes in the model's order.
+
+    Args:
+        model: a PeftModel with one LoRA, in eval mode.
+        rows: encoded rows.
+        visit: called once a parameter and batch; the tensor is its own to keep.
+        token_budget: tokens a batch holds; changes the time, not the numbers.
+        labels: `data`, or `sampled` from the model, by random numbers that hang on the row's tokens and the seed.
+        seed: of the labels.
+    """
+
+    def sink_of(indices: np.ndarray) -> Sink:
+        def sink(name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
+            out = torch.empty(len(indices), left.shape[1], right.shape[1], device=left.device)
+            visit(name, indices, products(left, right, places, out).mul_(scale))
+
+        return sink
+
+    return run_batches(model, rows, sink_of, token_budget=token_budget, labels=labels, seed=seed)
+
+
+def run_batches(
+    model: nn.Module,
+    rows: Sequence[Row],
+    sink_of: Callable[[np.ndarray], Sink],
+    *,
+    token_budget: int,
+    labels: Labels = "data",
+    seed: int = 0,
+) -> dict[str, tuple[int, int]]:
+    """Run every row's mean token loss back, batch by batch, into the sink that `sink_of(positions)` gives."""
+    with recording(model) as recorder:
+        for indices in plan_batches([len(r.input_ids) for r in rows], token_budget):
+            some = [rows[i] for i in indices]
+            run_rows(model, recorder, some, mean_weights, sink_of(indices), draws(recorder, some, labels, seed))
+        return recorder.shapes
+
+
+def draws(recorder: Recorder, rows: Sequence[Row], labels: Labels, seed: int) -> Tensor | None:
+    """(S,) uniform numbers for the rows' supervised tokens, each row's own whatever the batch; None for `data`."""
+    if labels == "data":
+        return None
+    return torch.from_numpy(np.concatenate([uniform(row, seed) for row in rows])).to(recorder.anchor.device)
+
+
+def uniform(row: Row, seed: int) -> np.ndarray:
+    """(T,) float64 in [0, 1), by the row's tokens and the seed."""
+    key = hashlib.sha256(f"{seed}:".encode() + np.asarray(row.input_ids, dtype=np.int64).tobytes()).digest()
+    return np.random.default_rng(int.from_bytes(key[:8], "little")).random(int(np.count_nonzero(row.supervised)))
+
+
+def weighted_gradients(
+    model: nn.Module, rows: Sequence[Row], weights: dict[str, np.ndarray] | np.ndarray, **options: Any
+) -> dict[str, Tensor]:
+    """Σ_i weight_ij · g_i for every column j, nothing else held.
+
+    Args:
+        model: see `each_gradient`.
+        rows: encoded rows.
+        weights: (n, j), or one such array a parameter name.
+        options: `token_budget`, `labels`, `seed` of `each_gradient`.
+
+    Returns:
+        Parameter name to (j, a, b) float32.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def visit(name: str, indices: np.ndarray, g: Tensor) -> None:
+        own = weights[name] if isinstance(weights, dict) else weights
+        w = torch.as_tensor(own[indices].T, dtype=torch.float32, device=g.device)
+        part = torch.einsum("jn,nab->jab", w, g)
+        sums[name] = sums[name].add_(part) if name in sums else part
+
+    shapes = each_gradient(model, rows, visit, **options)
+    return {name: sums[name] for name in shapes}
+
+
+def stacked_gradients(model: nn.Module, rows: Sequence[Row], **options: Any) -> dict[str, Tensor]:
+    """Every row's gradient at once: parameter name to (n, a·b) float32. n · p numbers: the caller checks that it fits."""
+    kept: dict[str, Tensor] = {}
+
+    def visit(name: str, indices: np.ndarray, g: Tensor) -> None:
+        if name not in kept:
+            kept[name] = torch.empty(len(rows), g[0].numel(), device=g.device)
+        kept[name][torch.as_tensor(indices, device=g.device)] = g.flatten(1)
+
+    shapes = each_gradient(model, rows, visit, **options)
+    return {name: kept[name] for name in shapes}
