@@ -56,11 +56,18 @@ def logit_map(config: Any) -> LogitMap:
 
 @dataclass(frozen=True)
 class HeadStats:
-    """Per position: logsumexp, the label's logit and the mean logit over the vocabulary, each (S,) float32."""
+    """Per position, each (S,) float32: logsumexp, the label's logit, the mean logit, and logsumexp of twice the logits."""
 
     lse: Tensor
     label: Tensor
     mean: Tensor
+    lse_twice: Tensor
+
+    @property
+    def error_norm(self) -> Tensor:
+        """‖softmax(z) − onehot(y)‖₂ = √(Σ p² − 2·p_y + 1), in [0, √2]; needs `with_squares`."""
+        squares = torch.exp(self.lse_twice - 2 * self.lse)
+        return (squares - 2 * torch.exp(self.label - self.lse) + 1).clamp_(min=0).sqrt_()
 
 
 def _blocks(vocabulary: int, positions: int, chunk: int) -> list[tuple[int, int]]:
@@ -81,6 +88,7 @@ def head_stats(
     *,
     chunk: int = CHUNK,
     with_mean: bool = False,
+    with_squares: bool = False,
 ) -> HeadStats:
     """Walk the vocabulary once; no gradient.
 
@@ -92,10 +100,11 @@ def head_stats(
         mapping: what happens to logits afterwards.
         chunk: float32 logits held at once.
         with_mean: also the mean logit (label smoothing needs it); zeros otherwise.
+        with_squares: also logsumexp of twice the logits (`error_norm` needs it); -inf otherwise.
     """
     n, vocabulary = hidden.shape[0], weight.shape[0]
     lse = torch.full((n,), float("-inf"), device=hidden.device)
-    label, total = torch.zeros_like(lse), torch.zeros_like(lse)
+    label, total, twice = torch.zeros_like(lse), torch.zeros_like(lse), lse.clone()
     for start, end in _blocks(vocabulary, n, chunk):
         z = _logits(hidden, weight[start:end], None if bias is None else bias[start:end], mapping)
         inside = (labels >= start) & (labels < end)
@@ -106,7 +115,9 @@ def head_stats(
         top = torch.maximum(lse, z.amax(1))
         part = z.sub_(top[:, None]).exp_().sum(1)
         lse = top + torch.log(part + torch.exp(lse - top))
-    return HeadStats(lse, label, total / vocabulary)
+        if with_squares:
+            twice = torch.logaddexp(twice, 2 * top + torch.log(z.square_().sum(1)))
+    return HeadStats(lse, label, total / vocabulary, twice)
 
 
 class _Nll(torch.autograd.Function):

@@ -1,5 +1,4 @@
-"""Summed losses of every row under the base and under its LoRA, in one sweep: what DavIR, RHO, IFD and perplexity start
-from.
+"""Summed losses of every row under the base and its LoRA, in one sweep: what DavIR, RHO, IFD and perplexity start from.
 
 L_i = sum over supervised t of l(z_t, y_t), in nats, token values in float32 and sums in float64. The token loss l is
 one of
@@ -7,6 +6,7 @@ one of
     ce              nll = logsumexp(z) - z_y
     label-smoothed  (1 - e) * nll + e * (logsumexp(z) - mean(z))    e = 0.1  (Szegedy et al. 2016; as torch has it)
     focal           (1 - p_y)^g * nll,  p_y = exp(-nll)             g = 2    (Lin et al. 2017, eq. 4)
+    error-norm      ||softmax(z) - onehot(y)||_2: no loss, but what EL2N sums  (Paul et al. 2021, arXiv:2107.07075)
 
 How it is made cheap: rows are packed without padding and end before their last supervised token, which predicts
 nothing; a beginning that many rows share (a system line, a template's first words) is computed once; the output head
@@ -21,7 +21,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from keepset.features.matrices import Linear
 
 log = logging.getLogger(__name__)
 
-TokenLoss = Literal["ce", "label-smoothed", "focal"]
+TokenLoss = Literal["ce", "label-smoothed", "focal", "error-norm"]
 SMOOTHING, GAMMA = 0.1, 2.0
 SHORTEST_PREFIX, FEWEST_ROWS = 8, 4
 """A shared beginning pays from about this many tokens and rows."""
@@ -135,11 +135,16 @@ def token_values(model: Any, hidden: Tensor, labels: Tensor, token_loss: TokenLo
     if token_loss == "focal":
         nll = head.nll(hidden, labels, z, mapping)
         return (1 - torch.exp(-nll)) ** GAMMA * nll
-    if token_loss != "label-smoothed":
-        raise ValueError(f"token_loss '{token_loss}' is not one of ce, label-smoothed, focal")
+    if token_loss not in ("label-smoothed", "error-norm"):
+        raise ValueError(f"token_loss '{token_loss}' is not one of {', '.join(get_args(TokenLoss))}")
     if type(z) is not nn.Linear:
-        raise ValueError("label-smoothed losses need a plain linear output head (no adapter on it)")
-    stats = head.head_stats(hidden, labels, z.weight, z.bias, mapping, with_mean=True)
+        raise ValueError(f"{token_loss} needs a plain linear output head (no adapter on it)")
+    smoothed = token_loss == "label-smoothed"
+    stats = head.head_stats(
+        hidden, labels, z.weight, z.bias, mapping, with_mean=smoothed, with_squares=not smoothed
+    )
+    if not smoothed:
+        return stats.error_norm
     return (1 - SMOOTHING) * (stats.lse - stats.label) + SMOOTHING * (stats.lse - stats.mean)
 
 
