@@ -42,7 +42,7 @@ def vectors(target):
 
 
 def gauss_newton(peft, rows, names):
-    """Dense Gauss-Newton (p, p) of the mean-token losses that drawn labels estimate: Σ_t J_tᵀ (diag p − p pᵀ) J_t / T²."""
+    """Dense Gauss-Newton (p, p) that drawn labels estimate: mean over rows of Σ_t J_tᵀ (diag p − p pᵀ) J_t / T²."""
     parameters = dict(peft.named_parameters())
     chosen = {n: parameters[n].detach() for n in names}
     total = 0.0
@@ -150,7 +150,11 @@ def dense(world):
     """30 short rows, their dense Gauss-Newton matrix, and the gradients of 40 others."""
     peft, _, target = world
     rows = random_rows(30, seed=5, longest=12)
-    return rows, gauss_newton(peft, rows, list(target.blocks)), alone(peft, random_rows(40, seed=9), list(target.blocks))
+    return (
+        rows,
+        gauss_newton(peft, rows, list(target.blocks)),
+        alone(peft, random_rows(40, seed=9), list(target.blocks)),
+    )
 
 
 def correlation(a, b):

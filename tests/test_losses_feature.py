@@ -84,6 +84,7 @@ def test_token_losses_add_up_and_the_other_kinds_are_torch_s() -> None:
     got = row_losses(model, rows, token_budget=60, per_token=True)
     smooth = row_losses(model, rows, token_budget=60, token_loss="label-smoothed").nll[0]
     focal = row_losses(model, rows, token_budget=60, token_loss="focal").nll[0]
+    error = row_losses(model, rows, token_budget=60, token_loss="error-norm").nll[0]
     assert got.token_nll is not None
     for i, row in enumerate(rows):
         ids = torch.tensor(row.input_ids, dtype=torch.int64)
@@ -95,6 +96,8 @@ def test_token_losses_add_up_and_the_other_kinds_are_torch_s() -> None:
         assert abs(got.token_nll[0][i].astype(np.float64).sum() - got.nll[0, i]) < 1e-6
         want = torch.nn.functional.cross_entropy(z, ids[1:], reduction="none", label_smoothing=0.1)[keep].sum()
         np.testing.assert_allclose(smooth[i], want.item(), rtol=1e-6)
+        wrong = z[keep].double().softmax(1) - torch.nn.functional.one_hot(ids[1:][keep], z.shape[1])
+        np.testing.assert_allclose(error[i], wrong.norm(dim=1).sum().item(), rtol=1e-5)
         np.testing.assert_allclose(focal[i], ((1 - torch.exp(-ce)) ** 2 * ce).sum().item(), rtol=1e-5)
     with pytest.raises(ValueError, match="token_loss"):
         row_losses(model, rows, token_budget=60, token_loss="mse")

@@ -36,7 +36,9 @@ def hessian_times(peft, names, target, task, u):
     for p in parameters:
         p.requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH):
-        loss = torch.stack([-token_logps(peft, r).mean() for r, t in zip(target, TASKS, strict=True) if t == task]).mean()
+        loss = torch.stack(
+            [-token_logps(peft, r).mean() for r, t in zip(target, TASKS, strict=True) if t == task]
+        ).mean()
         grads = torch.autograd.grad(loss, parameters, create_graph=True)
         along = sum((g * u[n]).sum() for n, g in zip(names, grads, strict=True))
         return dict(zip(names, torch.autograd.grad(along, parameters), strict=True))

@@ -13,7 +13,8 @@ import numpy as np
 
 from keepset.cost import count_tokens, flops
 from keepset.recipe import MethodSpec, TrainSpec, parse_budget
-from keepset.scoring import METHODS, influence_request, options_of
+from keepset.scoring import METHODS, options_of
+from keepset.scoring_gradients import in_run_request, influence_request, retraining_request
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
@@ -73,6 +74,9 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
         found.append(
             forward(job, "losses under the base", users("losses"), job.rows, r"losses \(base( and reference)?\)")
         )
+    if users("error-norms"):
+        # the stage is the base's losses, with another number for each token
+        found.append(forward(job, "error norms under the base", users("error-norms"), job.rows, r"losses \(base\)"))
     if users("answers"):
         answers = [answer_alone(r) for r in job.rows]
         found.append(forward(job, "losses of answers alone", users("answers"), answers, r"losses \(answers alone\)"))
@@ -93,6 +97,10 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
         )  # fmt: skip
     if users("gradients"):
         found += gradient_work(job, methods)
+    if users("in-run"):
+        found += [in_run_work(job, m) for m in methods if m.name == "in-run-shapley"]
+    if users("retraining"):
+        found += [retraining_work(job, m) for m in methods if m.name == "tmc-shapley"]
     if users("representations"):
         pooled: dict[str, list[str]] = {}
         for m in methods:
@@ -168,20 +176,57 @@ def reference_work(job: Job, methods: str) -> list[Work]:
 
 def gradient_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
     """One pass over the pool for each map and checkpoint, and the target's gradients."""
+    from keepset.stages_gradients import curvature_rows
+
     users = [m for m in methods if "gradients" in METHODS[m.name].needs]
     requests = {m.label: influence_request(m.name, m.options) for m in users}
     sides = [side for pair in job.target_pairs[0] for side in pair if side is not None]
     chosen = [pair[0] for pair in job.target_pairs[0]]
-    many, found = checkpoints(job), []
+    found = []
     for map_ in dict.fromkeys(r.map for r in requests.values()):
+        # influence functions look at the last checkpoint alone
+        many = checkpoints(job) if any(r.map == map_ and r.curvature is None for r in requests.values()) else 1
         labels = ", ".join(label for label, r in requests.items() if r.map == map_)
         logged = rf"gradients at \S+ \({map_}\)"
         found.append(backward(job, f"gradients ({map_}) x{many}", labels, gradient_rows(job), logged, times=many))
-        for request in dict.fromkeys(r for r in requests.values() if r.map == map_):
+        plain = {label: replace(r, curvature=None) for label, r in requests.items() if r.map == map_}
+        for request in dict.fromkeys(plain.values()):
             rows = chosen if request.loss == "sft" else sides
-            labels = ", ".join(label for label, r in requests.items() if r == request)
+            labels = ", ".join(label for label, r in plain.items() if r == request)
             found.append(backward(job, f"target gradients ({request.loss}) x{many}", labels, rows, "", times=many))
+    for label, request in requests.items():
+        if request.curvature is not None:
+            times = 1 if request.curvature.solver == "fisher" else 2
+            rows = curvature_rows(job, request.curvature)
+            found.append(backward(job, f"curvature ({request.curvature.solver})", label, rows, "", times=times))
     return found
+
+
+def in_run_work(job: Job, spec: MethodSpec) -> Work:
+    """The SGD run of in-run Shapley: every batch and the target's gradients at every step."""
+    from keepset.stages_shapley import in_run_batches, in_run_cost
+
+    run = in_run_request(spec.options)
+    batches = [[job.rows[i] for i in batch] for batch in in_run_batches(job.ids, run)]
+    costs = [in_run_cost(job, batch, run.second_order) for batch in batches]
+    tokens, work = sum(t for t, _ in costs), sum(f for _, f in costs)
+    rows = sum(len(b) for b in batches)
+    return Work(f"in-run Shapley, {len(batches)} steps", spec.label, "backward", rows, tokens, work, "in-run Shapley")
+
+
+def retraining_work(job: Job, spec: MethodSpec) -> Work:
+    """The trainings of Monte-Carlo Shapley, each set of players once, none cut short by the tolerance."""
+    from keepset.stages_shapley import players_of, retraining_cost, retraining_sets
+
+    run = retraining_request(spec.options)
+    players = players_of(job, run)
+    sets = [[job.rows[i] for p in some for i in players[p][1]] for some in retraining_sets(len(players), run)]
+    costs = [retraining_cost(job, rows) for rows in sets]
+    tokens, work = sum(t for t, _ in costs), sum(f for _, f in costs)
+    rows = sum(len(s) for s in sets)
+    return Work(
+        f"train {len(sets)} models (Shapley)", spec.label, "train", rows, tokens, work, r"retraining \(Shapley\)"
+    )
 
 
 def final_work(job: Job) -> list[Work]:

@@ -67,7 +67,7 @@ def pair_pulls(run_dir: Path, row_ids: Sequence[str], label: str | None = None) 
     checkpoints = warmup_checkpoints(job)
     lr = np.array([c.mean_lr for c in checkpoints])
     weights = checkpoint_weights(lr if lr.any() else None, len(checkpoints))
-    from keepset.scoring import influence_request
+    from keepset.scoring_gradients import influence_request
 
     request = influence_request(spec.name, spec.options)
     exact = request.normalise == "pair" and spec.options.get("cosine", True)

@@ -56,7 +56,7 @@ def logit_map(config: Any) -> LogitMap:
 
 @dataclass(frozen=True)
 class HeadStats:
-    """Per position, each (S,) float32: logsumexp, the label's logit, the mean logit, and logsumexp of twice the logits."""
+    """Per position, each (S,) float32: logsumexp, label's logit, mean logit, and logsumexp of twice the logits."""
 
     lse: Tensor
     label: Tensor

@@ -1,14 +1,15 @@
 """Which features each method takes: one short function a method, and one literal table of them all.
 
 A function takes the job and the method's options and returns `Scored`. It fetches arrays (from `stages`, or texts),
-calls the paper's function in `methods/`, and names the parts worth keeping beside the score.
+calls the paper's function in `methods/`, and names the parts worth keeping beside the score. Those that take gradients
+or training runs stand in `scoring_gradients.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -19,19 +20,30 @@ from keepset.errors import RecipeError, did_you_mean
 from keepset.methods.bm25 import bm25
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
-from keepset.methods.el2n import grand
+from keepset.methods.el2n import el2n
 from keepset.methods.forgetting import forgetting
 from keepset.methods.ifd import ifd
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
-from keepset.methods.less import less, tracin
 from keepset.methods.loss import loss
 from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
-from keepset.methods.rose import rose
 from keepset.recipe import MethodSpec
 from keepset.run import digest
+from keepset.scored import Scored, signed, task_parts
+from keepset.scoring_gradients import (
+    score_datainf,
+    score_ekfac,
+    score_grad_cosine,
+    score_grad_norm,
+    score_in_run_shapley,
+    score_influence,
+    score_less,
+    score_rose,
+    score_tmc_shapley,
+    score_tracin,
+)
 
 if TYPE_CHECKING:
     from keepset.job import Job
@@ -42,21 +54,15 @@ Cost = Literal["free", "text", "forward", "reference", "gradients", "retraining"
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A method's answer: one score a row, larger is better, and the columns that explain it."""
-
-    score: np.ndarray
-    parts: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Method:
     """One row of the table of methods."""
 
     score: Callable[..., Scored]
     paper: str
     formula: str
-    needs: tuple[str, ...]  # of: text, losses, answers, reference, warmup, checkpoint-losses,
+    needs: tuple[str, ...]
+    """Of: text, target, pairs; losses, error-norms, answers, reference, checkpoint-losses, representations; warmup,
+    gradients, curvature, in-run, retraining. `counts.py` knows what each costs."""
     #   gradients, representations, target, pairs
     cost: Cost
 
@@ -182,6 +188,14 @@ def score_ifd(job: Job, *, ceiling: float = 1.0) -> Scored:
     return Scored(score, {"loss_ini": given["nll"], "loss_alone": alone["nll"]})
 
 
+def score_el2n(job: Job) -> Scored:
+    """Mean over the row's supervised tokens of ‖softmax − onehot‖, under the base."""
+    from keepset.stages import base_losses
+
+    found = base_losses(job, token_loss="error-norm")
+    return Scored(el2n(found["nll"], found["n_tokens"]))
+
+
 def score_forgetting(job: Job) -> Scored:
     """Forgetting events over the base and the warm-up's checkpoints."""
     from keepset.stages import checkpoint_losses
@@ -224,97 +238,6 @@ def score_rho_mean(job: Job, *, prefer: Literal["high", "low"] = "high", token_l
     return Scored(signed(rho(ini, ref, n_tokens, form="mean"), prefer), {"loss_ini": ini, "loss_ref": ref})
 
 
-# -- gradients ------------------------------------------------------------------------------------------------------
-
-AdamMap = Literal["adam", "adam-less", "precondition", "sgd", "sign"]
-
-
-def influence_request(name: str, options: dict[str, Any]) -> Any:
-    """The target gradient that a gradient method asks for, from its options and their defaults."""
-    from keepset.stages import InfluenceRequest
-
-    parameters = inspect.signature(METHODS[name].score).parameters
-    value = {k: options.get(k, p.default) for k, p in parameters.items()}
-    return InfluenceRequest(
-        loss=value.get("loss", "sft"),
-        map=value.get("map", "sgd"),
-        reference=value.get("reference", "none"),
-        beta=float(value.get("beta", 0.1)),
-        normalise=value.get("normalise", "task"),
-    )
-
-
-def gradient_score(
-    job: Job, name: str, options: dict[str, Any], reduce: Callable[..., tuple[np.ndarray, np.ndarray]]
-) -> Scored:
-    """Fetch dots and norms for a gradient method, sharing the pass with the recipe's others, and reduce them."""
-    from keepset.stages import influence
-
-    others = [influence_request(m.name, m.options) for m in job.recipe.methods if "gradients" in METHODS[m.name].needs]
-    found = influence(job, influence_request(name, options), others)
-    score, per_task = reduce(found)
-    parts = task_parts(job.task_codes()[0], per_task)
-    for c, lr in enumerate(found["lr"]):
-        parts[f"ckpt{c}.norm"] = found["norms"][c]
-        parts[f"ckpt{c}.momentum"] = found["momentum"][c]
-        parts[f"ckpt{c}.cosine"] = (found["dots"][c] / found["norms"][c][:, None]).max(axis=1)
-        parts[f"ckpt{c}.lr"] = np.full(len(score), lr)
-        parts |= {
-            f"ckpt{c}.{k}": np.full(len(score), found[k][c]) for k in ("store_rms", "store_spearman") if k in found
-        }
-    return Scored(score, parts)
-
-
-def score_rose(
-    job: Job,
-    *,
-    loss: Literal["dpo", "margin", "mean_margin"] = "dpo",
-    map: AdamMap = "adam",
-    reference: Literal["base", "checkpoint", "none"] = "base",
-    beta: float = 0.1,
-    normalise: Literal["pair", "task"] = "pair",
-    cosine: bool = True,
-    reduce: Literal["max", "mean"] = "max",
-) -> Scored:
-    """Influence on the DPO loss of the target's pairs."""
-    if not job.target.has_pairs:
-        raise RecipeError("rose needs pairs: the target has no `rejected`; use less, or give chosen and rejected")
-    options = dict(loss=loss, map=map, reference=reference, beta=beta, normalise=normalise)
-    return gradient_score(
-        job, "rose", options, lambda f: rose(f["dots"], f["norms"], f["lr"], cosine=cosine, reduce=reduce)
-    )
-
-
-def score_less(
-    job: Job,
-    *,
-    map: AdamMap = "adam",
-    normalise: Literal["pair", "task"] = "pair",
-    cosine: bool = True,
-    reduce: Literal["max", "mean"] = "max",
-) -> Scored:
-    """Influence on the SFT loss of the target's (chosen) rows."""
-    options = dict(map=map, normalise=normalise)
-    return gradient_score(
-        job, "less", options, lambda f: less(f["dots"], f["norms"], f["lr"], cosine=cosine, reduce=reduce)
-    )
-
-
-def score_tracin(job: Job, *, reduce: Literal["max", "mean"] = "mean") -> Scored:
-    """Plain inner products, learning-rate-weighted over checkpoints."""
-    return gradient_score(job, "tracin", {}, lambda f: tracin(f["dots"], f["lr"], reduce=reduce))
-
-
-def score_grad_cosine(job: Job, *, reduce: Literal["max", "mean"] = "max") -> Scored:
-    """Cosine of plain gradients."""
-    return gradient_score(job, "grad-cosine", {}, lambda f: less(f["dots"], f["norms"], f["lr"], reduce=reduce))
-
-
-def score_grad_norm(job: Job) -> Scored:
-    """Norm of the row's plain gradient, mean over the warm-up's checkpoints."""
-    return gradient_score(job, "grad-norm", {}, lambda f: (grand(f["norms"]), np.zeros((f["norms"].shape[1], 0))))
-
-
 # -- the table ------------------------------------------------------------------------------------------------------
 
 DAVIR = "DavIR, arXiv 2310.13008"
@@ -343,6 +266,9 @@ METHODS: dict[str, Method] = {
     "loss-ref": Method(score_loss_ref, DAVIR, "S = ±L_ref / T, or ±L_ref", ("losses", "reference"), "reference"),
     "ifd": Method(
         score_ifd, "Cherry, arXiv 2308.12032", "S = L(y | x) / L(y), above 1 last", ("losses", "answers"), "forward"
+    ),
+    "el2n": Method(
+        score_el2n, "EL2N, arXiv 2107.07075", "S = (1/T) Σ_t ‖p_t − onehot(y_t)‖", ("error-norms",), "forward"
     ),
     "forgetting": Method(
         score_forgetting,
@@ -382,17 +308,42 @@ METHODS: dict[str, Method] = {
     "grad-cosine": Method(
         score_grad_cosine, "–", "S = max_j Σ_c w_c cos(∇ℓ(z), ∇ℓ_j)", ("gradients", "target"), "gradients"
     ),
+    "influence": Method(
+        score_influence,
+        "arXiv 1703.04730",
+        "S = mean_j v_jᵀ (F + λI)⁻¹ ∇ℓ(z)",
+        ("gradients", "curvature", "target"),
+        "gradients",
+    ),
+    "datainf": Method(
+        score_datainf,
+        "DataInf, arXiv 2310.00902",
+        "influence, mean of one-row inverses a matrix",
+        ("gradients", "curvature", "target"),
+        "gradients",
+    ),
+    "ekfac": Method(
+        score_ekfac,
+        "EK-FAC, arXiv 2308.03296",
+        "influence, eigenvalue-corrected Kronecker factors",
+        ("gradients", "curvature", "target"),
+        "gradients",
+    ),
+    "in-run-shapley": Method(
+        score_in_run_shapley,
+        "In-Run Data Shapley, arXiv 2406.11011",
+        "S = Σ_t η_t <v_t, g> [− η_t²/2 · gᵀ H_t Σ g]",
+        ("in-run", "warmup", "target"),
+        "gradients",
+    ),
+    "tmc-shapley": Method(
+        score_tmc_shapley,
+        "Data Shapley, arXiv 1904.02868",
+        "S = E_π[U(before + z) − U(before)], U = −loss after training",
+        ("retraining", "target"),
+        "retraining",
+    ),
 }
-
-
-def signed(score: np.ndarray, prefer: str) -> np.ndarray:
-    """Turn the sign for `prefer: low`, so that larger stays better."""
-    return score if prefer == "high" else -score
-
-
-def task_parts(names: list[str], per_task: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns `task.<name>` of a (n, j) array; (n, 0), a method that looks at no task, has none."""
-    return {f"task.{name}": column for name, column in zip(names, per_task.T, strict=False)}
 
 
 def needs_model(name: str) -> bool:
@@ -501,6 +452,7 @@ def score_key(job: Job, spec: MethodSpec) -> str:
             "recipe": job.recipe.model_dump(mode="json", include={"seed", "lora", "warmup", "reference", "gradients"}),
             "reference": weights_of(Path(outside)) if outside and "reference" in needs else None,
             "warmup": [weights_of(p) for p in sorted(Path(warm).glob("checkpoint-*"))] if warm and gradients else None,
+            "train": job.recipe.train.model_dump(mode="json") if "retraining" in needs else None,
             "method": spec.model_dump(mode="json"),
         }
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,10 @@ import numpy as np
 
 from keepset.adapters import attached
 from keepset.cost import count_tokens, flops
-from keepset.counts import answer_alone, gradient_passes, gradient_rows
+from keepset.counts import answer_alone
 from keepset.methods.cross_fit import fold_of
 from keepset.recipe import TrainSpec
 from keepset.run import Arrays, digest
-from keepset.stored_gradients import stored_influence
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
@@ -260,20 +258,6 @@ class SubJob:
         return getattr(self.job, name)
 
 
-# -- gradients ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InfluenceRequest:
-    """One target-gradient definition; requests with one map share the pass over the pool."""
-
-    loss: str  # sft | dpo | margin | mean_margin
-    map: str  # sgd | adam | adam-less | precondition | sign
-    reference: str  # base | checkpoint | none
-    beta: float
-    normalise: str  # pair | task
-
-
 def warmup_checkpoints(job: Job) -> list[Checkpoint]:
     """The warm-up run's checkpoints, trained once and then reused."""
     from keepset.train.warmup import list_checkpoints, pick_subset, warmup
@@ -299,90 +283,6 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
     job.run.step("models/warmup", train_key(job, spec, job.ids[picked], seed), work)
     checkpoints = list_checkpoints(job.run.path / "models/warmup")
     return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
-
-
-def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]) -> dict[str, np.ndarray]:
-    """Dots (c, n, j), norms (c, n), momentum share (c, n) and mean learning rates (c,) for `wanted`.
-
-    Requests in `others` with the same map are computed in the same pass over the pool and stay on disk for their turn.
-    """
-    checkpoints = warmup_checkpoints(job)
-    requests = list(dict.fromkeys([*(r for r in others if r.map == wanted.map), wanted]))  # in the recipe's order
-    found = [checkpoint_influence(job, checkpoint, requests)[wanted] for checkpoint in checkpoints]
-    lr = np.array([c.mean_lr for c in checkpoints])
-    if not lr.any():  # a decay to 0 in a single step: LESS's rate, logged after the step, is 0
-        job.say("the warm-up took too few steps for a mean learning rate: its checkpoints count alike")
-        lr = np.ones(len(lr))
-    return {
-        **{name: np.stack([f[name] for f in found]) for name in found[0]},
-        "lr": lr,
-    }
-
-
-def gradient_key(job: Job) -> dict[str, Any]:
-    """The recipe's `gradients` where they change the numbers, for the keys of gradient stages."""
-    spec = job.recipe.gradients.model_dump(include={"last_layers", "max_completion_tokens"}, exclude_none=True)
-    return {"gradients": spec} if spec else {}
-
-
-def checkpoint_influence(
-    job: Job, checkpoint: Checkpoint, requests: list[InfluenceRequest]
-) -> dict[InfluenceRequest, Arrays]:
-    """All requests (of one map) at one checkpoint, in one pass over the pool."""
-    from keepset.features.adam import load_adam
-    from keepset.features.influence import influence as row_influence
-    from keepset.features.targets import GradientTarget, concatenate, target_vectors
-
-    names, codes = job.task_codes()
-    pairs, kept = job.target_pairs
-    stages = {
-        f"influence-{digest(asdict(request))[:8]}-{checkpoint.path.name}": {
-            "version": VERSION, **job.data_key(), "checkpoint": digest(weights_of(checkpoint.path)),
-            "target": job.target.fingerprint(), "tasks": names, "request": asdict(request), **gradient_key(job),
-        }
-        for request in requests
-    }  # fmt: skip
-    by_name = dict(zip(stages, requests, strict=True))
-    vectors: dict[str, GradientTarget] = {}
-    budget, last_layers = job.recipe.batching.token_budget, job.recipe.gradients.last_layers
-    rows, kind = gradient_rows(job), requests[0].map
-
-    def target_of(name: str) -> GradientTarget:
-        if name not in vectors:
-            wanted = {k: v for k, v in asdict(by_name[name]).items() if k != "map"}  # targets are never mapped
-            key = {k: v for k, v in stages[name].items() if k != "pool"} | {"request": wanted}
-
-            def compute() -> Arrays:
-                job.say(f"target gradients at {checkpoint.path.name}: {wanted['loss']}, {len(pairs)} rows")
-                return target_vectors(
-                    model, pairs, codes[kept], n_tasks=len(names), **wanted, token_budget=budget,
-                    last_layers=last_layers,
-                ).arrays()  # fmt: skip
-
-            found = job.run.once(f"target-{checkpoint.path.name}", key, compute)
-            vectors[name] = GradientTarget.from_arrays(found, model.device)
-        return vectors[name]
-
-    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
-        stacked = concatenate([target_of(name) for name in missing])
-        found = row_influence(model, some, stacked, adam=adam, map=kind, token_budget=budget, last_layers=last_layers)
-        parts = np.split(found.dots, len(missing), axis=1)
-        return {
-            name: {"dots": part, "norms": found.norms, "momentum": found.momentum}
-            for name, part in zip(missing, parts, strict=True)
-        }
-
-    adam = load_adam(checkpoint.path)
-    with attached(job.loaded.model, checkpoint.path) as model:
-        what = f"gradients at {checkpoint.path.name} ({kind})"
-        if job.recipe.gradients.store:
-            adapter = digest(weights_of(checkpoint.path))
-            return {
-                request: stored_influence(job, model, what, rows, target_of(name), adam, kind, adapter)
-                for name, request in by_name.items()
-            }
-        out = sweep_rows(job, stages, what, batch, rows=rows, passes=gradient_passes(job))
-    return {by_name[name]: arrays for name, arrays in out.items()}
 
 
 # -- representations ------------------------------------------------------------------------------------------------

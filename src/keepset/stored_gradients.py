@@ -41,8 +41,8 @@ def stored_influence(
         adapter: the checkpoint's digest.
 
     Returns:
-        As `stages.checkpoint_influence`, and the store's error on a sample that is scored exactly too: `store_rms` (of
-        a cosine) and `store_spearman` (median over tasks); NaN without a sample.
+        As `stages_gradients.checkpoint_influence`, and the store's error on a sample that is scored exactly too:
+        `store_rms` (of a cosine) and `store_spearman` (median over tasks); NaN without a sample.
 
     Raises:
         PlanMismatch: the store was made with another model, checkpoint, template, map, size or other first rows.

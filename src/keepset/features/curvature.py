@@ -14,7 +14,7 @@ The solve is done once, on the target: the pass over the pool is the same as Tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -48,6 +48,7 @@ def solve_target(
     damping: float = 0.1,
     token_budget: int = 1024,
     seed: int = 0,
+    last_layers: int | None = None,
 ) -> GradientTarget:
     """Return the target with every vector v_j replaced by r_j.
 
@@ -61,17 +62,23 @@ def solve_target(
             `ekfac-matrix`), or those that so few rows can make non-zero (`fisher`).
         token_budget: tokens a batch holds; changes the time, not the numbers.
         seed: of drawn labels.
+        last_layers: only the top so many layers' matrices; the target must have been formed so too.
 
     Raises:
         RecipeError: unknown solver, damping not above 0, or more gradients than `fisher` may hold.
         ModelError: the rows have no gradient at all.
     """
-    known = {"fisher": _fisher, "datainf": _datainf, "ekfac": _ekfac, "ekfac-matrix": partial(_ekfac, by_matrix=True)}
+    known: dict[str, Callable[..., dict[str, Tensor]]] = {
+        "fisher": _fisher,
+        "datainf": _datainf,
+        "ekfac": _ekfac,
+        "ekfac-matrix": partial(_ekfac, by_matrix=True),
+    }
     if solver not in known:
         raise RecipeError(f"unknown curvature solver '{solver}'; known: {', '.join(known)}")
     if not damping > 0:
         raise RecipeError(f"damping {damping}: must be above 0")
-    options = dict(token_budget=token_budget, labels=labels, seed=seed)
+    options = dict(token_budget=token_budget, labels=labels, seed=seed, last_layers=last_layers)
     blocks = known[solver](model, target, rows, damping, options)
     return replace(target, blocks=blocks)
 
@@ -145,7 +152,12 @@ def kronecker_factors(model: nn.Module, rows: Sequence[Row], **options: Any) -> 
 
 
 def _ekfac(
-    model: nn.Module, target: GradientTarget, rows: Sequence[Row], damping: float, options: dict, by_matrix: bool = False
+    model: nn.Module,
+    target: GradientTarget,
+    rows: Sequence[Row],
+    damping: float,
+    options: dict,
+    by_matrix: bool = False,
 ) -> dict[str, Tensor]:
     factors = kronecker_factors(model, rows, **options)
     bases = {n: (eigenvectors(a.cpu().numpy()), eigenvectors(b.cpu().numpy())) for n, (a, b) in factors.items()}

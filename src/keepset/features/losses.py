@@ -140,9 +140,7 @@ def token_values(model: Any, hidden: Tensor, labels: Tensor, token_loss: TokenLo
     if type(z) is not nn.Linear:
         raise ValueError(f"{token_loss} needs a plain linear output head (no adapter on it)")
     smoothed = token_loss == "label-smoothed"
-    stats = head.head_stats(
-        hidden, labels, z.weight, z.bias, mapping, with_mean=smoothed, with_squares=not smoothed
-    )
+    stats = head.head_stats(hidden, labels, z.weight, z.bias, mapping, with_mean=smoothed, with_squares=not smoothed)
     if not smoothed:
         return stats.error_norm
     return (1 - SMOOTHING) * (stats.lse - stats.label) + SMOOTHING * (stats.lse - stats.mean)

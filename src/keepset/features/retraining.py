@@ -2,8 +2,8 @@
 
     U(A) = −mean_j mean_{z in j} L(z; θ_A) / T(z),     θ_A: AdamW from the same start on the rows of A
 
-What truncated Monte-Carlo Shapley (`methods/tmc_shapley.py`) asks for, once a set. Constant learning rate, no decay, rows
-in an order that hangs on the seed and the set alone; the empty set is the untrained model.
+What truncated Monte-Carlo Shapley (`methods/tmc_shapley.py`) asks for, once a set. Constant learning rate, no decay,
+rows in an order that hangs on the seed and the set alone; the empty set is the untrained model.
 """
 
 from __future__ import annotations

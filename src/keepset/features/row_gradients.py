@@ -21,7 +21,7 @@ from keepset.packing import Row, plan_batches
 
 Labels = Literal["sampled", "data"]
 Visit = Callable[[str, np.ndarray, Tensor], None]
-"""Takes a parameter's name, the batch's positions in `rows` (n,) and the gradients (n, a, b) of their mean token loss."""
+"""Takes a parameter's name, the batch's positions in `rows` (n,) and their mean token losses' gradients (n, a, b)."""
 
 
 def each_gradient(
@@ -32,6 +32,7 @@ def each_gradient(
     token_budget: int = 1024,
     labels: Labels = "data",
     seed: int = 0,
+    last_layers: int | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Show a visitor every row's gradient, and return the parameters' shapes in the model's order.
 
@@ -42,6 +43,7 @@ def each_gradient(
         token_budget: tokens a batch holds; changes the time, not the numbers.
         labels: `data`, or `sampled` from the model, by random numbers that hang on the row's tokens and the seed.
         seed: of the labels.
+        last_layers: only the top so many layers' matrices.
     """
 
     def sink_of(indices: np.ndarray) -> Sink:
@@ -51,7 +53,9 @@ def each_gradient(
 
         return sink
 
-    return run_batches(model, rows, sink_of, token_budget=token_budget, labels=labels, seed=seed)
+    return run_batches(
+        model, rows, sink_of, token_budget=token_budget, labels=labels, seed=seed, last_layers=last_layers
+    )
 
 
 def run_batches(
@@ -62,9 +66,10 @@ def run_batches(
     token_budget: int,
     labels: Labels = "data",
     seed: int = 0,
+    last_layers: int | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Run every row's mean token loss back, batch by batch, into the sink that `sink_of(positions)` gives."""
-    with recording(model) as recorder:
+    with recording(model, last_layers=last_layers) as recorder:
         for indices in plan_batches([len(r.input_ids) for r in rows], token_budget):
             some = [rows[i] for i in indices]
             run_rows(model, recorder, some, mean_weights, sink_of(indices), draws(recorder, some, labels, seed))
@@ -111,7 +116,7 @@ def weighted_gradients(
 
 
 def stacked_gradients(model: nn.Module, rows: Sequence[Row], **options: Any) -> dict[str, Tensor]:
-    """Every row's gradient at once: parameter name to (n, a·b) float32. n · p numbers: the caller checks that it fits."""
+    """Every row's gradient, parameter name to (n, a·b) float32: n · p numbers, and the caller checks that they fit."""
     kept: dict[str, Tensor] = {}
 
     def visit(name: str, indices: np.ndarray, g: Tensor) -> None:
