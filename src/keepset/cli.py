@@ -427,6 +427,30 @@ def report(
 
 
 @app.command()
+def plot(
+    run_dir: RunDir = Path("runs/keepset"),
+    out: Annotated[Path | None, typer.Option("--out", help="folder; default: RUN_DIR/plots")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="png svg pdf; may be repeated")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="scores length losses comparison curve overlap; may be repeated")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="of the comparison: loss.chosen; may be repeated")
+    ] = None,
+    width: Annotated[float, typer.Option("--width", help="inches")] = 3.3,
+) -> None:
+    """Draw a run's figures for papers: score histogram with the cut, score against length, comparison, overlap ...
+
+    Example: keepset plot --run_dir runs/demo --format svg --only comparison
+    """
+    from keepset.plot import write_plots
+
+    chosen = {"formats": formats or ("png", "svg"), "only": only or (), "metrics": metric or ()}
+    for path in write_plots(run_dir, out, width=width, **chosen):
+        print(path)
+
+
+@app.command()
 def inspect(
     data: Annotated[str, typer.Argument(help="file, folder or hub name")],
     target: Targets = None,

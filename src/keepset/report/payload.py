@@ -244,6 +244,7 @@ def verdicts(data: RunData) -> list[dict[str, Any]]:
                 "label": str(entry.get("label", "?")),
                 "kind": str(entry.get("kind", "method")),
                 "budget": entry.get("budget"),
+                "n_rows": entry.get("n_rows"),
                 "metrics": figures_of(as_dict(entry.get("metrics")), ("value", "low", "high", "n"), "value"),
                 "versus": figures_of(
                     as_dict(entry.get("vs_random")), ("difference", "low", "high", "p", "p_holm"), "difference"
