@@ -256,3 +256,56 @@ def test_a_slow_endpoint_times_out():
         got = judge(endpoint, timeout=0.3)[0].compare(ITEMS[:1])
         release.set()
     assert got.preference.tolist() == [1] and got.requests == 3
+
+
+def test_an_endpoint_that_hangs_is_given_up_and_the_rest_asked_later(tmp_path):
+    release, hangs = threading.Event(), [True]
+
+    def behave(n, body):
+        if n > 2 and hangs[0]:
+            release.wait(20)
+        return says("Verdict: " + honest(body))
+
+    with Endpoint(behave) as endpoint:
+        made, slept = judge(endpoint, timeout=0.2, tries=3, cache=tmp_path / "j.jsonl")
+        with pytest.raises(KeepsetError, match="gave up after 3 tries, the last: TimeoutError: timed out") as caught:
+            made.compare(ITEMS)
+        assert "\n" not in str(caught.value) and len(slept) == 2
+        hangs[0] = False
+        release.set()
+        asked = len(endpoint.seen)
+        again = judge(endpoint, cache=tmp_path / "j.jsonl")[0].compare(ITEMS)
+        assert again.preference.tolist() == [1, 0, 0.5]
+        assert (again.cached, again.requests, len(endpoint.seen) - asked) == (2, 4, 4)
+
+
+@pytest.mark.parametrize("flood", [False, True])
+def test_an_endpoint_that_drips_or_floods_is_given_up(flood, monkeypatch):
+    """Each byte comes in time, the reply never ends; or it is larger than any verdict."""
+    monkeypatch.setattr("keepset.evaluate.judge.LARGEST_REPLY", 1 << 16)
+    stop = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.end_headers()
+            while not stop.wait(0 if flood else 0.05):
+                try:
+                    self.wfile.write(b" " * (4096 if flood else 1))
+                except OSError:
+                    return
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    made = HttpJudge(url, "m", workers=1, tries=2, timeout=0.3, sleep=lambda seconds: None)
+    with pytest.raises(
+        KeepsetError, match="gave up after 2 tries, the last: " + ("ValueError" if flood else "Timeout")
+    ):
+        made.compare(ITEMS[:1])
+    stop.set()
+    server.shutdown()
+    server.server_close()

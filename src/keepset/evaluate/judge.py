@@ -47,6 +47,8 @@ Verdict: A
 Verdict: B
 Verdict: tie"""
 
+LARGEST_REPLY = 1 << 24  # bytes
+
 _MARK = re.compile(
     r"(?:verdict|final answer|better answer|winner|choice|preference)[\"'*_`]*\s*(?:is|are|:|=|-|—)*\s*[\"'*_`\[({<]*"
     r"(?:answer|assistant|response|output|option|model)?[\s_]*[\"'*_`\[({<]*\s*(A|B|ties?|tied|draw|equal|both|neither|C)\b",
@@ -157,7 +159,7 @@ class HttpJudge:
         cache: JSONL file of replies; None keeps nothing.
         key_variable: environment variable that holds the API key.
         prompt: template with {instruction}, {first} and {second}.
-        timeout: seconds a request may take.
+        timeout: seconds a request may take, and how long the endpoint may be silent.
         tries: requests made before giving one up (failures, rate limits and unreadable replies all count).
         workers: requests at a time.
         max_tokens: longest reply.
@@ -278,8 +280,9 @@ class HttpJudge:
             wait = min(self.longest_pause, self.pause * 2 ** (made - 1)) * (0.5 + random.random())  # jitter
             try:
                 request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+                deadline = time.monotonic() + self.timeout
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    found = json.loads(response.read())
+                    found = json.loads(_read(response, deadline))
                 text = found["choices"][0]["message"]["content"]
                 if not isinstance(text, str):
                     raise TypeError("content is no text")
@@ -307,6 +310,23 @@ class HttpJudge:
                     self._known[entry["key"]] = entry
             except (ValueError, KeyError, TypeError):
                 continue  # a line torn by a crash
+
+
+def _read(response: Any, deadline: float) -> bytes:
+    """Read a reply of bounded size by a deadline, also from an endpoint that sends a byte now and then.
+
+    Raises:
+        TimeoutError, ValueError: it is late, or too large.
+    """
+    parts, size = [], 0
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST_REPLY:
+            raise ValueError(f"a reply of more than {LARGEST_REPLY >> 20} MiB")
+        if time.monotonic() > deadline:
+            raise TimeoutError("timed out")
+    return b"".join(parts)
 
 
 def _fill(template: str, instruction: str, first: str, second: str) -> str:
