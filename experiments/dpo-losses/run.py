@@ -1,8 +1,9 @@
 """DPO, IPO and DavIR-DPO on the same pairs: held-out accuracy, and how far each loss's margin follows the length gap.
 
-python experiments/dpo-losses/run.py --pairs PAIRS.jsonl --out DIR [--train 64 --heldout 60 --seeds 0 1 2]
+python experiments/dpo-losses/run.py --pairs PAIRS.jsonl --out DIR [--train 40 --heldout 48 --seeds 0 1 2]
 
-Pairs are any file keepset reads as a target. Every cell (loss, β, seed) is trained once and kept in DIR: a run that
+Pairs are any file keepset reads as a target. A seed draws the training pairs, the adapter and the order; the held-out
+pairs are the same for all. Reference log-probabilities are computed once a seed. Every cell (loss, β, seed) is trained once and kept in DIR: a run that
 broke goes on where it stopped. The table is printed and written to DIR/table.md, the numbers to DIR/results.json.
 """
 
@@ -19,35 +20,41 @@ from rich.console import Console
 from keepset.adapters import attached
 from keepset.data import load_target
 from keepset.encoding import RowRefused
-from keepset.evaluate.preference import pair_logps, preference_table
+from keepset.evaluate.preference import length_matched, pair_logps, preference_table
 from keepset.model import load
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.preference import train_dpo
 
 # What each loss pushes up, and so what its own margin is.
 FORM = {"dpo": "implicit_sum", "ipo": "implicit_mean", "dpo_mean": "implicit_mean", "davir": "implicit_relative"}
-CELLS = ["dpo:0.1", "ipo:0.1", "dpo_mean:2", "davir:1", "davir:5", "davir:20", "davir:100"]
+CELLS = ["dpo:0.1", "ipo:0.1", "davir:0.1", "davir:1", "davir:5", "davir:20", "davir:100"]
 
 
-def draw_pairs(path: str, loaded, seed: int, n_train: int, n_heldout: int):
-    """Draw disjoint training and held-out pairs over the sorted ids; pairs that share a prompt stay together."""
+def read_pairs(path: str, loaded, longest: int) -> tuple[list, list[str]]:
+    """Every pair of at most `longest` tokens, both sides counted, in the order of their ids, and its prompt."""
     target = load_target(path)
-    order = np.argsort(target.ids, kind="stable")
-    drawn = order[np.random.default_rng(seed).permutation(len(order))]
-    train, heldout, prompts = [], [], set()
-    for i in drawn:
+    pairs, prompts = [], []
+    for i in np.argsort(target.ids, kind="stable"):
         prompt, chosen, rejected = target.pair(int(i))
         try:
             pair = tuple(loaded.encoder.encode_pair(prompt, side) for side in (chosen, rejected))
         except RowRefused:
             continue
-        key = json.dumps(prompt)
-        if len(train) < n_train:
-            train.append(pair)
-            prompts.add(key)
-        elif key not in prompts and len(heldout) < n_heldout:
-            heldout.append(pair)
-    return train, heldout
+        if sum(len(one.input_ids) for one in pair) <= longest:
+            pairs.append(pair)
+            prompts.append(json.dumps(prompt))
+    return pairs, prompts
+
+
+def draw(pairs: list, prompts: list[str], n_heldout: int) -> tuple[list, list]:
+    """Held-out pairs, half of them of like length, one a prompt; and all pairs of the other prompts."""
+    order = np.random.default_rng(0).permutation(len(pairs))
+    like = length_matched(*np.array([[int(one.supervised.sum()) for one in pair] for pair in pairs]).T)
+    heldout: dict[str, int] = {}
+    for group in (like, ~like):
+        fresh = [i for i in order if group[i] and prompts[i] not in heldout]
+        heldout |= {prompts[i]: i for i in fresh[: n_heldout // 2]}
+    return [pairs[i] for i in heldout.values()], [pairs[i] for i in order if prompts[i] not in heldout]
 
 
 def main() -> None:
@@ -55,30 +62,35 @@ def main() -> None:
     parser.add_argument("--pairs", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--train", type=int, default=64)
-    parser.add_argument("--heldout", type=int, default=60)
-    parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--train", type=int, default=40)
+    parser.add_argument("--heldout", type=int, default=48)
+    parser.add_argument("--longest", type=int, default=150, help="tokens of a pair, both sides")
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    spec = ModelSpec(model_name_or_path=options.model, max_length=options.max_length)
+    spec = ModelSpec(model_name_or_path=options.model, max_length=options.longest)
     loaded, console = load(spec), Console(stderr=True)
-    train, heldout = draw_pairs(options.pairs, loaded, 0, options.train, options.heldout)
-    console.print(f"{len(train)} training pairs, {len(heldout)} held out")
+    heldout, rest = draw(*read_pairs(options.pairs, loaded, options.longest), options.heldout)
+    tokens = sum(len(one.input_ids) for pair in rest for one in pair) / len(rest)
+    console.print(f"{len(rest)} pairs to draw from, {tokens:.0f} tokens each; {len(heldout)} held out")
     base = pair_logps(loaded.model, heldout)
     args = TrainSpec(
-        num_train_epochs=options.epochs, learning_rate=options.learning_rate, per_device_train_batch_size=8
+        num_train_epochs=options.epochs, learning_rate=options.learning_rate, per_device_train_batch_size=4
     )
     results = []
     for seed in options.seeds:
+        drawn = np.random.default_rng(seed).choice(len(rest), options.train, replace=False)
+        train = [rest[i] for i in drawn]
+        reference = pair_logps(loaded.model, train)
         for cell in options.cells:
             loss, beta = cell.split(":")
             out = options.out / f"{loss}-{beta}-seed{seed}"
             found = train_dpo(
-                spec, LoraSpec(), train, out, args, loss=loss, beta=float(beta), seed=seed, console=console
+                spec, LoraSpec(), train, out, args, loss=loss, beta=float(beta), seed=seed, reference=reference,
+                console=console,
             )
             with attached(loaded.model, out) as model:
                 table = preference_table(pair_logps(model, heldout), base)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from keepset.encoding import Encoded
+    from keepset.evaluate.preference import PairLogps
 
     Pair = tuple[Encoded, Encoded]
 
@@ -138,6 +139,7 @@ def train_dpo(
     beta: float | None = None,
     gamma: float = 1.0,
     seed: int,
+    reference: PairLogps | None = None,
     resume: bool = True,
     console: Console | None = None,
 ) -> TrainResult:
@@ -156,6 +158,7 @@ def train_dpo(
         beta: β; None takes 0.1, for `davir` and `simpo` the values in `BETA`.
         gamma: SimPO's γ.
         seed: of adapter initialisation and order.
+        reference: the base's log-probabilities of these pairs, if they are known already.
         resume: as `train_sft`.
         console: where progress is shown.
 
@@ -174,7 +177,7 @@ def train_dpo(
     loaded = load(spec)
     return fit_dpo(
         loaded.model, loaded.tokenizer, spec, lora, pairs, out, args, loss=loss, beta=beta, gamma=gamma, seed=seed,
-        resume=resume, console=console,
+        reference=reference, resume=resume, console=console,
     )  # fmt: skip
 
 
@@ -191,6 +194,7 @@ def fit_dpo(
     beta: float,
     gamma: float = 1.0,
     seed: int,
+    reference: PairLogps | None = None,
     resume: bool = True,
     console: Console | None = None,
 ) -> TrainResult:
@@ -209,7 +213,7 @@ def fit_dpo(
     more: dict[str, Any] = {"beta": beta, "precompute_ref_log_probs": True}
     more["loss_type"] = [TRL_NAMES.get(loss, loss if loss in TRL_ONLY else "sigmoid")]
     config: Any = trainer_arguments(DPOConfig, args, out, seed, spec, more)
-    reference = pair_logps(model, pairs)
+    reference = pair_logps(model, pairs) if reference is None else reference
     if loss == "davir" and min(np.abs(reference.chosen).min(), np.abs(reference.rejected).min()) == 0:
         raise DataError("a side of a pair has a log-probability of 0 under the reference; DavIR-DPO divides by it")
     columns: dict[str, Any] = {"ref_chosen_logps": reference.chosen, "ref_rejected_logps": reference.rejected}
