@@ -88,14 +88,17 @@ def main() -> None:
         for cell in options.cells:
             loss, beta = cell.split(":")
             out = options.out / f"{loss}-{beta}-seed{seed}"
-            found = train_dpo(
-                spec, LoraSpec(), train, out, args, loss=loss, beta=float(beta), seed=seed, reference=reference,
-                console=console,
-            )
-            with attached(loaded.model, out) as model:
-                table = preference_table(pair_logps(model, heldout), base)
-            results.append({"loss": loss, "beta": float(beta), "seed": seed, "losses": found.losses,
-                            "seconds": found.seconds, "heldout": table})  # fmt: skip
+            if not (out / "cell.json").exists():
+                found = train_dpo(
+                    spec, LoraSpec(), train, out, args, loss=loss, beta=float(beta), seed=seed, reference=reference,
+                    console=console,
+                )  # fmt: skip
+                with attached(loaded.model, out) as model:
+                    table = preference_table(pair_logps(model, heldout), base)
+                facts = {"loss": loss, "beta": float(beta), "seed": seed, "losses": found.losses,
+                         "seconds": found.seconds, "heldout": table}  # fmt: skip
+                (out / "cell.json").write_text(json.dumps(facts))
+            results.append(json.loads((out / "cell.json").read_text()))
             (options.out / "results.json").write_text(
                 json.dumps({"options": vars(options), "cells": results}, default=str)
             )
