@@ -3,8 +3,9 @@
 python experiments/dpo-losses/run.py --pairs PAIRS.jsonl --out DIR [--train 40 --heldout 48 --seeds 0 1 2]
 
 Pairs are any file keepset reads as a target. A seed draws the training pairs, the adapter and the order; the held-out
-pairs are the same for all. Reference log-probabilities are computed once a seed. Every cell (loss, β, seed) is trained once and kept in DIR: a run that
-broke goes on where it stopped. The table is printed and written to DIR/table.md, the numbers to DIR/results.json.
+pairs are the same for all. Reference log-probabilities are computed once a seed. Every cell (loss, β, seed) is trained
+once and kept in DIR: a run that broke goes on where it stopped. The table is printed and written to DIR/table.md, the
+numbers to DIR/results.json.
 """
 
 from __future__ import annotations

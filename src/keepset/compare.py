@@ -140,7 +140,7 @@ def cost_of(job: Job, subset: Subset | None) -> dict[str, float]:
 
 def full_training_flops(job: Job) -> float:
     """FLOPs of training on the whole usable pool with the recipe's `train`."""
-    return training(job, "", "", job.rows, job.recipe.train).flops
+    return training(job, "", "", job.sides[1], job.recipe.train).flops
 
 
 def print_comparison(result: dict[str, Any], console: Console) -> None:

@@ -8,10 +8,12 @@ are a few per cent at the lengths of instruction data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
+    from keepset.recipe import TrainSpec
 
 
 def matrix_weights(model: Any) -> tuple[int, int]:
@@ -41,3 +43,8 @@ def flops(model: Any, n_tokens: int, n_head: int, *, passes: float = 1) -> float
 def count_tokens(rows: list[Encoded]) -> tuple[int, int]:
     """Tokens and supervised tokens of some rows."""
     return sum(len(r.input_ids) for r in rows), sum(int(r.supervised.sum()) for r in rows)
+
+
+def trained_sides(sides: Sequence[tuple[Encoded, ...]], args: TrainSpec) -> list[Encoded]:
+    """The rows that a training runs over: both sides of each pair, or under `loss: sft` the first alone."""
+    return [side for row in sides for side in (row[:1] if args.loss == "sft" else row)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from keepset.cost import count_tokens, flops
+from keepset.cost import count_tokens, flops, trained_sides
 from keepset.recipe import MethodSpec, TrainSpec, parse_budget
 from keepset.scoring import METHODS, options_of
 from keepset.scoring_gradients import in_run_request, influence_request, retraining_request
@@ -19,6 +19,8 @@ from keepset.scoring_gradients import in_run_request, influence_request, retrain
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
     from keepset.job import Job
+
+    Sides = tuple[Encoded, ...]
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,20 @@ def forward(
     return Work(stage, methods, "forward", len(rows), n_tokens * times, work, logged)
 
 
-def backward(job: Job, stage: str, methods: str, rows: list[Encoded], logged: str, *, times: int = 1) -> Work:
+def backward(
+    job: Job, stage: str, methods: str, rows: list[Encoded], logged: str, *, passes: float, times: int = 1
+) -> Work:
     """`times` passes forward and backward through frozen weights over `rows`."""
     n_tokens, n_head = count_tokens(rows)
-    work = flops(job.loaded.model, n_tokens, n_head, passes=gradient_passes(job) * times)
+    work = flops(job.loaded.model, n_tokens, n_head, passes=passes * times)
     return Work(stage, methods, "backward", len(rows), n_tokens * times, work, logged)
 
 
-def training(job: Job, stage: str, methods: str, rows: list[Encoded], args: TrainSpec, logged: str = "") -> Work:
-    """A fine-tuning on `rows`."""
-    n_tokens, n_head = count_tokens(rows)
+def training(job: Job, stage: str, methods: str, sides: list[Sides], args: TrainSpec, logged: str = "") -> Work:
+    """A fine-tuning on rows, given as their sides."""
+    n_tokens, n_head = count_tokens(trained_sides(sides, args))
     work = flops(job.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * args.num_train_epochs
-    return Work(stage, methods, "train", len(rows), int(n_tokens * args.num_train_epochs), work, logged)
+    return Work(stage, methods, "train", len(sides), int(n_tokens * args.num_train_epochs), work, logged)
 
 
 def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
@@ -82,6 +86,10 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
         found.append(forward(job, "losses of answers alone", users("answers"), answers, r"losses \(answers alone\)"))
     if users("reference"):
         found += reference_work(job, users("reference"))
+        both = ", ".join(m.label for m in methods if m.options.get("side", "chosen") != "chosen")
+        if both and job.rejected is not None:
+            logged = r"losses \((base-rejected and )?reference-rejected\)"
+            found.append(forward(job, "losses of the rejected sides", both, job.rejected, logged, times=2))
     trained = ", ".join(m.label for m in methods if {"warmup", "gradients"} & set(METHODS[m.name].needs))
     if trained and not recipe.warmup.path:
         from keepset.train.warmup import pick_subset
@@ -89,7 +97,8 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
         spec = recipe.warmup
         seed = recipe.seed if spec.seed is None else spec.seed
         picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
-        found.append(training(job, "warm-up", trained, [job.rows[i] for i in picked], spec, "train models/warmup"))
+        sides = [job.sides[1][i] for i in picked]
+        found.append(training(job, "warm-up", trained, sides, spec, "train models/warmup"))
     if users("checkpoint-losses"):
         found.append(
             forward(job, "losses at the checkpoints", users("checkpoint-losses"), job.rows,
@@ -112,10 +121,16 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
     return found
 
 
-def gradient_rows(job: Job) -> list[Encoded]:
-    """The job's rows as gradient methods score them: cut after `gradients.max_completion_tokens` supervised tokens."""
+def pair_gradients(job: Job) -> bool:
+    """Whether a row's gradient is that of a preference loss: a pool of pairs, chosen from for such a training."""
+    return job.pool.has_pairs and job.recipe.train.loss != "sft"
+
+
+def gradient_rows(job: Job) -> list[tuple[Encoded, ...]]:
+    """The sides whose gradients are formed, cut after `gradients.max_completion_tokens` supervised tokens."""
     cap = job.recipe.gradients.max_completion_tokens
-    return job.rows if cap is None else [first_supervised(row, cap) for row in job.rows]
+    sides = job.sides[1] if pair_gradients(job) else [row[:1] for row in job.sides[1]]
+    return sides if cap is None else [tuple(first_supervised(side, cap) for side in row) for row in sides]
 
 
 def first_supervised(row: Encoded, n: int) -> Encoded:
@@ -130,7 +145,8 @@ def first_supervised(row: Encoded, n: int) -> Encoded:
 def gradient_passes(job: Job) -> float:
     """Forward-equivalents of a gradient pass: the backward part ends below the lowest layer that is looked at."""
     depth, layers = job.recipe.gradients.last_layers, job.loaded.model.config.get_text_config().num_hidden_layers
-    return 2.0 if depth is None else 1.0 + min(1.0, depth / layers)
+    weighing = 2.0 if pair_gradients(job) else 0.0  # a pair's weight in its loss: policy and reference, forward
+    return weighing + (2.0 if depth is None else 1.0 + min(1.0, depth / layers))
 
 
 def answer_alone(row: Encoded, start: int = 0) -> Encoded:
@@ -165,11 +181,11 @@ def reference_work(job: Job, methods: str) -> list[Work]:
 
         fold = fold_of(job.ids, folds)
         for k in range(folds):
-            rows = [r for r, f in zip(job.rows, fold, strict=True) if f != k]
+            rows = [r for r, f in zip(job.sides[1], fold, strict=True) if f != k]
             folder = f"train models/reference-fold{k}"
             found.append(training(job, f"train reference {k + 1} of {folds}", methods, rows, spec, folder))
     elif not spec.path:
-        found.append(training(job, "train the reference", methods, job.rows, spec, "train models/reference"))
+        found.append(training(job, "train the reference", methods, job.sides[1], spec, "train models/reference"))
     logged = r"losses \(((base and )?reference|fold\d+)\)"
     return [*found, forward(job, "losses under the reference", methods, job.rows, logged)]
 
@@ -182,23 +198,29 @@ def gradient_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
     requests = {m.label: influence_request(m.name, m.options) for m in users}
     sides = [side for pair in job.target_pairs[0] for side in pair if side is not None]
     chosen = [pair[0] for pair in job.target_pairs[0]]
-    found = []
+    found: list[Work] = []
+    target_passes = gradient_passes(job) - (2.0 if pair_gradients(job) else 0.0)
     for map_ in dict.fromkeys(r.map for r in requests.values()):
         # influence functions look at the last checkpoint alone
         many = checkpoints(job) if any(r.map == map_ and r.curvature is None for r in requests.values()) else 1
         labels = ", ".join(label for label, r in requests.items() if r.map == map_)
         logged = rf"gradients at \S+ \({map_}\)"
-        found.append(backward(job, f"gradients ({map_}) x{many}", labels, gradient_rows(job), logged, times=many))
+        rows = [side for row in gradient_rows(job) for side in row]
+        found.append(
+            backward(job, f"gradients ({map_}) x{many}", labels, rows, logged, passes=gradient_passes(job), times=many)
+        )
         plain = {label: replace(r, curvature=None) for label, r in requests.items() if r.map == map_}
         for request in dict.fromkeys(plain.values()):
             rows = chosen if request.loss == "sft" else sides
             labels = ", ".join(label for label, r in plain.items() if r == request)
-            found.append(backward(job, f"target gradients ({request.loss}) x{many}", labels, rows, "", times=many))
+            stage = f"target gradients ({request.loss}) x{many}"
+            found.append(backward(job, stage, labels, rows, "", passes=target_passes, times=many))
     for label, request in requests.items():
         if request.curvature is not None:
             times = 1 if request.curvature.solver == "fisher" else 2
             rows = curvature_rows(job, request.curvature)
-            found.append(backward(job, f"curvature ({request.curvature.solver})", label, rows, "", times=times))
+            stage = f"curvature ({request.curvature.solver})"
+            found.append(backward(job, stage, label, rows, "", passes=target_passes, times=times))
     return found
 
 
@@ -247,14 +269,17 @@ def final_work(job: Job) -> list[Work]:
         middle = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[:n_rows]
         longest = np.argsort(-job.n_tokens(), kind="stable")[:n_rows]
         count = (len(recipe.methods) + len(recipe.mix)) * len(recipe.train_seeds) + len(recipe.controls.random_seeds)
-        one = training(job, "", "", [job.rows[i] for i in middle], recipe.train)
+        one = training(job, "", "", [job.sides[1][i] for i in middle], recipe.train)
         found.append(one.times(count, f"train {count} models on {budget}", "methods, random"))
         models += count
         if recipe.controls.longest:
-            rows = [job.rows[i] for i in longest]
-            found.append(training(job, f"train on the longest {budget}", "longest", rows, recipe.train))
+            found.append(
+                training(
+                    job, f"train on the longest {budget}", "longest", [job.sides[1][i] for i in longest], recipe.train
+                )
+            )
             models += 1
     if recipe.controls.full:
-        found.append(training(job, "train on the full pool", "full", job.rows, recipe.train))
+        found.append(training(job, "train on the full pool", "full", job.sides[1], recipe.train))
         models += 1
     return [*found, forward(job, "", "", sides).times(models, f"evaluate {models} models", "all")]

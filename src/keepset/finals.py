@@ -10,11 +10,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from keepset.adapters import attached
-from keepset.cost import count_tokens, flops
+from keepset.cost import count_tokens, flops, trained_sides
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
 from keepset.evaluate.preference import PairLogps, correct, length_matched, margins, pair_logps, preference_table
-from keepset.job import encode_pairs
+from keepset.job import encode_pairs, encode_pool
 from keepset.run import digest, file_digest
 from keepset.stages import VERSION, id_order
 from keepset.subsets import Subset
@@ -48,14 +48,12 @@ class Learner:
         """Its tokenizer and template."""
         return self.loaded.encoder if self.transfer else self.job.encoder
 
-    def rows(self, subset: Subset) -> list[Encoded]:
-        """The subset's rows as this model's tokens, in the order of their ids; what its template refuses is said."""
+    def rows(self, subset: Subset) -> list[tuple[Encoded, ...]]:
+        """The sides of the subset's rows as this model's tokens, by id; what its template refuses is said."""
         indices = subset.indices[id_order(subset.ids(self.job))]
         if not self.transfer:
-            return [self.job.rows[i] for i in indices]
-        from keepset.encoding import encode_all
-
-        rows, refused = encode_all(self.encoder, (self.job.pool.messages(i) for i in self.job.usable[indices]))
+            return [self.job.sides[1][i] for i in indices]
+        rows, refused = encode_pool(self.job.pool.take(self.job.usable[indices]), self.encoder)
         if refused:
             self.job.say(f"{subset.name}: {len(refused)} rows left out by the other model's template: {refused[0][1]}")
         return [row for row in rows if row is not None]
@@ -100,22 +98,22 @@ def model_folder(name: str, seed: int) -> str:
 
 def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
     """Train the base on a subset, unless that was done with the same rows, arguments and seed."""
-    from keepset.train.sft import train_sft
+    from keepset.train.fit import fit
 
     args, rows = job.recipe.train, learner.rows(subset)
     folder = model_folder(subset.name, seed)
     key = {
         "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,
-        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.model_dump(mode="json"),
+        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
         "ids": digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
     }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
-        n_tokens, n_head = count_tokens(rows)
+        n_tokens, n_head = count_tokens(trained_sides(rows, args))
         epochs = args.num_train_epochs
         job.say(f"training {subset.name} (seed {seed}): {len(rows)} rows, {n_tokens} tokens, {epochs:g} epochs")
         with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
-            result = train_sft(learner.spec, job.recipe.lora, rows, path, args, seed=seed, console=job.console)
+            result = fit(learner.spec, job.recipe.lora, rows, path, args, seed=seed, console=job.console)
             spent["tokens"] = int(n_tokens * epochs)
             spent["flops"] = flops(learner.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * epochs
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from keepset.data import Pool, Target, load_pool, load_target
+from keepset.data.pool import Message
 from keepset.errors import DataError, RecipeError
 from keepset.methods.text import words
 from keepset.progress import track
@@ -99,18 +100,23 @@ class Job:
         return Encoder(load_tokenizer(self.recipe.model), self.recipe.model)
 
     @cached_property
-    def tokens(self) -> tuple[np.ndarray, list[Encoded]]:
-        """Indices (n,) of the pool's usable rows and their tokens; refused rows go to quarantine.jsonl.
+    def sides(self) -> tuple[np.ndarray, list[tuple[Encoded, ...]]]:
+        """Indices (n,) of the pool's usable rows and the tokens of their sides; refused rows go to quarantine.jsonl.
+
+        A row has one side; of a pool of pairs two, chosen and rejected, and both must be usable.
 
         Raises:
             DataError: no row is usable.
+            RecipeError: a section trains on pairs and the pool has none.
         """
-        from keepset.encoding import encode_all
-
-        rows, refused = encode_all(self.encoder, self.pool.all_messages())
+        for name in ("train", "reference", "warmup"):
+            loss = getattr(self.recipe, name).loss
+            if loss != "sft" and not self.pool.has_pairs:
+                raise RecipeError(f"{name}.loss: {loss} trains on pairs; set `pairs: true` on the pool")
+        rows, refused = encode_pool(self.pool, self.encoder)
         usable = [i for i, row in enumerate(rows) if row is not None]
         self.save_quarantine([self.refusal(index, reason, detail) for index, reason, detail in refused])
-        cut = sum(rows[i].truncated for i in usable)  # type: ignore[union-attr]
+        cut = sum(any(side.truncated for side in rows[i] or ()) for i in usable)
         note = f", {cut} of them cut at max_length {self.recipe.model.max_length}" if cut else ""
         self.say(f"tokens: {len(rows)} rows = {len(usable)} usable + {len(refused)} quarantined{note}")
         if refused and self.recipe.strict:
@@ -119,6 +125,16 @@ class Job:
         if not usable:
             raise DataError(f"no row of the pool is usable: {refused[0][1]}: {refused[0][2]}")
         return np.array(usable), [rows[i] for i in usable]  # type: ignore[misc]
+
+    @cached_property
+    def tokens(self) -> tuple[np.ndarray, list[Encoded]]:
+        """Indices (n,) of the pool's usable rows and their tokens (of a pair: the chosen side's)."""
+        return self.sides[0], [row[0] for row in self.sides[1]]
+
+    @cached_property
+    def rejected(self) -> list[Encoded] | None:
+        """The usable rows' rejected sides; None if the pool isn't of pairs."""
+        return [row[1] for row in self.sides[1]] if self.pool.has_pairs else None
 
     def refusal(self, index: int, reason: str, detail: str) -> dict[str, Any]:
         """A quarantine entry for row `index` of the pool."""
@@ -154,10 +170,12 @@ class Job:
         return "words" if self.text_only else "tokens"
 
     def n_tokens(self) -> np.ndarray:
-        """(n,) supervised tokens of each usable row; words of the answers where there is no tokenizer."""
+        """(n,) supervised tokens of each usable row, both sides of a pair; words of the answers without a tokenizer."""
         if not self.text_only:
-            return np.array([int(row.supervised.sum()) for row in self.rows])
-        rows = self.pool.all_messages()
+            return np.array([sum(int(side.supervised.sum()) for side in row) for row in self.sides[1]])
+        rows: Iterable[list[Message]] = self.pool.all_messages()
+        if self.pool.has_pairs:
+            rows = (chosen + rejected for _, chosen, rejected in self.pool.all_pairs())
         return np.array([sum(len(words(m["content"])) for m in row if m["role"] in ANSWERS) for row in rows])
 
     def texts(self) -> list[str]:
@@ -185,6 +203,24 @@ class Job:
     def tracked(self, what: str, total: int, unit: str = "rows") -> Any:
         """A progress bar on this job's console."""
         return track(self.console, what, total, unit)
+
+
+def encode_pool(pool: Pool, encoder: Encoder) -> tuple[list[tuple[Encoded, ...] | None], list[tuple[int, str, str]]]:
+    """Encode every row's sides; None, and (index, reason, detail), where one is refused."""
+    from keepset.encoding import RowRefused, encode_all
+
+    if not pool.has_pairs:
+        rows, refused = encode_all(encoder, pool.all_messages())
+        return [None if row is None else (row,) for row in rows], refused
+    sides: list[tuple[Encoded, ...] | None] = []
+    refused = []
+    for i, (prompt, chosen, rejected) in enumerate(pool.all_pairs()):
+        try:
+            sides.append((encoder.encode_pair(prompt, chosen), encoder.encode_pair(prompt, rejected)))
+        except RowRefused as problem:
+            sides.append(None)
+            refused.append((i, problem.reason, problem.detail))
+    return sides, refused
 
 
 def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -> tuple[list[Pair], np.ndarray]:

@@ -15,6 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAMES = ("dpo", "ipo", "dpo_mean", "davir", "simpo")
+BETA = {"davir": 5.0, "simpo": 2.0}
+"""β where the caller names none; 0.1 (TRL's default) for every other loss."""
+
+
+def pair_beta(loss: str, beta: float | None) -> float:
+    """β, or the loss's default."""
+    return BETA.get(loss, 0.1) if beta is None else beta
 
 
 def dpo_logit(policy_w: Tensor, policy_l: Tensor, ref_w: Tensor, ref_l: Tensor) -> Tensor:

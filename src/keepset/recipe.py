@@ -62,6 +62,7 @@ class DataSpec(Strict):
     shots: int | None = Field(None, ge=1, description="targets: N pairs a task, drawn with the recipe's seed (nested)")
     length_matched: bool = Field(False, description="targets: keep pairs whose sides differ by at most 20 % in length")
     task_column: str = Field("task", description="targets: the column that names the task")
+    pairs: bool = Field(False, description="pools: keep the rejected side too, to select rows for preference training")
     category_column: str | None = Field(None, description="pools: a column kept as `category` for quotas and reports")
 
 
@@ -120,7 +121,16 @@ class TrainSpec(Strict):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     full: bool = Field(False, description="full fine-tuning instead of LoRA")
+    loss: Literal["sft", "dpo", "ipo", "dpo_mean", "davir", "simpo"] = Field(
+        "sft", description="all but sft train on pairs: a pool with `pairs: true`"
+    )
+    beta: float | None = Field(None, gt=0, description="β of a pair loss; default: see `keepset train dpo`")
     extra: dict[str, Any] = Field(default_factory=dict, description="further SFTConfig / DPOConfig arguments")
+
+    def key(self) -> dict[str, Any]:
+        """What a training's result depends on, for fingerprints; the loss is left out where it is the plain one."""
+        left_out = {"checkpoints", *({"loss", "beta"} if self.loss == "sft" else ())}
+        return self.model_dump(mode="json", exclude=left_out)
 
     @field_validator("extra")
     @classmethod

@@ -66,7 +66,8 @@ def held_out_losses(job: Job, rows: list[Encoded]) -> tuple[np.ndarray, np.ndarr
     key = {**base_key(part, "ce"), "reference": fingerprint}
     if full:
         base = loss_sweep(part, stages, None, "ce")["losses-heldout-base"]
-        return base["nll"], full_reference_losses(part, path, key, "ce")["nll"], base["n_tokens"]
+        found = full_reference_losses(part, path, {"losses-heldout-reference": key}, "ce")
+        return base["nll"], found["losses-heldout-reference"]["nll"], base["n_tokens"]
     found = loss_sweep(part, {**stages, "losses-heldout-reference": key}, path, "ce")
     base = found["losses-heldout-base"]
     return base["nll"], found["losses-heldout-reference"]["nll"], base["n_tokens"]

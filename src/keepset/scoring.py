@@ -214,10 +214,25 @@ def loss_pair(job: Job, token_loss: TokenLoss = "ce") -> tuple[np.ndarray, np.nd
     return base["nll"], reference["nll"], base["n_tokens"]
 
 
-def score_davir(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:
-    """Share of the loss that fine-tuning on the pool removed."""
+def score_davir(
+    job: Job,
+    *,
+    prefer: Literal["high", "low"] = "high",
+    token_loss: TokenLoss = "ce",
+    side: Literal["chosen", "rejected", "margin"] = "chosen",
+) -> Scored:
+    """Share of the loss that fine-tuning on the pool removed; of a pair: of one side, or chosen less rejected."""
+    from keepset.stages import rejected_losses
+
     ini, ref, _ = loss_pair(job, token_loss)
-    return Scored(signed(davir(ini, ref), prefer), {"loss_ini": ini, "loss_ref": ref})
+    parts = {"loss_ini": ini, "loss_ref": ref}
+    score = davir(ini, ref)
+    if side != "chosen":
+        base, reference = rejected_losses(job, token_loss=token_loss)
+        parts |= {"loss_ini.rejected": base["nll"], "loss_ref.rejected": reference["nll"]}
+        parts |= {"chosen": score, "rejected": davir(base["nll"], reference["nll"])}
+        score = parts["rejected"] if side == "rejected" else parts["chosen"] - parts["rejected"]
+    return Scored(signed(score, prefer), parts)
 
 
 def score_davir_ref(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepset.adapters import attached
-from keepset.cost import count_tokens, flops
+from keepset.cost import count_tokens, flops, trained_sides
 from keepset.counts import answer_alone
+from keepset.errors import RecipeError
 from keepset.methods.cross_fit import fold_of
 from keepset.recipe import TrainSpec
 from keepset.run import Arrays, digest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from keepset.features.losses import TokenLoss
     from keepset.features.representations import Pooling
     from keepset.job import Job
+    from keepset.train.fit import Sides
     from keepset.train.warmup import Checkpoint
 
 VERSION = 1  # of the numbers: raise it when a change of code changes them
@@ -30,9 +32,9 @@ def sweep_rows(
     job: Job,
     stages: dict[str, dict[str, Any]],
     what: str,
-    batch: Callable[[list[Encoded], list[str]], dict[str, Arrays]],
+    batch: Callable[[list[Any], list[str]], dict[str, Arrays]],
     *,
-    rows: list[Encoded] | None = None,
+    rows: Sequence[Encoded | Sides] | None = None,
     passes: float = 1,
     each: bool = False,
     head: bool = True,
@@ -44,7 +46,7 @@ def sweep_rows(
         stages: stage name -> everything it depends on.
         what: the name in `costs.jsonl` and on screen.
         batch: gets a shard's rows and the names of its missing stages; returns each one's arrays.
-        rows: the tokens of the job's rows; default: `job.rows`.
+        rows: the tokens of the job's rows, or of their sides; default: `job.rows`.
         passes: forward-equivalents that a shard costs (see `cost.flops`).
         each: whether every missing stage costs them, rather than all together.
         head: whether the output head runs.
@@ -57,7 +59,7 @@ def sweep_rows(
     def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
         some = [rows[i] for i in indices]
         found = batch(some, missing)
-        n_tokens, n_head = count_tokens(some)
+        n_tokens, n_head = count_tokens([side for row in some for side in (row if isinstance(row, tuple) else (row,))])
         times = len(missing) if each else 1
         spent["rows"] += len(some)
         spent["tokens"] += n_tokens * times
@@ -89,15 +91,34 @@ def reference_losses(job: Job, *, token_loss: TokenLoss = "ce") -> tuple[Arrays,
 
     With `reference.folds` each row is scored by the reference that was not trained on it.
     """
-    base, base_name = base_key(job, token_loss), "losses-base"
     if job.recipe.reference.folds >= 2:
         return base_losses(job, token_loss=token_loss), crossfit_losses(job, token_loss)
+    return under_both(job, job, token_loss, "")
+
+
+def rejected_losses(job: Job, *, token_loss: TokenLoss = "ce") -> tuple[Arrays, Arrays]:
+    """`reference_losses` of the rejected sides of a pool of pairs.
+
+    Raises:
+        RecipeError: the pool has none, or the reference is cross-fitted.
+    """
+    if not job.pool.has_pairs:
+        raise RecipeError("side: the rejected sides are scored for a pool of pairs only; set `pairs: true` on it")
+    if job.recipe.reference.folds >= 2:
+        raise RecipeError("reference.folds: cross-fitting scores the chosen sides only; use `side: chosen`")
+    return under_both(job, SubJob(job, np.arange(len(job.ids)), side=1), token_loss, "-rejected")
+
+
+def under_both(job: Job, seen: Any, token_loss: TokenLoss, suffix: str) -> tuple[Arrays, Arrays]:
+    """Losses of the rows of `seen` (the job, or one side of it) under base and reference."""
+    base, base_name, name = base_key(job, token_loss), f"losses-base{suffix}", f"losses-reference{suffix}"
     adapter, fingerprint, full = reference_model(job)
     key = {**base, "reference": fingerprint}
     if full:
-        return base_losses(job, token_loss=token_loss), full_reference_losses(job, adapter, key, token_loss)
-    out = loss_sweep(job, {base_name: base, "losses-reference": key}, adapter, token_loss)
-    return out[base_name], out["losses-reference"]
+        found = loss_sweep(seen, {base_name: base}, None, token_loss)[base_name]
+        return found, full_reference_losses(seen, adapter, {name: key}, token_loss)[name]
+    out = loss_sweep(seen, {base_name: base, name: key}, adapter, token_loss)
+    return out[base_name], out[name]
 
 
 def loss_sweep(
@@ -109,7 +130,7 @@ def loss_sweep(
     budget = job.recipe.batching.token_budget
 
     def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
-        adapters = tuple(not name.endswith("-base") for name in missing) if adapter is not None else (False,)
+        adapters = tuple("-base" not in name for name in missing) if adapter is not None else (False,)
         found = row_losses(model, some, token_budget=budget, adapters=adapters, token_loss=token_loss)
         return {name: {"nll": found.nll[k], "n_tokens": found.n_tokens} for k, name in enumerate(missing)}
 
@@ -145,22 +166,25 @@ def checkpoint_losses(job: Job) -> np.ndarray:
     return np.stack([f["nll"] / f["n_tokens"] for f in found])
 
 
-def full_reference_losses(job: Job, path: Path, key: dict[str, Any], token_loss: TokenLoss) -> Arrays:
+def full_reference_losses(
+    job: Job, path: Path, stages: dict[str, dict[str, Any]], token_loss: TokenLoss
+) -> dict[str, Arrays]:
     """Losses under a fully fine-tuned reference: a second model, loaded after the base is done."""
     from keepset.features.losses import row_losses
     from keepset.model import load
 
-    stages, shard_rows = {"losses-reference": key}, job.recipe.batching.shard_rows
-    if job.run.complete("losses-reference", key, job.ids, shard_rows):
-        return job.run.sweep(stages, job.ids, lambda i, m: {}, shard_rows=shard_rows)["losses-reference"]
+    ((name, key),) = stages.items()
+    shard_rows = job.recipe.batching.shard_rows
+    if job.run.complete(name, key, job.ids, shard_rows):
+        return job.run.sweep(stages, job.ids, lambda i, m: {}, shard_rows=shard_rows)
     model = load(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})).model
     budget = job.recipe.batching.token_budget
 
     def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
         found = row_losses(model, some, token_budget=budget, adapters=(True,), token_loss=token_loss)
-        return {"losses-reference": {"nll": found.nll[0], "n_tokens": found.n_tokens}}
+        return {name: {"nll": found.nll[0], "n_tokens": found.n_tokens}}
 
-    return sweep_rows(job, stages, "losses (reference)", batch)["losses-reference"]
+    return sweep_rows(job, stages, f"losses ({name.removeprefix('losses-')})", batch)
 
 
 # -- trained helpers: reference and warm-up -------------------------------------------------------------------------
@@ -173,7 +197,7 @@ def train_key(job: Job, args: TrainSpec, ids: np.ndarray, seed: int) -> dict[str
         "model": job.loaded.fingerprint,
         "encoder": job.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(),
-        "args": args.model_dump(mode="json", exclude={"checkpoints"}),
+        "args": args.key(),
         "ids": digest(sorted(str(i) for i in ids)),
         "seed": seed,
     }
@@ -185,24 +209,26 @@ def id_order(ids: np.ndarray) -> np.ndarray:
 
 
 def train_rows(
-    job: Job, folder: str, rows: list[Encoded], ids: np.ndarray, args: TrainSpec, seed: int
+    job: Job, folder: str, sides: list[Sides], ids: np.ndarray, args: TrainSpec, seed: int
 ) -> dict[str, Any]:
     """Fine-tune the base on some rows into `folder`, unless that was done; returns its facts (seconds, tokens ...).
 
     The rows are put in the order of their ids, so that the order of the pool's files doesn't change the weights.
     """
-    rows = [rows[i] for i in id_order(ids)]
-    from keepset.train.sft import train_sft
+    sides = [sides[i] for i in id_order(ids)]
+    from keepset.train.fit import fit
+
+    rows = trained_sides(sides, args)
 
     def work(path: Path) -> dict[str, Any]:
         n_tokens, n_head = count_tokens(rows)
         passes = 3 if args.full else 2
         with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
-            job.say(f"training {folder}: {len(rows)} rows, {n_tokens} tokens, {args.num_train_epochs:g} epochs")
-            result = train_sft(job.recipe.model, job.recipe.lora, rows, path, args, seed=seed, console=job.console)
+            job.say(f"training {folder}: {len(sides)} rows, {n_tokens} tokens, {args.num_train_epochs:g} epochs")
+            result = fit(job.recipe.model, job.recipe.lora, sides, path, args, seed=seed, console=job.console)
             spent["tokens"] = int(n_tokens * args.num_train_epochs)
             spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=passes) * args.num_train_epochs
-        return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens,
+        return {"seconds": result.seconds, "steps": result.steps, "rows": len(sides), "tokens": n_tokens,
                 "losses": result.losses}  # fmt: skip
 
     return job.run.step(folder, train_key(job, args, ids, seed), work)
@@ -215,7 +241,7 @@ def reference_model(job: Job) -> tuple[Path, str, bool]:
         path = Path(spec.path)
         full = not (path / "adapter_config.json").exists()
         return path, digest([spec.path, *sorted(weights_of(path))]), full
-    train_rows(job, "models/reference", job.rows, job.ids, spec, job.recipe.seed)
+    train_rows(job, "models/reference", job.sides[1], job.ids, spec, job.recipe.seed)
     path = job.run.path / "models/reference"
     return path, digest(weights_of(path)), spec.full
 
@@ -235,7 +261,7 @@ def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
     for k in range(spec.folds):
         train, score = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
         folder = f"models/reference-fold{k}"
-        train_rows(job, folder, [job.rows[i] for i in train], job.ids[train], spec, job.recipe.seed)
+        train_rows(job, folder, [job.sides[1][i] for i in train], job.ids[train], spec, job.recipe.seed)
         path = job.run.path / folder
         key = {**base_key(job, token_loss), "reference": digest(weights_of(path)), "fold": k}
         part = SubJob(job, score)
@@ -245,12 +271,12 @@ def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
 
 
 class SubJob:
-    """A job seen through some of its rows."""
+    """A job seen through some of its rows, or through one side of its pairs."""
 
-    def __init__(self, job: Job, indices: np.ndarray) -> None:
-        """Keep `indices` of the job's usable rows; everything else is the job's own."""
+    def __init__(self, job: Job, indices: np.ndarray, side: int = 0) -> None:
+        """Keep `indices` of the job's usable rows and one side of each; everything else is the job's own."""
         self.job = job
-        self.rows = [job.rows[i] for i in indices]
+        self.rows = [job.sides[1][i][side] for i in indices]
         self.ids = job.ids[indices]
 
     def __getattr__(self, name: str) -> Any:
@@ -269,16 +295,16 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
     seed = job.recipe.seed if spec.seed is None else spec.seed
     picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
     picked = picked[id_order(job.ids[picked])]
-    rows = [job.rows[i] for i in picked]
+    sides = [job.sides[1][i] for i in picked]
 
     def work(path: Path) -> dict[str, Any]:
-        n_tokens, n_head = count_tokens(rows)
-        with job.run.timed("train models/warmup", rows=len(rows)) as spent:
-            job.say(f"warm-up: {len(rows)} rows, {n_tokens} tokens, {spec.num_train_epochs:g} epochs")
-            found = warmup(job.recipe.model, job.recipe.lora, rows, path, spec, seed=seed, console=job.console)
+        n_tokens, n_head = count_tokens(trained_sides(sides, spec))
+        with job.run.timed("train models/warmup", rows=len(sides)) as spent:
+            job.say(f"warm-up: {len(sides)} rows, {n_tokens} tokens, {spec.num_train_epochs:g} epochs")
+            found = warmup(job.recipe.model, job.recipe.lora, sides, path, spec, seed=seed, console=job.console)
             spent["tokens"] = int(n_tokens * spec.num_train_epochs)
             spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=2) * spec.num_train_epochs
-        return {"rows": len(rows), "checkpoints": [c.path.name for c in found]}
+        return {"rows": len(sides), "checkpoints": [c.path.name for c in found]}
 
     job.run.step("models/warmup", train_key(job, spec, job.ids[picked], seed), work)
     checkpoints = list_checkpoints(job.run.path / "models/warmup")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepset.adapters import attached
-from keepset.counts import gradient_passes, gradient_rows
+from keepset.counts import gradient_passes, gradient_rows, pair_gradients
+from keepset.errors import RecipeError
 from keepset.run import Arrays, digest
 from keepset.stages import VERSION, sweep_rows, warmup_checkpoints, weights_of
 from keepset.stored_gradients import stored_influence
@@ -16,6 +17,7 @@ from keepset.stored_gradients import stored_influence
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
     from keepset.job import Job
+    from keepset.train.fit import Sides
     from keepset.train.warmup import Checkpoint
 
 
@@ -50,7 +52,9 @@ def curvature_rows(job: Job, wanted: Curvature) -> list[Encoded]:
     """The rows that make up the curvature: drawn by content id."""
     from keepset.train.warmup import pick_subset
 
-    rows = gradient_rows(job)
+    if pair_gradients(job):
+        raise RecipeError("influence functions are formed of single rows, not of pairs; use rose, less or grad-cosine")
+    rows = [row for (row,) in gradient_rows(job)]
     return [rows[i] for i in pick_subset(job.ids, 0.0, wanted.seed, min_rows=wanted.rows)]
 
 
@@ -80,7 +84,8 @@ def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]
 def gradient_key(job: Job) -> dict[str, Any]:
     """The recipe's `gradients` where they change the numbers, for the keys of gradient stages."""
     spec = job.recipe.gradients.model_dump(include={"last_layers", "max_completion_tokens"}, exclude_none=True)
-    return {"gradients": spec} if spec else {}
+    loss = job.recipe.train.loss, job.recipe.train.beta
+    return {**({"gradients": spec} if spec else {}), **({"row_loss": loss} if pair_gradients(job) else {})}
 
 
 def checkpoint_influence(
@@ -90,7 +95,9 @@ def checkpoint_influence(
     from keepset.features.adam import load_adam
     from keepset.features.curvature import solve_target
     from keepset.features.influence import influence as row_influence
+    from keepset.features.influence import pair_influence
     from keepset.features.targets import GradientTarget, concatenate, target_vectors
+    from keepset.losses import pair_beta
 
     names, codes = job.task_codes()
     pairs, kept = job.target_pairs
@@ -105,7 +112,7 @@ def checkpoint_influence(
     by_name = dict(zip(stages, requests, strict=True))
     vectors: dict[InfluenceRequest, GradientTarget] = {}
     budget, last_layers = job.recipe.batching.token_budget, job.recipe.gradients.last_layers
-    rows, kind = gradient_rows(job), requests[0].map
+    rows, kind, trained = gradient_rows(job), requests[0].map, job.recipe.train
 
     def target_of(request: InfluenceRequest) -> GradientTarget:
         if request not in vectors:
@@ -134,9 +141,18 @@ def checkpoint_influence(
             damping=curved.damping, token_budget=budget, seed=curved.seed, last_layers=last_layers,
         )  # fmt: skip
 
-    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
+    def batch(some: list[Sides], missing: list[str]) -> dict[str, Arrays]:
         stacked = concatenate([target_of(by_name[name]) for name in missing])
-        found = row_influence(model, some, stacked, adam=adam, map=kind, token_budget=budget, last_layers=last_layers)
+        if pair_gradients(job):
+            found = pair_influence(
+                model, some, stacked, loss=trained.loss, beta=pair_beta(trained.loss, trained.beta), adam=adam,
+                map=kind, token_budget=budget, last_layers=last_layers,
+            )  # fmt: skip
+        else:
+            found = row_influence(
+                model, [row for (row,) in some], stacked, adam=adam, map=kind, token_budget=budget,
+                last_layers=last_layers,
+            )  # fmt: skip
         parts = np.split(found.dots, len(missing), axis=1)
         return {
             name: {"dots": part, "norms": found.norms, "momentum": found.momentum}
@@ -146,10 +162,14 @@ def checkpoint_influence(
     adam = load_adam(checkpoint.path)
     with attached(job.loaded.model, checkpoint.path) as model:
         what = f"gradients at {checkpoint.path.name} ({kind})"
+        if job.recipe.gradients.store and pair_gradients(job):
+            raise RecipeError("gradients.store: holds gradients of single rows, not of pairs; leave it out")
         if job.recipe.gradients.store:
             adapter = digest(weights_of(checkpoint.path))
             return {
-                request: stored_influence(job, model, what, rows, target_of(request), adam, kind, adapter)
+                request: stored_influence(
+                    job, model, what, [row for (row,) in rows], target_of(request), adam, kind, adapter
+                )
                 for request in requests
             }
         out = sweep_rows(job, stages, what, batch, rows=rows, passes=gradient_passes(job))

@@ -5,15 +5,23 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from keepset.data.columns import CHUNK_CHARS, CHUNK_ROWS, MESSAGES, ChatColumn, content_digest, unique_ids
-from keepset.data.dialects import as_sft
+from keepset.data.columns import (
+    CHUNK_CHARS,
+    CHUNK_ROWS,
+    MESSAGES,
+    ChatColumn,
+    content_digest,
+    pair_digest,
+    unique_ids,
+)
+from keepset.data.dialects import as_pair, as_sft
 from keepset.data.loading import (
     FileInfo,
     Specs,
@@ -26,6 +34,8 @@ from keepset.data.loading import (
     source_names,
 )
 from keepset.data.reasons import FileRefused, Quarantined, RowProblem
+from keepset.data.turns import Turn
+from keepset.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +52,7 @@ POOL_SCHEMA = pa.schema(
         ("line", pa.int64()),
     ]
 )
+PAIR_FIELDS = [pa.field("n_prompt", pa.int64()), pa.field("rejected", MESSAGES)]
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,8 @@ class Pool:
     """The rows to choose from.
 
     Attributes:
-        table: id, source, category, messages, raw (the row's own JSON text), file, line; one row each.
+        table: id, source, category, messages, raw (the row's own JSON text), file, line; one row each. A pool of pairs
+            also has n_prompt (messages = prompt + chosen, this many of them the prompt's) and rejected (messages).
         quarantine: rows that can't be used, with their place and reason.
         duplicates: rows whose content stands earlier in the pool; they stay in and have ids ending in -1, -2 …
         files: what each file was found to be.
@@ -75,6 +87,11 @@ class Pool:
         return np.array(self.table["id"].to_pylist(), dtype=object)
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether every row has a rejected side (`pairs: true`)."""
+        return "rejected" in self.table.column_names
+
+    @property
     def dialect(self) -> str:
         """The dialect of the files, or "mixed"."""
         names = {info.dialect for info in self.files if info.dialect != "unknown"}
@@ -98,6 +115,12 @@ class Pool:
         for batch in self.table.select(["messages"]).to_batches(max_chunksize=4096):
             yield from batch.column(0).to_pylist()
 
+    def all_pairs(self) -> Iterator[tuple[list[Message], list[Message], list[Message]]]:
+        """Yield every row's prompt, chosen and rejected messages; only for a pool of pairs."""
+        for batch in self.table.select(["messages", "n_prompt", "rejected"]).to_batches(max_chunksize=4096):
+            for row in batch.to_pylist():
+                yield row["messages"][: row["n_prompt"]], row["messages"][row["n_prompt"] :], row["rejected"]
+
     def take(self, indices: Sequence[int] | np.ndarray) -> Pool:
         """Return these rows, in this order; the quarantine and the count of copies belong to the whole and are left."""
         table = self.table.take(pa.array(np.asarray(indices, dtype=np.int64)))
@@ -111,13 +134,16 @@ class Pool:
 class _Chunks:
     """The pool's columns while they grow; ids wait as 16-byte digests until every copy is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: bool) -> None:
         self.digests = bytearray()
         self.batches: list[pa.RecordBatch] = []
+        self.pairs = pairs
+        self.schema = pa.schema([*list(POOL_SCHEMA)[1:], *(PAIR_FIELDS if pairs else [])])
         self.start()
 
     def start(self) -> None:
-        self.chats = ChatColumn()
+        self.chats, self.rejected = ChatColumn(), ChatColumn()
+        self.n_prompt: list[int] = []
         self.raw: list[str] = []
         self.lines: list[int] = []
         self.sources: list[str] = []
@@ -135,13 +161,14 @@ class _Chunks:
             pa.array(self.raw, pa.large_string()),
             pa.array(self.files, pa.string()),
             pa.array(self.lines, pa.int64()),
+            *([pa.array(self.n_prompt, pa.int64()), self.rejected.finish()] if self.pairs else []),
         ]
-        self.batches.append(pa.RecordBatch.from_arrays(columns, schema=pa.schema(list(POOL_SCHEMA)[1:])))
+        self.batches.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
         self.start()
 
     def table(self) -> tuple[pa.Table, int]:
         self.flush()
-        rest = pa.Table.from_batches(self.batches, schema=pa.schema(list(POOL_SCHEMA)[1:]))
+        rest = pa.Table.from_batches(self.batches, schema=self.schema)
         ids, duplicates = unique_ids(bytes(self.digests))
         return rest.add_column(0, POOL_SCHEMA.field("id"), ids), duplicates
 
@@ -150,7 +177,8 @@ def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False) 
     """Read a pool.
 
     Args:
-        specs: a path, a `DataSpec` / `PoolSpec`, or a list of them. A preference pair is read as prompt + chosen.
+        specs: a path, a `DataSpec` / `PoolSpec`, or a list of them. A preference pair is read as prompt + chosen;
+            with `pairs: true` its rejected side is kept as well and the id is of both.
         strict: stop at the first bad row instead of quarantining it.
         allow_empty: return a pool without rows rather than raising when every row was quarantined.
 
@@ -159,15 +187,18 @@ def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False) 
 
     Raises:
         FileRefused: (a DataError) a file that can't be used as a whole, a bad row under `strict`, or no usable row.
-        DataError: an unknown `format`, or a `category_column` that is in no row.
+        DataError: an unknown `format`, a `category_column` that is in no row, or pools with and without `pairs`.
     """
     specs = as_specs(specs)
-    chunks = _Chunks()
+    if len({spec.pairs for spec in specs}) > 1:
+        plain = next(spec.path for spec in specs if not spec.pairs)
+        raise DataError(f"{plain}: has no `pairs: true`, but another pool of the recipe has: all or none")
+    chunks = _Chunks(specs[0].pairs if specs else False)
     quarantine: list[Quarantined] = []
     files: list[FileInfo] = []
     for spec, source in zip(specs, source_names(specs), strict=True):
         columns: set[str] = set()
-        for arriving in incoming(spec, pairs_first=False):
+        for arriving in incoming(spec, pairs_first=spec.pairs):
             files.append(arriving.info)
             columns.update(arriving.info.columns)
             if arriving.info.dialect == "unknown":
@@ -193,6 +224,19 @@ def _all_bad(rows: Iterator[Any], quarantine: list[Quarantined], strict: bool) -
         quarantine.append(item)
 
 
+def sides_of(dialect: str) -> Callable[[dict[str, Any]], tuple[list[Turn], list[Turn], list[Turn]]]:
+    """Return the function from a raw row to prompt, chosen and rejected, which refuses a row with one side."""
+    convert = as_pair(dialect)
+
+    def sides(row: dict[str, Any]) -> tuple[list[Turn], list[Turn], list[Turn]]:
+        prompt, chosen, rejected = convert(row)
+        if rejected is None:
+            raise RowProblem("missing-column", "no column 'rejected', and the pool is of pairs")
+        return prompt, chosen, rejected
+
+    return sides
+
+
 def _read_file(
     info: FileInfo,
     rows: Iterator[Any],
@@ -202,7 +246,7 @@ def _read_file(
     chunks: _Chunks,
     quarantine: list[Quarantined],
 ) -> None:
-    convert = as_sft(info.dialect)
+    convert: Callable[[dict[str, Any]], Any] = sides_of(info.dialect) if chunks.pairs else as_sft(info.dialect)
     file = info.file
     for item in rows:
         if type(item) is not tuple:
@@ -212,13 +256,20 @@ def _read_file(
             continue
         line, text, row = item
         try:
-            turns = convert(row)
-            digest = content_digest(turns)
+            found = convert(row)
+            if isinstance(found, tuple):
+                prompt, chosen, rejected = found
+                turns, digest = prompt + chosen, pair_digest(prompt, chosen, rejected)
+            else:
+                turns, digest = found, content_digest(found)
         except RowProblem as bad:
             quarantine.append(refuse(file, line, bad.reason, bad.detail, text, strict))
             continue
         chunks.digests += digest
         chunks.chats.append(turns)
+        if isinstance(found, tuple):
+            chunks.n_prompt.append(len(prompt))
+            chunks.rejected.append(rejected)
         chunks.raw.append(text)
         chunks.lines.append(line)
         chunks.sources.append(source)

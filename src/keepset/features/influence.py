@@ -22,8 +22,10 @@ from keepset.features.adam import AdamState, ParameterMap, check_map, momentum_d
 from keepset.features.gradients import mean_weights, products, recording, run_rows
 from keepset.features.halving import in_halves
 from keepset.features.llama_pass import Places
+from keepset.features.losses import row_losses
 from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
+from keepset.losses import pair_loss
 from keepset.packing import Row, plan_batches
 
 BLOCK = 1 << 20
@@ -67,6 +69,7 @@ class Reducer:
         map: str,
         device: torch.device,
         sketch: Sketch | None = None,
+        sides: int = 1,
     ) -> None:
         check_map(map, adam)
         if target is not None:
@@ -81,10 +84,11 @@ class Reducer:
         self.scratch = torch.empty(BLOCK, device=device)
         self.device = device
         self.sketch = sketch
+        self.sides = sides  # rows that make one example, standing side by side: their gradients are added up
         self.start(0)
 
     def start(self, n: int) -> None:
-        """Begin a batch of n rows."""
+        """Begin a batch of n examples."""
         self.sums = torch.zeros(n, self.n_targets + 3, dtype=torch.float64, device=self.device)
         self.sketches = None if self.sketch is None else torch.zeros(n, self.sketch.dim, device=self.device)
 
@@ -102,6 +106,8 @@ class Reducer:
             start, stop = first * b, last * b
             out = self.buffer[: n * (stop - start)].view(n, last - first, b)
             g = products(left[:, first:last], right, places, out).view(n, stop - start)
+            if self.sides > 1:
+                g = g.view(n // self.sides, self.sides, stop - start).sum(1)
             self.sums[:, -1] += row_squares(g)
             g = mapping.apply_(g, self.scratch, start, stop)
             self.sums[:, -2] += row_squares(g)
@@ -165,7 +171,11 @@ def influence(
 
         for batch in plan_batches([len(r.input_ids) for r in rows], token_budget):
             in_halves(batch, score)
-    values = found.cpu().numpy()
+    return finish(sink, found.cpu().numpy(), None if sketch is None else projected.cpu().numpy())
+
+
+def finish(sink: Reducer, values: np.ndarray, sketch: np.ndarray | None = None) -> Influence:
+    """What the sums (n, j + 4) of dots, momentum dot, both squared norms and loss say."""
     j, norms = sink.n_targets, np.sqrt(values[:, -3])
     scale = norms * sink.shared_norm
     return Influence(
@@ -174,5 +184,70 @@ def influence(
         momentum=np.divide(values[:, j], scale, out=np.zeros_like(norms), where=scale > 0),
         grad_norms=np.sqrt(values[:, -2]),
         loss=values[:, -1].copy(),
-        sketch=None if sketch is None else projected.cpu().numpy(),
+        sketch=sketch,
     )
+
+
+def pair_influence(
+    model: nn.Module,
+    pairs: Sequence[tuple[Row, ...]],
+    target: GradientTarget | None,
+    *,
+    loss: str = "dpo",
+    beta: float = 0.1,
+    adam: AdamState | None = None,
+    map: str = "adam",
+    token_budget: int = 1024,
+    last_layers: int | None = None,
+) -> Influence:
+    """`influence` of preference pairs, each with the gradient of its own pair loss against the base as reference.
+
+    A pair loss looks at the model through ℓ_w and ℓ_l, the summed log-probabilities of its sides. So its gradient is
+    a_w·∇ℓ_w + a_l·∇ℓ_l with two numbers a = ∂loss/∂ℓ (for DPO −β·σ(−β·Δ) and its negative), which two passes without
+    gradient give, under the checkpoint and under the base. The third pass forms both sides' gradients, weighted, and
+    adds them up before the map.
+
+    Args:
+        model: a PeftModel with the checkpoint's LoRA; in eval mode. Switched off, the adapter leaves the reference.
+        pairs: n (chosen, rejected) encoded rows.
+        target: as `influence`.
+        loss: one of `keepset.losses.NAMES`.
+        beta: β.
+        adam: as `influence`.
+        map: as `influence`.
+        token_budget: tokens a batch of pairs holds.
+        last_layers: as `influence`.
+
+    Returns:
+        As `influence`, one entry a pair; `loss` is the pair loss in nats.
+    """
+    device = next(model.parameters()).device
+    rows = [side for pair in pairs for side in pair]
+    measured = row_losses(model, rows, token_budget=token_budget, adapters=(False, True))
+    values, slopes = pair_slopes(loss, -measured.nll[1], -measured.nll[0], measured.n_tokens, beta)
+    with recording(model, last_layers=last_layers) as recorder:
+        sink = Reducer(recorder.shapes, target, adam, map, device, sides=2)
+        found = torch.zeros(len(pairs), sink.n_targets + 4, dtype=torch.float64, device=device)
+
+        def score(indices: np.ndarray) -> None:
+            sink.start(len(indices))
+            slope = torch.as_tensor(-slopes[indices].reshape(-1), dtype=torch.float32, device=device)
+            run_rows(model, recorder, [s for i in indices for s in pairs[i]], lambda row_of, n: slope[row_of], sink)
+            where = torch.as_tensor(indices, device=device)
+            found[where] = torch.cat([sink.sums, torch.as_tensor(values[indices, None], device=device)], 1)
+
+        for batch in plan_batches([len(w.input_ids) + len(l.input_ids) for w, l in pairs], token_budget):
+            in_halves(batch, score)
+    return finish(sink, found.cpu().numpy())
+
+
+def pair_slopes(
+    loss: str, policy: np.ndarray, reference: np.ndarray, n_tokens: np.ndarray, beta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values (n,) of a pair loss and its slopes ∂loss/∂ℓ (n, 2), from the sides' summed log-probabilities (2n,)."""
+    ours, theirs, counts = (torch.as_tensor(x, dtype=torch.float64).view(-1, 2) for x in (policy, reference, n_tokens))
+    ours = ours.clone().requires_grad_()
+    with torch.enable_grad():
+        values = pair_loss(loss, *((x[:, 0], x[:, 1]) for x in (ours, theirs, counts)), beta=beta)
+        (slopes,) = torch.autograd.grad(values.sum(), ours)
+    return values.detach().numpy(), slopes.numpy()

@@ -46,8 +46,6 @@ TRL_STEP = (
     "loss_weights",
     "sync_ref_model",
 )
-BETA = {"davir": 5.0, "simpo": 2.0}
-"""β where the caller names none; 0.1 (TRL's default) for every other loss."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,7 @@ def train_dpo(
     gamma: float = 1.0,
     seed: int,
     reference: PairLogps | None = None,
+    moments: bool = False,
     resume: bool = True,
     console: Console | None = None,
 ) -> TrainResult:
@@ -155,10 +154,11 @@ def train_dpo(
         out: result folder, as `train_sft`.
         args: epochs, rate, batch (in pairs); `args.extra` goes to TRL's DPOConfig (`label_smoothing`, `ld_alpha` …).
         loss: one of `keepset.losses.NAMES`, or another of TRL's DPO losses (`exo_pair`, `aot`, `sppo_hard` …).
-        beta: β; None takes 0.1, for `davir` and `simpo` the values in `BETA`.
+        beta: β; None takes 0.1, for `davir` and `simpo` the values in `keepset.losses.BETA`.
         gamma: SimPO's γ.
         seed: of adapter initialisation and order.
         reference: the base's log-probabilities of these pairs, if they are known already.
+        moments: keep every epoch's checkpoint as `out/checkpoint-<step>` with Adam's moments.
         resume: as `train_sft`.
         console: where progress is shown.
 
@@ -170,14 +170,14 @@ def train_dpo(
     from keepset.model import load
 
     check_loss(loss)
-    beta = BETA.get(loss, 0.1) if beta is None else beta
-    done = finished(out, pair_plan(spec, lora, pairs, args, seed, loss, beta, gamma)) if resume else None
+    beta = losses.pair_beta(loss, beta)
+    done = finished(out, pair_plan(spec, lora, pairs, args, seed, loss, beta, gamma, moments)) if resume else None
     if done is not None:
         return done
     loaded = load(spec)
     return fit_dpo(
         loaded.model, loaded.tokenizer, spec, lora, pairs, out, args, loss=loss, beta=beta, gamma=gamma, seed=seed,
-        reference=reference, resume=resume, console=console,
+        reference=reference, moments=moments, resume=resume, console=console,
     )  # fmt: skip
 
 
@@ -195,6 +195,7 @@ def fit_dpo(
     gamma: float = 1.0,
     seed: int,
     reference: PairLogps | None = None,
+    moments: bool = False,
     resume: bool = True,
     console: Console | None = None,
 ) -> TrainResult:
@@ -206,11 +207,13 @@ def fit_dpo(
 
     check_loss(loss)
     check_rows([one for pair in pairs for one in pair])
-    plan = pair_plan(spec, lora, pairs, args, seed, loss, beta, gamma)
+    plan = pair_plan(spec, lora, pairs, args, seed, loss, beta, gamma, moments)
     done = finished(out, plan) if resume else None
     if done is not None:
         return done
     more: dict[str, Any] = {"beta": beta, "precompute_ref_log_probs": True}
+    if moments:
+        more["save_total_limit"] = None
     more["loss_type"] = [TRL_NAMES.get(loss, loss if loss in TRL_ONLY else "sigmoid")]
     config: Any = trainer_arguments(DPOConfig, args, out, seed, spec, more)
     reference = pair_logps(model, pairs) if reference is None else reference
@@ -222,7 +225,9 @@ def fit_dpo(
         columns[f"{name}_labels"] = [np.where(p[k].supervised, p[k].input_ids, -100).tolist() for p in pairs]
     data = Dataset.from_dict(columns)
     trainer = dpo_trainer(model, tokenizer, config, data, lora if not args.full else None, args, loss, gamma)
-    return run_trainer(trainer, out, plan, tokenizer=tokenizer, full=args.full, resume=resume, console=console)
+    return run_trainer(
+        trainer, out, plan, tokenizer=tokenizer, full=args.full, resume=resume, moments=moments, console=console
+    )  # fmt: skip
 
 
 def dpo_trainer(
@@ -304,6 +309,8 @@ def pair_plan(
     loss: str,
     beta: float,
     gamma: float,
+    moments: bool,
 ) -> str:
     """`plan_of` for pairs."""
-    return plan_of(spec, lora, [one for pair in pairs for one in pair], args, seed, loss, beta, gamma)
+    more = (loss, beta, gamma, *(("moments",) if moments else ()))
+    return plan_of(spec, lora, [one for pair in pairs for one in pair], args, seed, *more)

@@ -327,7 +327,7 @@ def finished(out: Path, plan: str) -> TrainResult | None:
 def plan_of(spec: ModelSpec, lora: LoraSpec, rows: Sequence[Encoded], args: TrainSpec, seed: int, *more: Any) -> str:
     """Hash everything a training's result depends on."""
     tokens = digest([digest(np.asarray(r.input_ids, dtype=np.int32).tobytes() + r.supervised.tobytes()) for r in rows])
-    parts = {"model": spec.model_dump(mode="json"), "args": args.model_dump(mode="json"), "rows": tokens, "seed": seed}
+    parts = {"model": spec.model_dump(mode="json"), "args": args.key(), "rows": tokens, "seed": seed}
     return digest(canonical({**parts, "lora": None if args.full else lora.model_dump(), "more": list(more)}))
 
 

@@ -65,7 +65,7 @@ def pick_subset(ids: ArrayLike, fraction: float, seed: int, *, min_rows: int = 1
 def warmup(
     spec: ModelSpec,
     lora: LoraSpec,
-    rows: Sequence[Encoded],
+    rows: Sequence[tuple[Encoded, ...]],
     out: Path,
     args: TrainSpec,
     *,
@@ -77,7 +77,7 @@ def warmup(
     Args:
         spec: the base model.
         lora: the adapter.
-        rows: the drawn rows.
+        rows: the drawn rows' sides, as `keepset.train.fit.fit` takes them.
         out: result folder; checkpoints are `out/checkpoint-<step>`.
         args: the recipe's warm-up section.
         seed: of adapter initialisation and order.
@@ -87,9 +87,9 @@ def warmup(
         ModelError: an optimiser without Adam moments.
         DataError, RecipeError: see `train_sft`.
     """
-    from keepset.train.sft import train_sft
+    from keepset.train.fit import fit
 
-    train_sft(spec, lora, rows, out, args, seed=seed, save_each_epoch_with_moments=True, console=console)
+    fit(spec, lora, rows, out, args, seed=seed, moments=True, console=console)
     return list_checkpoints(out)
 
 

@@ -1,0 +1,56 @@
+"""One training, by the loss that its section names: SFT on rows, or a preference loss on pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.train.sft import TrainResult, train_sft
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from keepset.encoding import Encoded
+
+    Sides = tuple[Encoded, ...]
+
+
+def fit(
+    spec: ModelSpec,
+    lora: LoraSpec,
+    sides: Sequence[Sides],
+    out: Path,
+    args: TrainSpec,
+    *,
+    seed: int,
+    moments: bool = False,
+    console: Console | None = None,
+) -> TrainResult:
+    """Fine-tune the base by `args.loss`; see `train_sft` and `train_dpo`.
+
+    Args:
+        spec: the base model.
+        lora: the adapter.
+        sides: n rows: (row,), or (chosen, rejected), of which `loss: sft` takes the chosen one.
+        out: result folder.
+        args: the section.
+        seed: of adapter initialisation and order.
+        moments: keep every epoch's checkpoint with Adam's moments.
+        console: where progress is shown.
+
+    Raises:
+        RecipeError, DataError: as the two functions.
+    """
+    if args.loss == "sft":
+        rows = [row[0] for row in sides]
+        return train_sft(
+            spec, lora, rows, out, args, seed=seed, save_each_epoch_with_moments=moments, console=console
+        )  # fmt: skip
+    from keepset.train.preference import train_dpo
+
+    pairs = [(row[0], row[1]) for row in sides]
+    return train_dpo(
+        spec, lora, pairs, out, args, loss=args.loss, beta=args.beta, seed=seed, moments=moments, console=console
+    )  # fmt: skip
