@@ -37,7 +37,7 @@ def main() -> None:
 
     rare = [r for r in between(dolly, 6, 60) if r["category"] == "creative_writing"]
     common = [r for r in between(dolly, 6, 60) if r["category"] in ("open_qa", "classification", "brainstorming")]
-    write(out / "dolly-imbalanced.jsonl", [*draw(common, 190), *draw(rare, 10)])
+    write(out / "dolly-imbalanced.jsonl", [*draw(common, 114), *draw(rare, 6)])
     for path in sorted(out.glob("*.jsonl")):
         print(f"{path}: {sum(1 for _ in path.open(encoding='utf-8'))} rows")
 
