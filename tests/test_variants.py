@@ -178,3 +178,27 @@ def test_a_comparison_s_findings_know_which_side_is_better(metric, low, high, na
     test = {"difference": (low + high) / 2, "low": low, "high": high}
     found = diagnose_comparison({"summary": [{"kind": "method", "label": "davir", "vs_random": {metric: test}}]})
     assert [f.name for f in found] == ([name] if name else [])
+
+
+def test_a_mix_is_held_against_the_random_mix_on_both_sides(model_folder, data, tmp_path):  # noqa: F811
+    pools = [{"path": data["pool"], "name": "chat"}, {"path": data["rows"], "name": "maths"}]
+    heldout = [{"path": data["rows"], "name": "maths"}, {"path": data["pool"], "name": "chat", "limit": 5}]
+    mix = [
+        {"label": f"{method}+maths", "parts": [{"source": "chat", "method": method, "budget": 3}, {"source": "maths"}]}
+        for method in ("davir", "random-0")
+    ]
+    made = recipe(model_folder, data, tmp_path, **{**FAST, "methods": ["davir"], "evaluate": {"heldout": heldout, "bootstrap": 100}},
+                  pool=pools, mix=mix, controls=CONTROLS)  # fmt: skip
+    out = quiet()
+    job = run_recipe(made, console=quiet(), out=out)
+    summary = {e["label"]: e for e in job.run.load_json("comparison.json")["summary"]}
+    metrics = summary["davir+maths"]["metrics"]
+    both = (4 * metrics["loss.heldout.maths"]["value"] + 5 * metrics["loss.heldout.chat"]["value"]) / 9
+    assert both == pytest.approx(metrics["loss.heldout"]["value"])
+    versus = summary["davir+maths"]["vs_random"]
+    difference = (
+        metrics["loss.heldout.maths"]["value"] - summary["random-0+maths"]["metrics"]["loss.heldout.maths"]["value"]
+    )
+    assert versus["loss.heldout.maths"]["difference"] == pytest.approx(difference)
+    assert not summary["random-0+maths"]["vs_random"]
+    assert "maths" in out.file.getvalue()

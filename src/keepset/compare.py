@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,14 @@ HEADLINES: tuple[tuple[str, str, int, int], ...] = (
 )
 
 
+def headlines(measured: Collection[str]) -> list[tuple[str, str, int, int]]:
+    """The headlines, with the held-out loss by source where there are several."""
+    sources = sorted(m for m in measured if m.startswith("loss.heldout."))
+    more = [(m, "loss of\n" + m.removeprefix("loss.heldout."), 3, -1) for m in sources]
+    place = 1 + next(i for i, h in enumerate(HEADLINES) if h[0] == "loss.heldout")
+    return [*HEADLINES[:place], *more, *HEADLINES[place:]]
+
+
 def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
     """Compare evaluated cells and write `comparison.json`.
 
@@ -39,7 +48,8 @@ def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
         `rows`: one a trained model, each metric with its bootstrap 95 % interval over items. `summary`: one a subset
         (all seeds of Random together), the mean over seeds, the interval over items of the seed-averaged items, the
         standard deviation over seeds (`spread`), the paired difference to Random (interval, p, Holm-adjusted p over
-        methods), wins / ties / losses by item against Random, and cost.
+        methods), wins / ties / losses by item against Random, and cost. A mix's Random is the mean of the mixes that
+        take a part by `random-*`.
     """
     base = next((items for subset, _, items in cells if subset is None), None)
     share, resamples, seed = job.recipe.evaluate.length_match, job.recipe.evaluate.bootstrap, job.recipe.seed
@@ -56,6 +66,9 @@ def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
         groups[group_of(subset)].append((subset, metrics))
     budgets = {s.budget for s, _, _ in cells if s is not None and s.kind == "random"}
     random_means = {b: mean_items([m for _, m in groups[f"random ({b})"]]) for b in budgets}
+    # A mix is held against the mixes that draw a part at random.
+    random_mixes = {m.label for m in job.recipe.mix if any(p.method.startswith("random") for p in m.parts)}
+    mixed = mean_items([m for subset, m in sum(groups.values(), []) if subset and subset.label in random_mixes])
     summary = []
     for name, members in groups.items():
         subset = members[0][0]
@@ -73,8 +86,10 @@ def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
             interval = bootstrap_ci(values, resamples=resamples, seed=seed).as_dict()
             entry["metrics"][metric] = {**interval, "spread": spread}
         rival = random_means.get(subset.budget) if subset is not None else None
+        if subset is not None and subset.kind == "mix" and subset.label not in random_mixes:
+            rival = mixed
         if rival and subset is not None and subset.kind != "random":
-            for metric, _, _, sign in HEADLINES:
+            for metric, _, _, sign in headlines(averaged):
                 if metric in averaged:
                     test = paired_test(averaged[metric], rival[metric], resamples=resamples, seed=seed)
                     wins = win_tie_loss(sign * averaged[metric], sign * rival[metric])
@@ -109,7 +124,7 @@ def mean_items(members: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def adjust(summary: list[dict[str, Any]]) -> None:
     """Add Holm-adjusted p-values over the methods, metric by metric."""
-    for metric, _, _, _ in HEADLINES:
+    for metric, _, _, _ in headlines({m for entry in summary for m in entry["vs_random"]}):
         tested = {e["label"]: e["vs_random"][metric]["p"] for e in summary if metric in e["vs_random"]}
         for label, p in (holm_by_label(tested) if tested else {}).items():
             next(e for e in summary if e["label"] == label and e["vs_random"])["vs_random"][metric]["p_holm"] = p
@@ -173,7 +188,7 @@ def distinct_columns(result: dict[str, Any]) -> list[tuple[str, str, int, int]]:
     """The headlines that were measured, without those that repeat another one in every row (all pairs matched)."""
     shown: list[tuple[str, str, int, int]] = []
     seen: set[tuple[Any, ...]] = set()
-    for headline in HEADLINES:
+    for headline in headlines({m for entry in result["summary"] for m in entry["metrics"]}):
         values = tuple(entry["metrics"].get(headline[0], {}).get("value") for entry in result["summary"])
         if any(v is not None for v in values) and values not in seen:
             seen.add(values)

@@ -125,7 +125,7 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
     """Evaluate a trained model (or the untrained base: seed None), unless that was done.
 
     Returns:
-        The summary, and the per-item arrays: `pair.*` (m,) and `row.*` (n,).
+        The summary, and the per-item arrays: `pair.*` (m,) and `row.*` (n,); `row.of.<source>` is 1 for its rows.
     """
     weights = None if seed is None else job.run.path / model_folder(name, seed)
     folder = "evaluation/base" if weights is None else f"evaluation/{name}-seed{seed}"
@@ -180,6 +180,9 @@ def measure_model(job: Job, learner: Learner, model: Any) -> tuple[Items, dict[s
     if learner.eval_rows:
         heldout = heldout_losses(model, learner.eval_rows[0], token_budget=budget)
         items |= {"row.nll": heldout.nll, "row.n_tokens": heldout.n_tokens}
+        sources = learner.eval_rows[1]
+        if len(set(sources)) > 1:
+            items |= {f"row.of.{name}": (sources == name).astype(np.float64) for name in np.unique(sources)}
     gsm8k = None
     if job.recipe.evaluate.gsm8k:
         from keepset.evaluate.gsm8k import evaluate_gsm8k
@@ -236,6 +239,8 @@ def item_metrics(items: Items, base: Items | None, share: float) -> dict[str, np
         found["loss.rejected"] = -logps.rejected / logps.n_rejected
     if "row.nll" in items:
         found["loss.heldout"] = items["row.nll"] / items["row.n_tokens"]
+        for name in (k for k in items if k.startswith("row.of.")):
+            found[f"loss.heldout.{name.removeprefix('row.of.')}"] = found["loss.heldout"][items[name] > 0]
     if "gsm8k.correct" in items:
         found["gsm8k.accuracy"] = items["gsm8k.correct"]
     return found
