@@ -187,7 +187,8 @@ def test_a_mix_is_held_against_the_random_mix_on_both_sides(model_folder, data, 
         {"label": f"{method}+maths", "parts": [{"source": "chat", "method": method, "budget": 3}, {"source": "maths"}]}
         for method in ("davir", "random-0")
     ]
-    made = recipe(model_folder, data, tmp_path, **{**FAST, "methods": ["davir"], "evaluate": {"heldout": heldout, "bootstrap": 100}},
+    evaluate = {"heldout": heldout, "bootstrap": 100}
+    made = recipe(model_folder, data, tmp_path, **{**FAST, "methods": ["davir"], "evaluate": evaluate},
                   pool=pools, mix=mix, controls=CONTROLS)  # fmt: skip
     out = quiet()
     job = run_recipe(made, console=quiet(), out=out)
