@@ -203,3 +203,21 @@ def test_a_mix_is_held_against_the_random_mix_on_both_sides(model_folder, data, 
     assert versus["loss.heldout.maths"]["difference"] == pytest.approx(difference)
     assert not summary["random-0+maths"]["vs_random"]
     assert "maths" in out.file.getvalue()
+
+
+def test_kept_token_losses_are_read_instead_of_running_the_models(model_folder, data, tmp_path, monkeypatch):  # noqa: F811
+    from keepset import model as models
+    from keepset.explain_tokens import token_changes
+
+    batching = {"token_budget": 256, "shard_rows": 8, "keep_token_losses": True}
+    more = {**FAST, "methods": ["davir"], "controls": CONTROLS}
+    for name, reference in (("plain", TRAIN), ("folds", {**TRAIN, "folds": 2})):
+        made = recipe(model_folder, data, tmp_path / name, **more, batching=batching, reference=reference)
+        job = run_recipe(made, console=quiet(), out=quiet())
+        scores = job.run.load_table("scores/davir.parquet").to_pydict()
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "load", None)
+            facts = token_changes(job.run.path, scores["id"][3])
+        assert len(facts["tokens"]) == scores["n_tokens"][3]
+        assert facts["before"] == pytest.approx(scores["loss_ini"][3], rel=1e-5)
+        assert facts["after"] == pytest.approx(scores["loss_ref"][3], rel=1e-5)

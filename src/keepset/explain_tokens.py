@@ -40,9 +40,9 @@ def token_changes(run_dir: Path, row_id: str) -> dict[str, Any]:
 
 
 def tokens_of_rows(run_dir: Path, row_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`token_changes` of several rows with the models loaded once; by id."""
-    from keepset.encoding import RowRefused
-    from keepset.model import load
+    """`token_changes` of several rows with the models loaded at most once, if the losses were not kept; by id."""
+    from keepset.encoding import Encoder, RowRefused
+    from keepset.model import load, load_tokenizer
 
     data = read_run(Path(run_dir))
     ids = [str(data.ids[find_row(data, row_id)]) for row_id in row_ids]
@@ -53,17 +53,21 @@ def tokens_of_rows(run_dir: Path, row_ids: Sequence[str]) -> dict[str, dict[str,
     by_folder: dict[Path, list[str]] = {}
     for id_ in ids:
         by_folder.setdefault(reference_folder(data, id_), []).append(id_)
-    loaded = load(data.recipe.model)
+    encoder, model = Encoder(load_tokenizer(data.recipe.model), data.recipe.model), None
     out: dict[str, dict[str, Any]] = {}
     for folder, some in by_folder.items():
         try:
-            rows = [loaded.encoder.encode(data.messages[id_]) for id_ in some]
+            rows = [encoder.encode(data.messages[id_]) for id_ in some]
         except RowRefused as refusal:
             raise KeepsetError(f"{run_dir}: a row of {', '.join(some)[:70]} can't be encoded: {refusal}") from None
-        befores, afters = token_losses(loaded.model, rows, folder, data)
+        kept = stored_losses(data, some, folder)
+        if kept is None:
+            model = model or load(data.recipe.model).model
+            kept = token_losses(model, rows, folder, data)
+        befores, afters = kept
         for id_, row, before, after in zip(some, rows, befores, afters, strict=True):
             tokens = [
-                {"text": loaded.tokenizer.decode([token]), "before": float(a), "after": float(b)}
+                {"text": encoder.tokenizer.decode([token]), "before": float(a), "after": float(b)}
                 for token, a, b in zip(row.input_ids[row.supervised].tolist(), before, after, strict=True)
             ]
             sums = {side: sum(t[side] for t in tokens) for side in ("before", "after")}
@@ -90,6 +94,17 @@ def reference_folder(data: RunData, id_: str) -> Path:
     if not (data.path / name).is_dir():
         raise KeepsetError(f"{data.path}: no reference model here ({name}); `keepset score davir` trains one")
     return data.path / name
+
+
+def stored_losses(data: RunData, ids: Sequence[str], folder: Path) -> tuple[list[Any], list[Any]] | None:
+    """Per-token losses of each row as the run kept them; None unless it kept those of every row."""
+    from keepset.kept_tokens import kept_tokens
+    from keepset.run import Run
+
+    run, stage = Run(data.path), "losses-" + folder.name.removeprefix("reference-")
+    befores = [kept_tokens(run, "losses-base", i) for i in ids]
+    afters = [kept_tokens(run, stage, i) for i in ids]
+    return None if any(x is None for x in (*befores, *afters)) else (befores, afters)
 
 
 def token_losses(model: Any, rows: list[Encoded], folder: Path, data: RunData) -> tuple[list[Any], list[Any]]:

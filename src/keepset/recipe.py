@@ -231,6 +231,7 @@ class BatchSpec(Strict):
     shard_rows: int | None = Field(
         None, ge=1, description="rows a shard, the unit of resume; default n / 200, 32 to 2,048"
     )
+    keep_token_losses: bool = Field(False, description="also keep every token's loss, for `explain --tokens`")
 
 
 class Recipe(Strict):

@@ -291,6 +291,10 @@ class Run:
         except (pa.ArrowException, OSError):  # Arrow tells a block that can't be unpacked as an OSError
             raise KeepsetError(f"{path}: damaged (not Parquet); delete it and run the same command again") from None
 
+    def stage_folder(self, name: str, key: Mapping[str, Any]) -> Path:
+        """Where a stage's shards lie."""
+        return self.path / "work" / name / digest(key)[:16]
+
     # -- shards -------------------------------------------------------------------------------------------------
 
     def sweep(
@@ -315,7 +319,7 @@ class Run:
             For each stage its columns over all rows, in the order of `ids`.
         """
         shards = plan_shards(ids, shard_rows)
-        folders = {name: self.path / "work" / name / digest(key)[:16] for name, key in stages.items()}
+        folders = {name: self.stage_folder(name, key) for name, key in stages.items()}
         for name, folder in folders.items():
             if not (folder / "key.json").exists():
                 write_atomic(folder / "key.json", canonical(stages[name]).encode())
@@ -360,7 +364,7 @@ class Run:
 
     def complete(self, name: str, key: Mapping[str, Any], ids: np.ndarray, shard_rows: int | None = None) -> bool:
         """Whether every shard of a stage is there and whole."""
-        folder = self.path / "work" / name / digest(key)[:16]
+        folder = self.stage_folder(name, key)
         return folder.exists() and all(
             read_shard(folder, number, digest([str(i) for i in ids[indices]])) is not None
             for number, indices in enumerate(plan_shards(ids, shard_rows))

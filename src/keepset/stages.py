@@ -13,6 +13,7 @@ from keepset.adapters import attached
 from keepset.cost import count_tokens, flops, trained_sides
 from keepset.counts import answer_alone
 from keepset.errors import RecipeError
+from keepset.kept_tokens import keep_tokens
 from keepset.methods.cross_fit import fold_of
 from keepset.recipe import TrainSpec
 from keepset.run import Arrays, digest
@@ -82,8 +83,9 @@ def base_losses(job: Job, *, token_loss: TokenLoss = "ce") -> Arrays:
 
 
 def base_key(job: Job, token_loss: TokenLoss) -> dict[str, Any]:
-    """Everything a base loss depends on."""
-    return {"version": VERSION, **job.data_key(), "token_loss": token_loss}
+    """Everything a base loss depends on, and whether its tokens are kept."""
+    kept = {"tokens": True} if job.recipe.batching.keep_token_losses else {}
+    return {"version": VERSION, **job.data_key(), "token_loss": token_loss, **kept}
 
 
 def reference_losses(job: Job, *, token_loss: TokenLoss = "ce") -> tuple[Arrays, Arrays]:
@@ -127,11 +129,14 @@ def loss_sweep(
     """One pass over the rows under the base and / or one adapter, whichever is missing on disk."""
     from keepset.features.losses import row_losses
 
-    budget = job.recipe.batching.token_budget
+    budget, keep = job.recipe.batching.token_budget, job.recipe.batching.keep_token_losses
+    names_of = {id(row): str(row_id) for row, row_id in zip(job.rows, job.ids, strict=True)} if keep else {}
 
     def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
         adapters = tuple("-base" not in name for name in missing) if adapter is not None else (False,)
-        found = row_losses(model, some, token_budget=budget, adapters=adapters, token_loss=token_loss)
+        found = row_losses(model, some, token_budget=budget, adapters=adapters, token_loss=token_loss, per_token=keep)
+        for name, tokens in zip(missing, found.token_nll or [], strict=False):
+            keep_tokens(job.run.stage_folder(name, stages[name]), [names_of[id(row)] for row in some], tokens)
         return {name: {"nll": found.nll[k], "n_tokens": found.n_tokens} for k, name in enumerate(missing)}
 
     names = " and ".join(name.removeprefix("losses-") for name in stages)
