@@ -3,7 +3,8 @@
 A stage adds its entry when it ends. While it is under way its entry so far lies in `work/costs-open.json`, renewed at
 every committed shard and every few seconds. The next session finds what a killed one left there and adds it, marked
 `stopped`; an entry of the same stage after it is marked `resumed`. So the seconds of all entries of a stage are what
-was really spent on it, up to the few seconds before each kill, the work that was lost and done again included.
+was really spent on it, up to the few seconds before each kill, the work that was lost and done again included. `cpu_seconds`, the
+process's own processor time, say more on a machine that is shared or paused.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ class Meter:
         """Nothing is written before a stage begins."""
         self.path, self.open_path = folder / "costs.jsonl", folder / "work" / "costs-open.json"
         self.session = os.urandom(8).hex()
-        self.under_way: list[tuple[float, dict[str, Any]]] = []  # stages may be nested
+        self.under_way: list[tuple[float, float, dict[str, Any]]] = []  # stages may be nested
         self.guard = threading.Lock()
 
     @contextmanager
     def timed(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
         """Time a stage; what is put into the yielded entry is kept with it, `skip: True` adds nothing."""
-        start, halved = time.perf_counter(), Count.total
+        start, cpu, halved = time.perf_counter(), time.process_time(), Count.total
         entry: dict[str, Any] = {"stage": stage, **facts}
         with self.guard:
-            self.under_way.append((start, entry))
+            self.under_way.append((start, cpu, entry))
         over = threading.Event()
         threading.Thread(target=self.beat, args=(over,), daemon=True).start()
         try:
             yield entry
-            done = {**entry, "seconds": round(time.perf_counter() - start, 3), "session": self.session}
+            done = {**entry, **spent(start, cpu), "session": self.session}
             if Count.total > halved:
                 done["halved_batches"] = Count.total - halved
             if not done.pop("skip", False):
@@ -56,7 +57,7 @@ class Meter:
         finally:
             over.set()
             with self.guard:
-                self.under_way = [one for one in self.under_way if one[1] is not entry]
+                self.under_way = [one for one in self.under_way if one[2] is not entry]
         self.note()
 
     def beat(self, over: threading.Event) -> None:
@@ -67,10 +68,9 @@ class Meter:
     def note(self) -> None:
         """Renew the open entries; called after every committed piece of work."""
         with self.guard:
-            now = time.perf_counter()
             entries = [
-                {**entry, "seconds": round(now - start, 3), "session": self.session, "stopped": True}
-                for start, entry in self.under_way
+                {**entry, **spent(start, cpu), "session": self.session, "stopped": True}
+                for start, cpu, entry in self.under_way
             ]
             try:
                 if not entries:
@@ -124,6 +124,14 @@ class Meter:
             if sound(entry):
                 found.append(entry)
         return found
+
+
+def spent(start: float, cpu: float) -> dict[str, float]:
+    """Seconds by the clock and of the processor since then."""
+    return {
+        "seconds": round(time.perf_counter() - start, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+    }
 
 
 def sound(entry: Any) -> bool:
