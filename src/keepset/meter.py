@@ -3,8 +3,8 @@
 A stage adds its entry when it ends. While it is under way its entry so far lies in `work/costs-open.json`, renewed at
 every committed shard and every few seconds. The next session finds what a killed one left there and adds it, marked
 `stopped`; an entry of the same stage after it is marked `resumed`. So the seconds of all entries of a stage are what
-was really spent on it, up to the few seconds before each kill, the work that was lost and done again included. `cpu_seconds`, the
-process's own processor time, say more on a machine that is shared or paused.
+was really spent on it, up to the few seconds before each kill, the work that was lost and done again included.
+`cpu_seconds`, the process's own processor time, say more on a machine that is shared or paused.
 """
 
 from __future__ import annotations
