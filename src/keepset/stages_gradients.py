@@ -126,20 +126,22 @@ def checkpoint_influence(
 
     def plain(request: InfluenceRequest) -> GradientTarget:
         job.say(f"target gradients at {checkpoint.path.name}: {request.loss}, {len(pairs)} rows")
-        return target_vectors(
-            model, pairs, codes[kept], n_tasks=len(names), loss=request.loss, beta=request.beta,
-            reference=request.reference, normalise=request.normalise, token_budget=budget, last_layers=last_layers,
-        )  # fmt: skip
+        with job.run.timed(f"target gradients at {checkpoint.path.name} ({request.loss})"):
+            return target_vectors(
+                model, pairs, codes[kept], n_tasks=len(names), loss=request.loss, beta=request.beta,
+                reference=request.reference, normalise=request.normalise, token_budget=budget, last_layers=last_layers,
+            )  # fmt: skip
 
     def solved(request: InfluenceRequest) -> GradientTarget:
         curved = request.curvature
         assert curved is not None
         target, some = target_of(replace(request, curvature=None)), curvature_rows(job, curved)
         job.say(f"curvature at {checkpoint.path.name}: {curved.solver}, {len(some)} rows")
-        return solve_target(
-            model, target, some, solver=curved.solver, labels=curved.labels,  # type: ignore[arg-type]
-            damping=curved.damping, token_budget=budget, seed=curved.seed, last_layers=last_layers,
-        )  # fmt: skip
+        with job.run.timed(f"curvature at {checkpoint.path.name} ({curved.solver})"):
+            return solve_target(
+                model, target, some, solver=curved.solver, labels=curved.labels,  # type: ignore[arg-type]
+                damping=curved.damping, token_budget=budget, seed=curved.seed, last_layers=last_layers,
+            )  # fmt: skip
 
     def batch(some: list[Sides], missing: list[str]) -> dict[str, Arrays]:
         stacked = concatenate([target_of(by_name[name]) for name in missing])
