@@ -253,7 +253,7 @@ def retraining_work(job: Job, spec: MethodSpec) -> Work:
 
 def final_work(job: Job) -> list[Work]:
     """Training and evaluating a model for every subset and seed; rows of middle length stand for the unknown choice."""
-    from keepset.finals import Learner
+    from keepset.finals import Learner, direct_args
 
     recipe = job.recipe
     learner = Learner(job)
@@ -282,4 +282,9 @@ def final_work(job: Job) -> list[Work]:
     if recipe.controls.full:
         found.append(training(job, "train on the full pool", "full", job.sides[1], recipe.train))
         models += 1
+    if recipe.controls.dpo_direct:
+        many = len(recipe.train_seeds)
+        one = training(job, "", "", learner.target_pairs, direct_args(job))
+        found.append(one.times(many, "DPO on the target's pairs", "dpo-direct"))
+        models += many
     return [*found, forward(job, "", "", sides).times(models, f"evaluate {models} models", "all")]

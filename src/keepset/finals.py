@@ -15,6 +15,7 @@ from keepset.data import Pool, Target, load_pool, load_target
 from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
 from keepset.evaluate.preference import PairLogps, correct, length_matched, margins, pair_logps, preference_table
 from keepset.job import encode_pairs, encode_pool
+from keepset.recipe import TrainSpec
 from keepset.run import digest, file_digest
 from keepset.stages import VERSION, id_order
 from keepset.subsets import Subset
@@ -59,6 +60,14 @@ class Learner:
         return [row for row in rows if row is not None]
 
     @cached_property
+    def target_pairs(self) -> list[tuple[Encoded, ...]]:
+        """The target's pairs as this model's tokens."""
+        pairs = (
+            encode_pairs(self.job.target, self.encoder, self.job.say)[0] if self.transfer else self.job.target_pairs[0]
+        )
+        return [(chosen, rejected) for chosen, rejected in pairs if rejected is not None]
+
+    @cached_property
     def eval_pairs(self) -> tuple[list[tuple[Encoded, Encoded]], np.ndarray, Target] | None:
         """Held-out pairs as tokens, their tasks, and the set; None if the recipe names none."""
         specs = self.job.recipe.evaluate.pairs
@@ -96,16 +105,23 @@ def model_folder(name: str, seed: int) -> str:
     return f"models/{name}-seed{seed}"
 
 
+def direct_args(job: Job) -> TrainSpec:
+    """How the target's pairs are trained on: `train`, with DPO where that says SFT."""
+    args = job.recipe.train
+    return args.model_copy(update={"loss": "dpo"}) if args.loss == "sft" else args
+
+
 def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
     """Train the base on a subset, unless that was done with the same rows, arguments and seed."""
     from keepset.train.fit import fit
 
-    args, rows = job.recipe.train, learner.rows(subset)
+    direct = subset.kind == "dpo-direct"
+    args, rows = (direct_args(job), learner.target_pairs) if direct else (job.recipe.train, learner.rows(subset))
     folder = model_folder(subset.name, seed)
     key = {
         "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
-        "ids": digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
+        "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
     }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:

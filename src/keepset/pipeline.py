@@ -28,7 +28,7 @@ from keepset.reference_check import check_reference
 from keepset.report import write_report
 from keepset.run import file_digest
 from keepset.scoring import check_options, score, score_key
-from keepset.subsets import Kind, Subset, choose, choose_mix, control_methods, full_subset, stored_subset
+from keepset.subsets import Kind, Subset, choose, choose_mix, control_methods, direct_subset, full_subset, stored_subset
 from keepset.variants import run_variants
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow", "bm25s")
@@ -93,7 +93,11 @@ def choose_all(job: Job) -> list[Subset]:
     if job.recipe.target:
         record(job, diagnose_leaks(job.pool, job.target, "target"))
     subsets += [choose_mix(job, mix) for mix in job.recipe.mix]
-    return [*subsets, *([full_subset(job)] if job.recipe.controls.full else [])]
+    if job.recipe.controls.full:
+        subsets.append(full_subset(job))
+    if job.recipe.controls.dpo_direct:
+        subsets.append(direct_subset(job))
+    return subsets
 
 
 def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
@@ -147,7 +151,7 @@ def table_order(recipe: Recipe, cell: Cell) -> tuple[Any, ...]:
     if subset is None:
         return (-1,)
     labels = [m.label for m in recipe.methods] + [f"random-{k}" for k in recipe.controls.random_seeds]
-    labels += ["longest", *(m.label for m in recipe.mix), "full"]
+    labels += ["longest", *(m.label for m in recipe.mix), "full", "dpo-direct"]
     budgets = [str(b) for b in recipe.budget]
     place = labels.index(subset.label) if subset.label in labels else len(labels)
     return place, budgets.index(subset.budget) if subset.budget in budgets else len(budgets), subset.name, seed or 0

@@ -222,6 +222,7 @@ class ControlSpec(Strict):
     longest: bool = Field(True, description="the longest completions of the same size")
     full: bool = Field(False, description="train on the whole pool")
     base: bool = Field(True, description="the untrained base")
+    dpo_direct: bool = Field(False, description="no selection: DPO (beta 0.1) on the target's pairs, by `train`")
 
 
 class BatchSpec(Strict):
@@ -291,7 +292,7 @@ class Recipe(Strict):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"methods: label '{twice[0]}' stands twice; give one of them its own `label`")
-        taken = [label for label in labels if re.fullmatch(r"base|full|longest|random-\d+", label)]
+        taken = [label for label in labels if re.fullmatch(r"base|full|longest|dpo-direct|random-\d+", label)]
         if taken:
             raise ValueError(f"methods: label '{taken[0]}' is a control's name; give it another `label`")
         return self

@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from keepset.job import Job
 
 MOST_NAMED = 100  # rows left out in doubt that are named; the chosen ones all are
-Kind = Literal["method", "random", "longest", "full", "mix", "base"]
+Kind = Literal["method", "random", "longest", "full", "mix", "base", "dpo-direct"]
 
 
 @dataclass(frozen=True)
 class Subset:
     """One chosen training set.
 
-    `indices` point into the job's usable rows, best first; `edge` names those that numerical noise might exchange.
+    `indices` point into the job's usable rows, best first; `edge` names those that numerical noise might exchange. Only
+    `dpo-direct` has none: it trains on `pairs` pairs of the target.
     """
 
     name: str
@@ -40,11 +41,12 @@ class Subset:
     indices: np.ndarray
     n_tokens: int
     edge: Stability | None = None
+    pairs: int = 0
 
     @property
     def n_rows(self) -> int:
-        """Rows kept."""
-        return len(self.indices)
+        """Rows kept (or pairs)."""
+        return self.pairs or len(self.indices)
 
     def ids(self, job: Job) -> np.ndarray:
         """Their ids, best first."""
@@ -178,6 +180,20 @@ def full_subset(job: Job) -> Subset:
     return Subset("full", "full", "full", "100%", np.arange(len(job.ids)), int(job.n_tokens().sum()))
 
 
+def direct_subset(job: Job) -> Subset:
+    """The target's pairs themselves, beside the first budget: what choosing from the pool must beat.
+
+    Raises:
+        RecipeError: the target has no pairs.
+    """
+    if not job.target.has_pairs:
+        raise RecipeError("controls.dpo_direct needs pairs: the target has no `rejected`")
+    pairs = job.target_pairs[0]
+    n_tokens = sum(int(side.supervised.sum()) for pair in pairs for side in pair if side is not None)
+    none, budget = np.zeros(0, dtype=np.int64), str(job.recipe.budget[0])
+    return Subset("dpo-direct", "dpo-direct", "dpo-direct", budget, none, n_tokens, pairs=len(pairs))
+
+
 def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
     """The controls' scoring: Random by seed, and the longest completions."""
     controls = job.recipe.controls
@@ -244,6 +260,8 @@ def stored_subset(job: Job, name: str) -> Subset:
     """
     if name == "full":
         return full_subset(job)
+    if name == "dpo-direct":
+        return direct_subset(job)
     ids = stored_ids(job, name)
     entry = job.run.load_json("subsets.json")[name]
     place = {row_id: i for i, row_id in enumerate(job.ids)}
