@@ -233,6 +233,7 @@ class BatchSpec(Strict):
         None, ge=1, description="rows a shard, the unit of resume; default n / 200, 32 to 2,048"
     )
     keep_token_losses: bool = Field(False, description="also keep every token's loss, for `explain --tokens`")
+    workers: int = Field(1, ge=1, le=256, description="processes that score, one thread each (CPU only); same bytes")
 
 
 class Recipe(Strict):

@@ -27,6 +27,7 @@ from safetensors.numpy import save as save_arrays
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
 from keepset.meter import Meter
 from keepset.recipe import Recipe
+from keepset.workers import share_out
 
 Arrays = dict[str, np.ndarray]
 
@@ -304,6 +305,8 @@ class Run:
         compute: Callable[[np.ndarray, list[str]], dict[str, Arrays]],
         *,
         shard_rows: int | None = None,
+        workers: int = 1,
+        spent: Callable[[np.ndarray, list[str]], None] = lambda indices, missing: None,
         advance: Callable[[int], None] = lambda rows: None,
     ) -> dict[str, Arrays]:
         """Compute per-row arrays for several stages in one pass over the rows, shard by shard, resumable.
@@ -313,6 +316,8 @@ class Run:
             ids: (n,) unique row ids.
             compute: `(indices (m,), missing stage names) -> {stage: {column: (m, ...) array}}`.
             shard_rows: see `plan_shards`.
+            workers: processes that share the shards out (`workers.share_out`); the bytes are the same.
+            spent: called with what `compute` was called with, once a committed shard.
             advance: called with the rows done, for progress.
 
         Returns:
@@ -323,21 +328,54 @@ class Run:
         for name, folder in folders.items():
             if not (folder / "key.json").exists():
                 write_atomic(folder / "key.json", canonical(stages[name]).encode())
+
+        def have(number: int) -> dict[str, Arrays | None]:
+            id_hash = digest([str(i) for i in ids[shards[number]]])
+            return {name: self._shard(folder, number, id_hash) for name, folder in folders.items()}
+
+        def make(number: int, missing: list[str]) -> dict[str, Arrays]:
+            id_hash = digest([str(i) for i in ids[shards[number]]])
+            fresh = compute(shards[number], missing)
+            for name in missing:
+                write_shard(folders[name], number, id_hash, fresh[name])
+            return fresh
+
+        def made(number: int, missing: list[str]) -> None:
+            spent(shards[number], missing)
+            self.meter.note()
+            advance(len(shards[number]))
+
+        shared: set[int] = set()
+        if workers > 1:
+            found = {n: [name for name, arrays in have(n).items() if arrays is None] for n in range(len(shards))}
+            first, *others = [n for n, missing in found.items() if missing] or [-1]
+
+            def seen(number: int) -> None:
+                shared.add(number)
+                made(number, found[number])
+
+            def make_one(number: int) -> None:
+                make(number, found[number])
+
+            if others:
+                make_one(first)  # here: whatever `compute` prepares once, the workers inherit
+                seen(first)
+                share_out(
+                    others, make_one, workers, advance=seen,
+                    is_there=lambda number: all(have(number)[name] is not None for name in found[number]),
+                )  # fmt: skip
         collected: dict[str, list[Arrays]] = {name: [] for name in stages}
-        for number, indices in enumerate(shards):
-            id_hash = digest([str(i) for i in ids[indices]])
-            ready = {name: self._shard(folder, number, id_hash) for name, folder in folders.items()}
+        for number in range(len(shards)):
+            ready = have(number)
             missing = [name for name, arrays in ready.items() if arrays is None]
-            if missing:
-                fresh = compute(indices, missing)
-                for name in missing:
-                    write_shard(folders[name], number, id_hash, fresh[name])
-                    ready[name] = fresh[name]
-                self.meter.note()
+            ready |= make(number, missing) if missing else {}
             for name, arrays in ready.items():
                 assert arrays is not None
                 collected[name].append(arrays)
-            advance(len(indices))
+            if missing:
+                made(number, missing)
+            elif number not in shared:
+                advance(len(shards[number]))
         order = np.concatenate(shards) if shards else np.zeros(0, dtype=np.int64)
         return {name: gather(parts, order) for name, parts in collected.items()}
 

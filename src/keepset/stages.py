@@ -58,20 +58,36 @@ def sweep_rows(
     rows = job.rows if rows is None else rows
 
     def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
+        return batch([rows[i] for i in indices], missing)
+
+    def count(indices: np.ndarray, missing: list[str]) -> None:
         some = [rows[i] for i in indices]
-        found = batch(some, missing)
         n_tokens, n_head = count_tokens([side for row in some for side in (row if isinstance(row, tuple) else (row,))])
         times = len(missing) if each else 1
-        spent["rows"] += len(some)
+        spent["rows"] += len(indices)
         spent["tokens"] += n_tokens * times
         spent["flops"] += flops(job.loaded.model, n_tokens, n_head if head else 0, passes=passes * times)
-        return found
 
     with job.run.timed(what) as spent, job.tracked(what, len(rows)) as advance:
         spent.update(tokens=0, flops=0.0, rows=0)
-        out = job.run.sweep(stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=advance)
+        out = job.run.sweep(
+            stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, workers=workers_for(job), spent=count,
+            advance=advance,
+        )  # fmt: skip
         spent["skip"] = spent["tokens"] == 0
     return out
+
+
+def workers_for(job: Job) -> int:
+    """Processes that score: the recipe's `batching.workers`.
+
+    Raises:
+        RecipeError: several, and the model is on a GPU, which forks can't share.
+    """
+    workers = job.recipe.batching.workers
+    if workers > 1 and job.loaded.model.device.type != "cpu":
+        raise RecipeError(f"batching.workers: {workers} processes score on the CPU only; leave it at 1 on a GPU")
+    return workers
 
 
 # -- losses -----------------------------------------------------------------------------------------------------
