@@ -108,7 +108,7 @@ class Run:
     def adopt(self, recipe: Recipe, *, force: bool = False) -> None:
         """Make `recipe` the folder's own, or check that it is.
 
-        Methods and variants may be added freely; any other difference from the stored recipe is refused.
+        Methods, variants and workers may change freely; any other difference from the stored recipe is refused.
 
         Raises:
             PlanMismatch: the folder was made by another recipe; the message lists what differs.
@@ -122,7 +122,8 @@ class Run:
             except RecipeError:  # it knew one that is gone
                 old = self.recipe_data()
                 old.pop("run_dir", None)
-            differences = [d for d in diff_keys(old, new) if not d.startswith(("methods", "variants"))]
+            free = ("methods", "variants", "batching.workers:")  # they change no number that is there
+            differences = [d for d in diff_keys(old, new) if not d.startswith(free)]
             if differences:
                 shown = "; ".join(differences[:4]) + (
                     f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
