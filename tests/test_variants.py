@@ -165,6 +165,9 @@ def test_shares_by_source_and_category_and_the_kept_length():
     assert found["source-shares"].level == "warning" and "none of y" in found["source-shares"].advice
     assert "p 50% -> 50%, q 25% -> 50%, – 25% -> 0%" in found["category-shares"].text
     assert found["kept-length"].text == "mean answer before -> after: 5.0 -> 3.0 tokens"
+    assert found["kept-length"].level == "info"
+    shortest = {f.name: f for f in diagnose_shares(scores, "davir", np.array(["a"]))}["kept-length"]
+    assert (shortest.level, shortest.figure) == ("warning", 2.0)
     assert diagnose_shares(scores, "davir", np.array(["d"]))[0].figure == 1.0
 
 

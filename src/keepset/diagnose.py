@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from keepset.subsets import Subset
 
 NEAR_ZERO_SCORE = 0.01  # median |DavIR| below this: the reference moved nothing
+SKEWED_LENGTH = 2.0  # kept answers this many times longer, or shorter, than the pool's are told as a warning
 STRONG_LENGTH = 0.5  # |Spearman| with length from here on is told as a warning
 NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
 STORE_AGREES = (
@@ -172,9 +173,11 @@ def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = Non
                              f"{plural} before -> after: {text}{more}", advice))  # fmt: skip
     lengths = [float(np.mean(t["n_tokens"].to_numpy())) for t in (table, kept)]
     unit = (table.schema.metadata or {}).get(b"length_unit", b"tokens").decode()
-    found.append(Finding("kept-length", "info", label, round(lengths[1], 2),
+    skewed = not 1 / SKEWED_LENGTH < lengths[1] / lengths[0] < SKEWED_LENGTH
+    found.append(Finding("kept-length", "warning" if skewed else "info", label, round(lengths[1], 2),
         f"mean answer before -> after: {lengths[0]:.1f} -> {lengths[1]:.1f} {unit}",
-        "a token budget, or the `longest` control, tells length from merit"))  # fmt: skip
+        "the choice is largely one of length: give the budget in tokens, and look at the rows" if skewed else
+        "the choice keeps answers of about the pool's length"))  # fmt: skip
     return found
 
 
