@@ -92,6 +92,18 @@ def test_a_variant_takes_the_base_s_losses_from_the_recipe_s_folder(finished):
     assert lent["tokens"] * 2 == own["tokens"]  # the reference's pass alone
 
 
+def test_a_run_tells_what_choosing_cost_beside_one_training_on_the_full_pool(finished):
+    run_dir, _, _ = finished
+    found = json.loads((run_dir / "comparison.json").read_text())
+    cost = found["selection"]
+    assert [s["stage"] for s in cost["stages"]] == [
+        "losses under the base", "train the reference", "losses under the reference"]  # fmt: skip
+    assert cost["flops"] == sum(s["flops"] for s in cost["stages"])
+    assert cost["share"] == pytest.approx(cost["flops"] / found["full_training_flops"]) == pytest.approx(2)
+    assert 0 < cost["seconds"] <= sum(e["seconds"] for e in Run(run_dir).costs())
+    assert json.loads((run_dir / "manifest.json").read_text())["selection_cost"] == cost
+
+
 def test_variants_may_be_added_later_and_wrong_ones_are_refused(finished, tmp_path):
     run_dir, made, _ = finished
     more = made.model_copy(update={"variants": []})

@@ -97,7 +97,10 @@ def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
         entry["cost"] = cost_of(job, subset)
         summary.append(entry)
     adjust(summary)
-    result = {"rows": rows, "summary": summary, "full_training_flops": full_training_flops(job)}
+    full = full_training_flops(job)
+    result = {
+        "rows": rows, "summary": summary, "full_training_flops": full, "selection": selection_cost(job, full),
+    }  # fmt: skip
     job.run.save_json("comparison.json", result)
     return result
 
@@ -151,6 +154,32 @@ def cost_of(job: Job, subset: Subset | None) -> dict[str, float]:
         "train_seconds": round(sum(e["seconds"] for e in trained) / seeds, 2),
         "train_flops": sum({e["stage"]: e.get("flops", 0.0) for e in trained}.values()) / seeds,
     }
+
+
+def selection_cost(job: Job, full: float) -> dict[str, Any]:
+    """What choosing by all the recipe's methods took, stages they share counted once.
+
+    Returns:
+        `flops`, `tokens`, logged `seconds`, the `share` of `full` (FLOPs of one training on the full pool), and the
+        same for each stage in `stages`.
+    """
+    costs, works, stages = job.run.costs(), selection_work(job, job.recipe.methods), []
+    for work in works:
+        logged = [e["seconds"] for e in costs if work.logged and re.fullmatch(work.logged, e["stage"])]
+        stages.append({"stage": work.stage, "methods": work.methods, "rows": work.rows, "tokens": work.tokens,
+                       "flops": work.flops, "seconds": round(sum(logged), 2)})  # fmt: skip
+    flops = sum(s["flops"] for s in stages)
+    # A sweep of two losses is logged once and stands under both its stages.
+    seconds = sum(e["seconds"] for e in costs if any(w.logged and re.fullmatch(w.logged, e["stage"]) for w in works))
+    return {"flops": flops, "tokens": sum(s["tokens"] for s in stages), "seconds": round(seconds, 2),
+            "share": flops / full if full else None, "stages": stages}  # fmt: skip
+
+
+def tell_selection_cost(found: dict[str, Any]) -> str:
+    """One line for the end of a run."""
+    share = f", {100 * found['share']:.0f} % of one training on the full pool" if found["share"] is not None else ""
+    return (f"choosing by all methods: {found['tokens']} tokens, {found['flops']:.2g} FLOPs{share}; "
+            f"{found['seconds']:.0f} s")  # fmt: skip
 
 
 def full_training_flops(job: Job) -> float:

@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from keepset import __version__
-from keepset.compare import Cell, compare, print_comparison
+from keepset.compare import Cell, compare, print_comparison, tell_selection_cost
 from keepset.diagnose import (
     diagnose_comparison,
     diagnose_edge,
@@ -63,6 +63,7 @@ def run_recipe(
         write_report(job.run.path)
         if cells:
             print_comparison(result, out or Console())
+        job.say(tell_selection_cost(result["selection"]))
         job.say(f"report: {job.run.path / 'report.html'}")
         job.say(f"run folder: {job.run.path}")
     return job
@@ -200,6 +201,7 @@ def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
         "files": made_files(job),
         "subsets": job.run.load_json("subsets.json", {}),
         "costs": job.run.costs(),
+        "selection_cost": job.run.load_json("comparison.json", {}).get("selection"),
         "seconds": round(seconds, 1),
     }
     job.run.save_json("manifest.json", manifest)
