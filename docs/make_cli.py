@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 from typer.main import get_command
 
@@ -21,7 +22,7 @@ Exit codes: 0 done; 2 a mistake in options, recipe or model; 3 the run folder is
 def page() -> str:
     """The page's text."""
     parts = [HEAD]
-    for name, command in sorted(get_command(app).commands.items()):  # type: ignore[attr-defined]
+    for name, command in sorted(commands()):
         text, _, example = inspect.cleandoc(command.help or "").partition("Example:")
         arguments = [f" {p.name.upper()}" if p.required else f" [{p.name.upper()}]"
                      for p in command.params if p.param_type_name == "argument"]  # fmt: skip
@@ -33,6 +34,15 @@ def page() -> str:
         if rows:
             parts.append("\n".join(["| option | meaning | default |", "|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
+
+
+def commands() -> list[tuple[str, Any]]:
+    """Every command with its whole name, those of groups too."""
+    found = []
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found += [(f"{name} {k}", c) for k, c in inner.items()] if inner else [(name, command)]
+    return found
 
 
 def default(parameter: object) -> str:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from keepset.cli_train import train_app
 from keepset.errors import KeepsetError, RecipeError
 from keepset.stopping import GOES_ON, Stopped, stop_on_signals, system_trouble
 
@@ -38,6 +39,7 @@ Options = Annotated[
     list[str] | None, typer.Option("--set", help="any recipe key: --set warmup.fraction=0.1; may be repeated")
 ]
 
+app.add_typer(train_app, name="train")
 err = Console(stderr=True)
 
 
@@ -279,28 +281,6 @@ def select(
 
 
 @app.command()
-def train(
-    subset: Annotated[str, typer.Argument(help="a subset of the run folder, or `full`")],
-    run_dir: RunDir = Path("runs/keepset"),
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    settings: Options = None,
-    quiet: Quiet = False,
-) -> None:
-    """Fine-tune the base on a subset (TRL + PEFT) into RUN_DIR/models/SUBSET-seedN.
-
-    Example: keepset train davir --set train.num_train_epochs=1
-    """
-    from keepset.finals import Learner, model_folder, train_final
-    from keepset.subsets import stored_subset
-
-    job = open_job(run_dir, settings=settings, force=bool(settings))
-    with job.run.lock():
-        facts = train_final(job, Learner(job), stored_subset(job, subset), seed)
-    note = "was there already" if facts["reused"] else f"{facts['steps']} steps, {facts['seconds']:.0f} s"
-    job.say(f"{run_dir / model_folder(subset, seed)}: {note}")
-
-
-@app.command()
 def evaluate(
     subset: Annotated[str, typer.Argument(help="a trained subset, or `base`")],
     run_dir: RunDir = Path("runs/keepset"),
@@ -514,8 +494,13 @@ def explain(
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument(help="where to write it")] = Path("recipe.yaml")) -> None:
-    """Write a commented recipe to start from.
+def init(
+    path: Annotated[Path, typer.Argument(help="where to write it")] = Path("recipe.yaml"),
+    accelerate: Annotated[
+        bool, typer.Option("--accelerate", help="write a config for `accelerate launch` with FSDP instead")
+    ] = False,
+) -> None:
+    """Write a commented recipe to start from, or a config for training on several GPUs (FSDP; not yet run on any).
 
     Example: keepset init recipe.yaml
     """
@@ -523,8 +508,12 @@ def init(path: Annotated[Path, typer.Argument(help="where to write it")] = Path(
 
     if path.exists():
         raise RecipeError(f"{path} exists already; name another file")
-    path.write_text((files("keepset") / "start.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    print(f"{path}: now put in your pool, target and model, then `keepset run {path}`")
+    source = "accelerate_fsdp.yaml" if accelerate else "start.yaml"
+    path.write_text((files("keepset") / source).read_text(encoding="utf-8"), encoding="utf-8")
+    if accelerate:
+        print(f"{path}: accelerate launch --config_file {path} -m keepset train sft --data ... --output_dir ...")
+    else:
+        print(f"{path}: now put in your pool, target and model, then `keepset run {path}`")
 
 
 @app.command()

@@ -284,9 +284,12 @@ def dpo_trainer(
     kind: Any = PackedDPO if own else Prepared
     collator = PairCollator(trains_packed(model), pad) if own else PaddedPairs(pad)
     more: dict[str, Any] = {"peft_config": lora_config(lora, model)} if lora is not None else {}
-    return kind(
-        model=model, args=config, train_dataset=data, processing_class=tokenizer, data_collator=collator, **more
-    )
+    try:
+        return kind(
+            model=model, args=config, train_dataset=data, processing_class=tokenizer, data_collator=collator, **more
+        )
+    except ValueError as error:  # TRL refuses some combinations of loss and arguments only here
+        raise RecipeError(f"loss '{loss}': {str(error).splitlines()[0]}") from None
 
 
 def check_loss(loss: str) -> None:
