@@ -11,11 +11,12 @@ from keepset.methods.bm25 import bm25
 from keepset.methods.datainf import datainf
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
+from keepset.methods.ekfac import corrected_eigenvalues, ekfac_solve, kronecker_bases
 from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
 from keepset.methods.ifd import ifd
 from keepset.methods.in_run_shapley import in_run_shapley
-from keepset.methods.influence import influence
+from keepset.methods.influence import fisher_coefficients, influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
 from keepset.methods.less import less, tracin
@@ -24,6 +25,7 @@ from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.methods.rose import rose
+from keepset.methods.tmc_shapley import tmc_shapley
 from keepset.select import select
 
 N = 40
@@ -63,6 +65,19 @@ def swap(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(x, 0, 1)  # (n, c, ...) -> (c, n, ...)
 
 
+def fisher(rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Influence by the rows' own Fisher matrix, through their Gram matrix."""
+    c = fisher_coefficients(rows @ rows.T, rows @ targets.T, damping=0.1)
+    return influence(rows @ (targets - c.T @ rows).T / 0.1)[0]
+
+
+def ekfac(rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """EK-FAC of one matrix (2, 4), its factors from the rows' gradients."""
+    q_a, q_b = kronecker_bases(rows.reshape(-1, 4), np.moveaxis(rows, 1, 2).reshape(-1, 2))
+    solved = ekfac_solve(targets, q_a, q_b, corrected_eigenvalues(rows, q_a, q_b))
+    return influence(np.einsum("nab,jab->nj", rows, solved))[0]
+
+
 METHODS = {
     "random": lambda r: random_(r["ids"], 3),
     "length": lambda r: length(r["n_tokens"]),
@@ -83,6 +98,9 @@ METHODS = {
     "less": lambda r: less(swap(r["dots"]), r["norms"].T, LR, reduce="mean")[0],
     "tracin": lambda r: tracin(swap(r["dots"]), LR)[0],
     "influence": lambda r: influence(r["dots"][:, 0])[0],
+    "influence_fisher": lambda r: fisher(r["vectors"], VECTORS),
+    "ekfac": lambda r: ekfac(r["layers"], LAYERS),
+    "tmc_shapley": lambda r: tmc_shapley(N, lambda some: float(r["ini"][some].sum()), permutations=4).values,
     "datainf": lambda r: datainf(list(swap(r["layers"])), list(swap(LAYERS))).mean(axis=1),
     "bm25": lambda r: bm25(list(r["text"]), QUERIES, TASKS)[0],
     "dsir": lambda r: dsir(list(r["text"]), QUERIES, gumbel=False)[0],

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 
 from keepset.methods.datainf import datainf
+from keepset.methods.ekfac import corrected_eigenvalues, ekfac_solve, kronecker_bases
 from keepset.methods.in_run_shapley import in_run_shapley
-from keepset.methods.influence import dense_solve, influence
+from keepset.methods.influence import dense_solve, fisher_coefficients, influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.less import less, tracin
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.methods.rose import rose
+from keepset.methods.tmc_shapley import tmc_shapley
 
 N, D = 400, 64
 RNG = np.random.default_rng(0)
@@ -22,6 +24,24 @@ TASKS = ["a"] * 5 + ["b"] * 3
 TARGET = QUERIES.mean(axis=0)[None]
 DOTS, NORMS = (ROWS @ TARGET.T)[None], np.linalg.norm(ROWS, axis=1)[None]
 
+
+def fisher() -> np.ndarray:
+    c = fisher_coefficients(ROWS @ ROWS.T, ROWS @ TARGET.T, damping=0.1)
+    return influence(ROWS @ (TARGET - c.T @ ROWS).T)[0]
+
+
+def ekfac() -> np.ndarray:
+    rows, target = ROWS.reshape(N, 8, 8), TARGET.reshape(1, 8, 8)
+    q_a, q_b = kronecker_bases(rows.reshape(-1, 8), np.moveaxis(rows, 1, 2).reshape(-1, 8))
+    solved = ekfac_solve(target, q_a, q_b, corrected_eigenvalues(rows, q_a, q_b), damping=0.1)
+    return (rows * solved[0]).sum(axis=(1, 2))
+
+
+def mean_likeness(some: np.ndarray) -> float:
+    """A utility of sets: how near the mean row is to the target."""
+    return float(ROWS[some].mean(axis=0) @ TARGET[0]) if len(some) else 0.0
+
+
 METHODS = {
     "rds": lambda: rds(ROWS, QUERIES, TASKS)[0],
     "knn-shapley": lambda: knn_shapley(ROWS, QUERIES, TASKS)[0],
@@ -30,6 +50,9 @@ METHODS = {
     "tracin": lambda: tracin(DOTS)[0],
     "datainf": lambda: datainf([ROWS], [TARGET])[:, 0],
     "influence": lambda: influence(ROWS @ dense_solve(ROWS.T @ ROWS / N, TARGET, damping=0.1).T)[0],
+    "influence-fisher": fisher,
+    "ekfac": ekfac,
+    "tmc-shapley": lambda: tmc_shapley(N, mean_likeness, permutations=40).values,
     "in-run-shapley": lambda: in_run_shapley(DOTS, np.ones(1), np.ones((1, N), bool))[0],
 }
 

@@ -113,7 +113,7 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
     if users("representations"):
         pooled: dict[str, list[str]] = {}
         for m in methods:
-            if "representations" in METHODS[m.name].needs:
+            if "representations" in METHODS[m.name].needs and not m.options.get("embedding_model"):
                 pooled.setdefault(pooling(m), []).append(m.label)
         for how, labels in pooled.items():
             logged = rf"representations \({how}\)"

@@ -118,19 +118,34 @@ def score_dsir(
 # -- forward passes -----------------------------------------------------------------------------------------------
 
 
-def score_rds(job: Job, *, pooling: Pooling = "last", reduce: Literal["max", "mean"] = "max") -> Scored:
-    """Cosine of pooled hidden states with the target's prompt + chosen rows."""
-    from keepset.stages import representations
+def score_rds(
+    job: Job,
+    *,
+    pooling: Pooling = "last",
+    reduce: Literal["max", "mean"] = "max",
+    per: Literal["task", "query"] = "task",
+    embedding_model: str = "",
+) -> Scored:
+    """Cosine of pooled hidden states, or of an embedding model's vectors, with the target's prompt + chosen rows."""
+    from keepset.stages import embeddings, representations
 
     names, codes = job.task_codes()
-    states, queries = representations(job, pooling)
-    score, per_task = rds(states, queries, codes[job.target_pairs[1]], reduce=reduce)
-    return Scored(score, task_parts(names, per_task))
+    if embedding_model:
+        states, queries = embeddings(job, embedding_model)
+    else:
+        states, queries = representations(job, pooling)
+        codes = codes[job.target_pairs[1]]
+    score, per_column = rds(states, queries, codes, reduce=reduce, per=per)
+    if per == "query":
+        names = [f"{names[code]}.{k}" for k, code in enumerate(codes)]
+    return Scored(score, task_parts(names, per_column))
 
 
-def score_rds_plus(job: Job, *, reduce: Literal["max", "mean"] = "max") -> Scored:
+def score_rds_plus(
+    job: Job, *, reduce: Literal["max", "mean"] = "max", per: Literal["task", "query"] = "task"
+) -> Scored:
     """RDS with the position-weighted mean of all tokens."""
-    return score_rds(job, pooling="weighted_mean", reduce=reduce)
+    return score_rds(job, pooling="weighted_mean", reduce=reduce, per=per)
 
 
 def score_knn_shapley(

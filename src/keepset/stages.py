@@ -16,7 +16,7 @@ from keepset.errors import RecipeError
 from keepset.kept_tokens import keep_tokens
 from keepset.methods.cross_fit import fold_of
 from keepset.recipe import TrainSpec
-from keepset.run import Arrays, digest
+from keepset.run import Arrays, digest, file_digest
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
@@ -269,8 +269,6 @@ def reference_model(job: Job) -> tuple[Path, str, bool]:
 
 def weights_of(path: Path) -> list[str]:
     """Checksums of a folder's safetensors files."""
-    from keepset.run import file_digest
-
     return [file_digest(p) for p in sorted(path.glob("*.safetensors"))]
 
 
@@ -354,3 +352,30 @@ def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]
 
     key = {"version": VERSION, **job.data_key(), "target": job.target.fingerprint()}
     return out[name]["state"], job.run.once(f"queries-{pooling}", key, queries)["state"]
+
+
+def embeddings(job: Job, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """An embedding model's vectors of the pool's texts (n, d) and of the target's prompts + chosen answers (m, d)."""
+    from keepset.features.embeddings import TextEncoder
+
+    texts, goals = job.texts(), job.target_texts(with_chosen=True)
+    folder = Path(name).expanduser()
+    made = [file_digest(p) for p in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [name]
+    key = {"version": VERSION, "pool": job.pool.fingerprint(), "encoder": made}
+    encoder: list[TextEncoder] = []  # loaded when the first vector is missing
+
+    def vectors(some: list[str]) -> Arrays:
+        if not encoder:
+            encoder.append(TextEncoder(name, device=job.loaded.model.device))
+        return {"state": encoder[0](some, token_budget=job.recipe.batching.token_budget)}
+
+    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
+        return {"embeddings": vectors([texts[i] for i in indices])}
+
+    with job.run.timed(f"embeddings ({name})", rows=len(texts)) as spent, job.tracked("embeddings", len(texts)) as done:
+        out = job.run.sweep(
+            {"embeddings": key}, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=done
+        )
+        spent["skip"] = not encoder
+    goal_key = {**key, "target": job.target.fingerprint()}
+    return out["embeddings"]["state"], job.run.once("queries-embeddings", goal_key, lambda: vectors(goals))["state"]

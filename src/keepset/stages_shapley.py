@@ -11,6 +11,7 @@ import numpy as np
 
 from keepset.adapters import attached
 from keepset.cost import count_tokens, flops
+from keepset.counts import pair_gradients
 from keepset.errors import KeepsetError, RecipeError
 from keepset.methods.in_run_shapley import in_run_shapley
 from keepset.methods.tmc_shapley import ShapleyEstimate, tmc_shapley
@@ -56,6 +57,8 @@ def in_run_cost(job: Job, batch: list[Encoded], second_order: bool) -> tuple[int
 
 def in_run_values(job: Job, spec: InRun) -> np.ndarray:
     """Value of every row for every task, (n, j), in nats of the task's loss; killed, it goes on at the next step."""
+    if pair_gradients(job):
+        raise RecipeError("in-run-shapley values single rows, not pairs; use rose, less or grad-cosine")
     checkpoint = warmup_checkpoints(job)[-1]
     names, codes = job.task_codes()
     key = {

@@ -1,0 +1,90 @@
+"""Texts to vectors by an encoder of its own, such as a sentence embedding model: another thing for RDS to compare.
+
+    h(z) = (1/T) Σ_t h_t     the mean of the last hidden states over the text's tokens, padding left out
+
+That is the pooling of most sentence-transformers models (all-MiniLM, E5, GTE ...); one trained with another pooling,
+or with a prefix before each text, gives other vectors than its authors'. Any model that `AutoModel` loads from
+safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from keepset.errors import ModelError
+
+MOST_TOKENS = 512
+
+
+class TextEncoder:
+    """An encoder and its tokenizer, on the CPU or `device`, in float32."""
+
+    def __init__(self, name: str, *, device: str | torch.device = "cpu") -> None:
+        """Load it.
+
+        Args:
+            name: hub name or folder with safetensors weights; no code from its repository is run.
+            device: where it runs.
+
+        Raises:
+            ModelError: it can't be loaded.
+        """
+        from transformers import AutoModel, AutoTokenizer
+
+        if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
+            raise ModelError(f"embedding_model {name}: no such model folder")
+        try:
+            path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self.model: Any = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"embedding_model {name}: {str(error).splitlines()[0]}") from None
+        self.model.to(device).eval()
+        self.device = torch.device(device)
+        positions = getattr(self.model.config, "max_position_embeddings", None) or MOST_TOKENS
+        # two fewer: RoBERTa-like models number positions from 2
+        self.most = max(8, min(MOST_TOKENS, int(positions) - 2))
+
+    def __call__(self, texts: Sequence[str], *, token_budget: int = 1024) -> np.ndarray:
+        """Return (n, d) float32 in the order of `texts`; a text of more than 512 tokens (or the model's most) is cut.
+
+        Args:
+            texts: any text, the empty one too.
+            token_budget: padded tokens a batch holds.
+        """
+        ids = [self.tokenizer(t, truncation=True, max_length=self.most)["input_ids"] or [self.blank] for t in texts]
+        out = np.zeros((len(texts), int(self.model.config.hidden_size)), dtype=np.float32)
+        order = np.argsort([len(i) for i in ids], kind="stable")
+        start = 0
+        with torch.inference_mode():
+            while start < len(order):
+                stop = start + 1  # rows of like length, the longest times their number within the budget
+                while stop < len(order) and len(ids[order[stop]]) * (stop + 1 - start) <= token_budget:
+                    stop += 1
+                some = order[start:stop]
+                out[some] = self.means([ids[i] for i in some])
+                start = stop
+        return out
+
+    @property
+    def blank(self) -> int:
+        """The token that stands for an empty text."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(i for i in known if i is not None)
+
+    def means(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Mean state of each row, padded on the right and masked."""
+        longest = max(len(i) for i in ids)
+        padded = torch.full((len(ids), longest), self.blank, dtype=torch.int64)
+        mask = torch.zeros_like(padded)
+        for k, row in enumerate(ids):
+            padded[k, : len(row)] = torch.as_tensor(row)
+            mask[k, : len(row)] = 1
+        states = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+        weights = mask.to(self.device)[..., None].float()
+        return ((states.float() * weights).sum(1) / weights.sum(1)).cpu().numpy()
