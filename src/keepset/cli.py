@@ -320,11 +320,13 @@ def compare(run_dir: RunDir = Path("runs/keepset"), quiet: Quiet = False, as_jso
     """
     from keepset.compare import compare as compare_cells
     from keepset.compare import print_comparison
+    from keepset.diagnose import COMPARED, diagnose_comparison, record
     from keepset.pipeline import evaluated_cells
 
     job = open_job(run_dir)
     with job.run.lock():
         result = compare_cells(job, evaluated_cells(job))
+        record(job, diagnose_comparison(result), anew=COMPARED)
     if as_json:
         print(json.dumps(result))
     else:

@@ -8,6 +8,7 @@ momentum, leaks, sources and categories that vanish, a selection no better than 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
 STORE_AGREES = (
     0.9  # Spearman of a gradient store's cosines with the exact ones, below which ranks are not to be trusted
 )
+COMPARED = ("no-better-than-random", "worse-than-random")
 MOST_SHARES = 12  # sources or categories that a finding names
 SWAMPED = 0.5  # median cosine of the mapped gradient with the momentum that all rows share
 
@@ -236,11 +238,17 @@ def diagnose_leaks(pool: Pool, target: Target, what: str) -> list[Finding]:
                     "they score high, or are learnt, by identity: take them out of one of the two")]  # fmt: skip
 
 
-def record(job: Job, findings: list[Finding]) -> None:
-    """Print the warnings and store all findings, replacing older ones of the same name and method."""
+def record(job: Job, findings: list[Finding], *, anew: Collection[str] = ()) -> None:
+    """Print the warnings and store all findings, replacing older ones of the same name and method.
+
+    Args:
+        job: the job.
+        findings: what was found.
+        anew: names whose older findings all go: what they were about was looked at again.
+    """
     old = job.run.load_json("findings.json", [])
     fresh = {(f.name, f.method) for f in findings}
-    kept = [entry for entry in old if (entry["name"], entry["method"]) not in fresh]
+    kept = [entry for entry in old if (entry["name"], entry["method"]) not in fresh and entry["name"] not in anew]
     job.run.save_json("findings.json", kept + [asdict(f) for f in findings])
     for finding in findings:
         if finding.level == "warning":

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from keepset import __version__
 from keepset.compare import Cell, compare, print_comparison, tell_selection_cost
 from keepset.diagnose import (
+    COMPARED,
     diagnose_comparison,
     diagnose_edge,
     diagnose_leaks,
@@ -56,7 +57,7 @@ def run_recipe(
         subsets = choose_all(job)
         cells = train_and_evaluate(job, subsets)
         result = compare(job, cells)
-        record(job, diagnose_comparison(result))
+        record(job, diagnose_comparison(result), anew=COMPARED)
         if recipe.variants:
             run_variants(job, out, force=force)
         finish_folder(job, subsets, time.perf_counter() - start)
