@@ -1,11 +1,12 @@
 """EL2N and GraNd: data diet (arXiv 2107.07075), for sequences.
 
     S_EL2N(z)  = (1/T) Σ_t ‖softmax(f_t) − onehot(y_t)‖₂
-    S_GraNd(z) = mean_c ‖∇ℓ(z; θ_c)‖₂
+    S_GraNd(z) = mean_c ‖∇ℓ(z; θ_c)‖₂,   ℓ(z) = −(1/T) Σ_t log softmax(f_t)[y_t]
 
 f_t: logits at the t-th of T supervised tokens, y_t: the token; θ_c: checkpoints early in training. Larger = harder =
 first, as in the paper. The paper averages over several initialisations of a classifier; with one pre-trained model
-there is one, and the mean over tokens is our extension. GraNd here takes the adapter's gradients.
+there is one, and the mean over tokens is our extension, the same T tokens with the same weight 1/T in both: EL2N
+averages the lengths of the tokens' errors, GraNd takes the length of their averaged gradient, on the adapter.
 """
 
 from __future__ import annotations
