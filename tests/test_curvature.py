@@ -13,6 +13,7 @@ from conftest import random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.errors import ModelError, RecipeError  # noqa: E402
 from keepset.features import curvature  # noqa: E402
 from keepset.features.curvature import kronecker_factors, solve_target  # noqa: E402
+from keepset.features.gauss_newton import GaussNewton  # noqa: E402
 from keepset.features.influence import influence  # noqa: E402
 from keepset.features.row_gradients import each_gradient, stacked_gradients, weighted_gradients  # noqa: E402
 from keepset.features.targets import target_vectors  # noqa: E402
@@ -41,8 +42,28 @@ def vectors(target):
     return np.stack([flat({n: b[k] for n, b in target.blocks.items()}) for k in range(target.n_targets)])
 
 
-def gauss_newton(peft, rows, names):
-    """Dense Gauss-Newton (p, p) that drawn labels estimate: mean over rows of Σ_t J_tᵀ (diag p − p pᵀ) J_t / T²."""
+def test_conjugate_gradients_match_the_dense_inverse_of_gauss_newton(world) -> None:
+    """The mean-token losses' own Gauss-Newton matrix: products, and the scores after the solve."""
+    peft, _, target = world
+    rows, names = random_rows(6, seed=5, longest=12), list(target.blocks)
+    ggn = gauss_newton(peft, rows, names, power=1)
+    product = GaussNewton(peft, rows, names, token_budget=40)
+    u = np.random.default_rng(0).normal(size=len(ggn))
+    np.testing.assert_allclose(product(u), ggn @ u, atol=5e-3 * np.abs(ggn @ u).max())
+    assert not product(np.zeros(len(ggn))).any()
+    solved = solve_target(peft, target, rows, solver="cg", damping=1.0, token_budget=40)
+    pool = random_rows(40, seed=9)
+    found = influence(peft, pool, solved, map="sgd").dots
+    dots, v = alone(peft, pool, names), vectors(target)
+    lams = np.geomspace(0.5, 2, 15) * np.trace(ggn) / 6  # λ rests on a draw of labels: the nearest must fit closely
+    exact = [dots @ dense_solve(ggn, v, damping=lam).T for lam in lams]
+    errors = [np.abs(found - e).max() / np.abs(e).max() for e in exact]
+    assert min(errors) < 0.05 and 0 < int(np.argmin(errors)) < 14
+    assert correlation(found, exact[int(np.argmin(errors))]) > 0.999
+
+
+def gauss_newton(peft, rows, names, power=2):
+    """Dense Gauss-Newton (p, p): mean over rows of Σ_t J_tᵀ (diag p − p pᵀ) J_t / T^power; drawn labels estimate 2."""
     parameters = dict(peft.named_parameters())
     chosen = {n: parameters[n].detach() for n in names}
     total = 0.0
@@ -58,7 +79,7 @@ def gauss_newton(peft, rows, names):
         jac = torch.cat([jac[n].flatten(2) for n in names], 2).double()  # (T, V, p)
         p = logits(chosen).double().softmax(1)
         mean = torch.einsum("tv,tvp->tp", p, jac)
-        total = total + torch.einsum("tv,tvp,tvq->pq", p, jac, jac).sub_(mean.T @ mean).numpy() / len(p) ** 2
+        total = total + torch.einsum("tv,tvp,tvq->pq", p, jac, jac).sub_(mean.T @ mean).numpy() / len(p) ** power
     return total / len(rows)
 
 
@@ -208,11 +229,11 @@ def test_gpt2_and_refusals(world, monkeypatch) -> None:
     peft, rows, target = world
     other = tiny_lora(tiny_model("gpt2"), r=R)
     aim = target_vectors(other, [(r, None) for r in rows[:2]], np.array([0, 0]), loss="sft", normalise="task")
-    for solver in ("fisher", "datainf", "ekfac"):
+    for solver in ("fisher", "cg", "datainf", "ekfac"):
         solved = solve_target(other, aim, rows[:8], solver=solver)
         assert all(torch.isfinite(b).all() for b in solved.blocks.values())
-    with pytest.raises(RecipeError, match="unknown curvature solver 'cg'"):
-        solve_target(peft, target, rows, solver="cg")
+    with pytest.raises(RecipeError, match="unknown curvature solver 'lu'"):
+        solve_target(peft, target, rows, solver="lu")
     with pytest.raises(RecipeError, match="damping 0"):
         solve_target(peft, target, rows, solver="ekfac", damping=0)
     monkeypatch.setattr(curvature, "MEMORY", 4 * 896 * 10)
@@ -237,6 +258,6 @@ def test_a_matrix_without_gradient_is_left_out_and_none_at_all_is_refused() -> N
     with torch.no_grad():
         for p in peft.parameters():
             p.zero_()
-    for solver in ("fisher", "datainf", "ekfac"):
+    for solver in ("fisher", "cg", "datainf", "ekfac"):
         with pytest.raises(ModelError, match="no gradient at all"):
             solve_target(peft, target, rows, solver=solver)

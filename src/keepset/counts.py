@@ -217,7 +217,8 @@ def gradient_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
             found.append(backward(job, stage, labels, rows, "", passes=target_passes, times=many))
     for label, request in requests.items():
         if request.curvature is not None:
-            times = 1 if request.curvature.solver == "fisher" else 2
+            # conjugate gradients stop by themselves: some 30 products of two passes each are assumed
+            times = {"fisher": 1, "cg": 1 + 2 * 30}.get(request.curvature.solver, 2)
             rows = curvature_rows(job, request.curvature)
             stage = f"curvature ({request.curvature.solver})"
             found.append(backward(job, stage, label, rows, "", passes=target_passes, times=times))

@@ -40,7 +40,7 @@ def influence_request(name: str, options: dict[str, Any]) -> Any:
         beta=float(value.get("beta", 0.1)),
         normalise=value.get("normalise", "task"),
         curvature=Curvature(
-            solver="ekfac-matrix" if value.get("damping_by") == "matrix" else SOLVERS[name],
+            solver=solver_of(name, value),
             labels=value["labels"],
             damping=float(value["damping"]),
             rows=int(value["curvature_rows"]),
@@ -49,6 +49,13 @@ def influence_request(name: str, options: dict[str, Any]) -> Any:
         if name in SOLVERS
         else None,
     )
+
+
+def solver_of(name: str, value: dict[str, Any]) -> str:
+    """Which solver of `features/curvature.py` an influence function's options mean."""
+    if value.get("curvature") == "gauss-newton":
+        return "cg"
+    return "ekfac-matrix" if value.get("damping_by") == "matrix" else SOLVERS[name]
 
 
 def gradient_score(
@@ -135,16 +142,18 @@ def curvature_score(job: Job, name: str, reduce: Literal["max", "mean"], **optio
 def score_influence(
     job: Job,
     *,
+    curvature: Literal["fisher", "gauss-newton"] = "fisher",
     curvature_rows: int = 100,
     labels: Labels = "sampled",
     damping: float = 0.1,
     reduce: Literal["max", "mean"] = "mean",
     seed: int = 0,
 ) -> Scored:
-    """Influence function, the damped Fisher matrix of some rows inverted exactly; holds their gradients in memory."""
+    """Influence function: some rows' damped Fisher matrix inverted exactly, or Gauss-Newton by conjugate gradients."""
     return curvature_score(
-        job, "influence", reduce, curvature_rows=curvature_rows, labels=labels, damping=damping, seed=seed
-    )
+        job, "influence", reduce, curvature=curvature, curvature_rows=curvature_rows, labels=labels, damping=damping,
+        seed=seed,
+    )  # fmt: skip
 
 
 def score_datainf(

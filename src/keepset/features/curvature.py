@@ -3,6 +3,8 @@
     S(z) = <∇ℓ(z), r_j>,   r_j ≈ (F + λI)⁻¹ v_j,   F = mean over the curvature rows of g gᵀ
 
     fisher    F itself, through the rows' Gram matrix: exact            methods/influence.py
+    cg        the rows' Gauss-Newton matrix instead of F, exact too,    features/gauss_newton.py
+              by conjugate gradients
     datainf   each matrix's mean of single-row inverses                 methods/datainf.py
     ekfac     each matrix's eigenvalue-corrected Kronecker factors      methods/ekfac.py
               with one λ for all matrices; `ekfac-matrix`: one for each
@@ -24,18 +26,21 @@ import torch
 from torch import Tensor, nn
 
 from keepset.errors import ModelError, RecipeError
+from keepset.features.gauss_newton import GaussNewton
 from keepset.features.gradients import Sink
 from keepset.features.llama_pass import Places
 from keepset.features.row_gradients import Labels, each_gradient, run_batches, stacked_gradients, weighted_gradients
 from keepset.features.targets import GradientTarget
 from keepset.methods.datainf import datainf_shares
 from keepset.methods.ekfac import eigenvectors, ekfac_solve
-from keepset.methods.influence import fisher_coefficients
+from keepset.methods.influence import cg_solve, fisher_coefficients
 from keepset.packing import Row
 
-Solver = Literal["none", "fisher", "datainf", "ekfac", "ekfac-matrix"]
+Solver = Literal["none", "fisher", "cg", "datainf", "ekfac", "ekfac-matrix"]
 MEMORY = 1 << 31
 """Bytes of gradients that `fisher` may hold (2 GiB): curvature rows x parameters x 4."""
+TOLERANCE, STEPS = 1e-2, 200
+"""Of conjugate gradients: residual over the target's norm, and products spent on a target."""
 
 
 def solve_target(
@@ -59,17 +64,19 @@ def solve_target(
         solver: see the module docstring.
         labels: `data`, or `sampled` from the model.
         damping: λ over a mean eigenvalue of F: over all (`ekfac`), those of the matrix alone (`datainf`,
-            `ekfac-matrix`), or those that so few rows can make non-zero (`fisher`).
+            `ekfac-matrix`), or those that so few rows can make non-zero (`fisher`, `cg`).
         token_budget: tokens a batch holds; changes the time, not the numbers.
         seed: of drawn labels.
         last_layers: only the top so many layers' matrices; the target must have been formed so too.
 
     Raises:
-        RecipeError: unknown solver, damping not above 0, or more gradients than `fisher` may hold.
+        RecipeError: unknown solver, damping not above 0, more gradients than `fisher` may hold, or conjugate gradients
+            that don't converge.
         ModelError: the rows have no gradient at all.
     """
     known: dict[str, Callable[..., dict[str, Tensor]]] = {
         "fisher": _fisher,
+        "cg": _cg,
         "datainf": _datainf,
         "ekfac": _ekfac,
         "ekfac-matrix": partial(_ekfac, by_matrix=True),
@@ -101,6 +108,33 @@ def _fisher(
         raise ModelError("the curvature rows have no gradient at all at this checkpoint")
     c = torch.as_tensor(fisher_coefficients(gram.cpu().numpy(), dots.cpu().numpy(), damping=lam)).to(gram.device)
     return {n: ((v.double() - (c.T @ g[n].double()).view(v.shape)) / lam).float() for n, v in target.blocks.items()}
+
+
+def _cg(
+    model: nn.Module, target: GradientTarget, rows: Sequence[Row], damping: float, options: dict
+) -> dict[str, Tensor]:
+    """λ from Gauss-Newton's trace, estimated by one draw of labels: with weights 1/T it is the mean of T·‖g‖²."""
+    squares = np.zeros(len(rows))
+
+    def visit(name: str, indices: np.ndarray, g: Tensor) -> None:
+        flat = g.flatten(1)
+        squares[indices] += torch.linalg.vecdot(flat, flat).double().cpu().numpy()
+
+    each_gradient(model, rows, visit, **{**options, "labels": "sampled"})
+    lengths = np.array([np.count_nonzero(r.supervised) for r in rows])
+    names, shapes = list(target.blocks), [b.shape for b in target.blocks.values()]
+    sizes = [b[0].numel() for b in target.blocks.values()]
+    lam = damping * float((squares * lengths).mean()) / min(len(rows), sum(sizes))
+    if not lam > 0:
+        raise ModelError("the curvature rows have no gradient at all at this checkpoint")
+    product = GaussNewton(model, rows, names, token_budget=options["token_budget"], damping=lam)
+    v = torch.cat([b.flatten(1) for b in target.blocks.values()], 1).double().cpu().numpy()
+    try:
+        r = torch.as_tensor(cg_solve(product, v, tolerance=TOLERANCE, max_steps=STEPS), dtype=torch.float32)
+    except ValueError as error:
+        raise RecipeError(f"influence: {error}") from None
+    pieces = r.split(sizes, 1)
+    return {n: x.reshape(s).to(target.blocks[n].device) for n, x, s in zip(names, pieces, shapes, strict=True)}
 
 
 def _datainf(
