@@ -16,7 +16,7 @@ from torch import Tensor
 
 NAMES = ("dpo", "ipo", "dpo_mean", "davir", "simpo")
 BETA = {"davir": 5.0, "simpo": 2.0}
-"""β where the caller names none; 0.1 (TRL's default) for every other loss."""
+"""β where the caller names none; 0.1 (TRL's default) for every other loss. davir: experiments/dpo-losses."""
 
 
 def pair_beta(loss: str, beta: float | None) -> float:
@@ -77,7 +77,8 @@ def davir_dpo_loss(
 ) -> Tensor:
     """DavIR-DPO: −log σ(β·(S_w − S_l)), (m,); see `davir_logit`.
 
-    A 200-token answer at 1 nat a token divides DPO's log-ratio by 200, so DPO's usual β hardly learns here.
+    A 200-token answer at 1 nat a token divides DPO's log-ratio by 200, and the gradient by as much. Under Adam that
+    changes little: β sets how far a pair is pushed, not how fast (experiments/dpo-losses).
 
     Args:
         policy_w: (m,) ℓ_w.
