@@ -313,15 +313,23 @@ def evaluate(
 
 
 @app.command()
-def compare(run_dir: RunDir = Path("runs/keepset"), quiet: Quiet = False, as_json: AsJson = False) -> None:
+def compare(
+    run_dir: RunDir = Path("runs/keepset"),
+    more: Annotated[
+        bool, typer.Option("--more", help="also quality against cost, curves, validation loss against performance")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
     """Compare everything the run folder has trained and evaluated, with intervals and paired tests against Random.
 
-    Example: keepset compare --run_dir runs/mine
+    Example: keepset compare --run_dir runs/mine --more
     """
     from keepset.compare import compare as compare_cells
     from keepset.compare import print_comparison
     from keepset.diagnose import COMPARED, diagnose_comparison, record
     from keepset.pipeline import evaluated_cells
+    from keepset.verdict import print_verdict
 
     job = open_job(run_dir)
     with job.run.lock():
@@ -331,6 +339,8 @@ def compare(run_dir: RunDir = Path("runs/keepset"), quiet: Quiet = False, as_jso
         print(json.dumps(result))
     else:
         print_comparison(result, Console())
+        if more:
+            print_verdict(result, Console())
 
 
 @app.command()

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from keepset.counts import selection_work, training
 from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, win_tie_loss
-from keepset.finals import Items, item_metrics
+from keepset.finals import Items, epoch_points, item_metrics
+from keepset.verdict import loss_against_performance, means_of, pareto, qualities
 
 if TYPE_CHECKING:
     from keepset.job import Job
@@ -49,7 +50,7 @@ def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
         (all seeds of Random together), the mean over seeds, the interval over items of the seed-averaged items, the
         standard deviation over seeds (`spread`), the paired difference to Random (interval, p, Holm-adjusted p over
         methods), wins / ties / losses by item against Random, and cost. A mix's Random is the mean of the mixes that
-        take a part by `random-*`.
+        take a part by `random-*`. `pareto` and `loss_vs_performance`: see `keepset.verdict`.
     """
     base = next((items for subset, _, items in cells if subset is None), None)
     share, resamples, seed = job.recipe.evaluate.length_match, job.recipe.evaluate.bootstrap, job.recipe.seed
@@ -97,9 +98,13 @@ def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
         entry["cost"] = cost_of(job, subset)
         summary.append(entry)
     adjust(summary)
-    full = full_training_flops(job)
+    full, points = full_training_flops(job), epoch_points(job)
     result = {
         "rows": rows, "summary": summary, "full_training_flops": full, "selection": selection_cost(job, full),
+        "pareto": {metric: pareto(summary, metric, sign) for metric, sign in qualities(summary)},
+        "loss_vs_performance": {
+            "models": loss_against_performance(means_of(rows)), "epochs": loss_against_performance(points),
+        },
     }  # fmt: skip
     job.run.save_json("comparison.json", result)
     return result

@@ -122,6 +122,7 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
         "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
         "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
+        **({"each_epoch": True} if job.recipe.evaluate.each_epoch else {}),
     }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
@@ -129,7 +130,10 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
         epochs = args.num_train_epochs
         job.say(f"training {subset.name} (seed {seed}): {len(rows)} rows, {n_tokens} tokens, {epochs:g} epochs")
         with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
-            result = fit(learner.spec, job.recipe.lora, rows, path, args, seed=seed, console=job.console)
+            result = fit(
+                learner.spec, job.recipe.lora, rows, path, args, seed=seed, moments=job.recipe.evaluate.each_epoch,
+                console=job.console,
+            )  # fmt: skip
             spent["tokens"] = int(n_tokens * epochs)
             spent["flops"] = flops(learner.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * epochs
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens}
@@ -152,7 +156,7 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
         "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,
         "weights": [] if weights is None else [file_digest(p) for p in sorted(weights.glob("*.safetensors"))],
         "pairs": pairs[2].fingerprint() if pairs else None, "rows": rows[2].fingerprint() if rows else None,
-        "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout"}),
+        "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout", "each_epoch"}),
     }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
@@ -172,6 +176,34 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
 
     job.run.step(folder, key, work)
     return job.run.load_json(f"{folder}/summary.json"), load_file(str(job.run.path / folder / "items.safetensors"))
+
+
+def evaluate_epochs(job: Job, learner: Learner, name: str, seed: int, base: Items | None, final: Items) -> None:
+    """Evaluate a trained model at each epoch's end into `epochs/<name>-seed<k>`; the last one is the final model."""
+    model = job.run.path / model_folder(name, seed)
+    checkpoints = sorted(model.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    share = job.recipe.evaluate.length_match
+    key = {"version": VERSION, "weights": [file_digest(p / "adapter_model.safetensors") for p in checkpoints],
+           "final": digest([digest(v.tobytes()) for _, v in sorted(final.items())]), "match": share}  # fmt: skip
+    folder = f"epochs/{name}-seed{seed}"
+
+    def work(path: Path) -> dict[str, Any]:
+        points = []
+        for k, checkpoint in enumerate(checkpoints, start=1):
+            with job.run.timed(f"evaluate {name}-seed{seed} after epoch {k}"):
+                items = final if checkpoint == checkpoints[-1] else measure(job, learner, checkpoint)[0]
+            means = {m: float(np.mean(v)) for m, v in item_metrics(items, base, share).items()}
+            points.append({"model": f"{name}-seed{seed}", "epoch": k, "metrics": means})
+        job.run.save_json(f"{folder}/points.json", points)
+        return {}
+
+    job.run.step(folder, key, work)
+
+
+def epoch_points(job: Job) -> list[dict[str, Any]]:
+    """What `evaluate_epochs` has measured, all models together."""
+    files = sorted((job.run.path / "epochs").glob("*/points.json"))
+    return [point for file in files for point in job.run.load_json(str(file.relative_to(job.run.path)))]
 
 
 def measure(job: Job, learner: Learner, weights: Path | None) -> tuple[Items, dict[str, Any] | None]:

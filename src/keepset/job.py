@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ class Job:
             text_only: never load a tokenizer; lengths are counted in words.
         """
         self.recipe = recipe
+        self.shots: int | None = None
         self.text_only = text_only
         self.console = console or Console(stderr=True)
         self.run = Run(recipe.run_dir)
@@ -80,6 +82,15 @@ class Job:
         """The target's task names (sorted) and each row's task as an index (m,)."""
         names, codes = np.unique(np.asarray(self.target.tasks, dtype=str), return_inverse=True)
         return [str(n) for n in names], codes
+
+    def with_shots(self, shots: int) -> Job:
+        """This job, aiming at the first `shots` rows a task of the target: the draw of `shots` in a recipe's target."""
+        _ = self.ids  # what both look at is computed once
+        other = copy(self)
+        other.__dict__.pop("target_pairs", None)
+        other.__dict__["target"] = self.target.shots(shots, self.recipe.seed)
+        other.shots = shots
+        return other
 
     # -- model and tokens ---------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from keepset.diagnose import (
     record,
 )
 from keepset.errors import KeepsetError
-from keepset.finals import Items, Learner, evaluate_final, train_final
+from keepset.finals import Items, Learner, evaluate_epochs, evaluate_final, train_final
 from keepset.job import Job
 from keepset.recipe import MethodSpec, Recipe
 from keepset.reference_check import check_reference
@@ -125,6 +125,8 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
         if facts["reused"]:
             job.say(f"{subset.name}: trained before, kept")
         _, items = evaluate_final(job, learner, subset.name, seed, base)
+        if evaluation.each_epoch and not job.recipe.train.full:
+            evaluate_epochs(job, learner, subset.name, seed, base, items)
         cells.append((subset, seed, items))
     return cells
 

@@ -180,6 +180,7 @@ class MethodSpec(Strict):
 
     name: str
     label: str = ""
+    shots: int | None = Field(None, ge=1, description="aim at the first N rows a task of the target (nested draws)")
     options: dict[str, Any] = Field(default_factory=dict, description="see `keepset methods NAME`")
 
     @model_validator(mode="after")
@@ -188,6 +189,10 @@ class MethodSpec(Strict):
             self.label = self.name
         check_label(self.label)
         return self
+
+    def key(self) -> dict[str, Any]:
+        """What its scores depend on, for fingerprints."""
+        return self.model_dump(mode="json", exclude={"shots"} if self.shots is None else None)
 
 
 class SelectSpec(Strict):
@@ -213,6 +218,7 @@ class EvaluateSpec(Strict):
     max_new_tokens: int = 256
     length_match: float = Field(0.2, description="a pair is length-matched if its sides differ by at most this share")
     bootstrap: int = Field(2000, ge=100, description="resamples of each 95 % interval")
+    each_epoch: bool = Field(False, description="also at every epoch's end: validation loss against performance")
 
 
 class ControlSpec(Strict):

@@ -437,7 +437,7 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
     """
     check_options(spec)
     with job.run.timed(f"score {spec.label}") as spent:
-        found = METHODS[spec.name].score(job, **spec.options)
+        found = METHODS[spec.name].score(job if spec.shots is None else job.with_shots(spec.shots), **spec.options)
         spent["rows"] = len(found.score)
     values = np.asarray(found.score, dtype=np.float64)
     finite = np.isfinite(values)
@@ -483,7 +483,7 @@ def score_key(job: Job, spec: MethodSpec) -> str:
             "reference": weights_of(Path(outside)) if outside and "reference" in needs else None,
             "warmup": [weights_of(p) for p in sorted(Path(warm).glob("checkpoint-*"))] if warm and gradients else None,
             "train": job.recipe.train.model_dump(mode="json") if "retraining" in needs else None,
-            "method": spec.model_dump(mode="json"),
+            "method": spec.key(),
         }
     )
 

@@ -65,8 +65,14 @@ def gradient_score(
     from keepset.scoring import METHODS
     from keepset.stages_gradients import influence
 
-    others = [influence_request(m.name, m.options) for m in job.recipe.methods if "gradients" in METHODS[m.name].needs]
+    others = [
+        influence_request(m.name, m.options)
+        for m in job.recipe.methods
+        if "gradients" in METHODS[m.name].needs and m.shots == job.shots
+    ]
     found = influence(job, influence_request(name, options), others)
+    if options.get("last"):
+        found = {k: v[-options["last"] :] for k, v in found.items()}
     score, per_task = reduce(found)
     parts = task_parts(job.task_codes()[0], per_task)
     for c, lr in enumerate(found["lr"]):
@@ -90,11 +96,12 @@ def score_rose(
     normalise: Literal["pair", "task"] = "pair",
     cosine: bool = True,
     reduce: Literal["max", "mean"] = "max",
+    last: int = 0,
 ) -> Scored:
-    """Influence on the DPO loss of the target's pairs."""
+    """Influence on the DPO loss of the target's pairs; `last`: only the last so many checkpoints (0: all)."""
     if not job.target.has_pairs:
         raise RecipeError("rose needs pairs: the target has no `rejected`; use less, or give chosen and rejected")
-    options = dict(loss=loss, map=map, reference=reference, beta=beta, normalise=normalise)
+    options = dict(loss=loss, map=map, reference=reference, beta=beta, normalise=normalise, last=last)
     return gradient_score(
         job, "rose", options, lambda f: rose(f["dots"], f["norms"], f["lr"], cosine=cosine, reduce=reduce)
     )
@@ -107,9 +114,10 @@ def score_less(
     normalise: Literal["pair", "task"] = "pair",
     cosine: bool = True,
     reduce: Literal["max", "mean"] = "max",
+    last: int = 0,
 ) -> Scored:
-    """Influence on the SFT loss of the target's (chosen) rows."""
-    options = dict(map=map, normalise=normalise)
+    """Influence on the SFT loss of the target's (chosen) rows; `last`: only the last so many checkpoints (0: all)."""
+    options = dict(map=map, normalise=normalise, last=last)
     return gradient_score(
         job, "less", options, lambda f: less(f["dots"], f["norms"], f["lr"], cosine=cosine, reduce=reduce)
     )

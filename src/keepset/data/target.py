@@ -87,6 +87,20 @@ class Target:
         table = self.table.take(pa.array(np.asarray(indices, dtype=np.int64)))
         return replace(self, table=table, quarantine=(), duplicates=0, left_out={})
 
+    def shots(self, n: int, seed: int) -> Target:
+        """Return up to n rows a task, drawn as `load_target` draws: the n-shot set is part of the (n+1)-shot set."""
+        tasks, ids = self.tasks, self.ids
+        keys = [
+            draw_key(seed, str(t), bytes.fromhex(str(i).partition("-")[0])) for t, i in zip(tasks, ids, strict=True)
+        ]
+        taken: Counter[str] = Counter()
+        kept = []
+        for i in sorted(range(len(self)), key=keys.__getitem__):
+            taken[tasks[i]] += 1
+            if taken[tasks[i]] <= n:
+                kept.append(i)
+        return self.take(sorted(kept))
+
     def fingerprint(self) -> str:
         """Return sha256 hex over the sorted (id, task) pairs: the same whatever the order of rows and files."""
         both = zip(self.table["id"].to_pylist(), self.table["task"].to_pylist(), strict=True)
@@ -189,12 +203,16 @@ def _matched(pair: Pair) -> bool:
     return abs(a - b) <= LENGTH_MATCH * max(a, b)
 
 
+def draw_key(seed: int, task: str, digest: bytes) -> bytes:
+    """A row's place in the draw."""
+    return hashlib.sha256(f"{seed}\x1f{task}\x1f".encode() + digest).digest()
+
+
 def draw_shots(rows: Sequence[_Row], shots: int, seed: int) -> list[_Row]:
     """Draw up to `shots` rows a task, by the rank of sha256(seed, task, content): nested, whatever the file order."""
     tasks: dict[str, list[tuple[bytes, _Row]]] = {}
     for row in rows:
-        key = hashlib.sha256(f"{seed}\x1f{row.task}\x1f".encode() + row.digest).digest()
-        tasks.setdefault(row.task, []).append((key, row))
+        tasks.setdefault(row.task, []).append((draw_key(seed, row.task, row.digest), row))
     drawn: list[_Row] = []
     for task, members in tasks.items():
         members.sort(key=lambda member: member[0])
