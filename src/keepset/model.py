@@ -64,7 +64,7 @@ def resolve(spec: ModelSpec) -> str:
     name = spec.model_name_or_path
     if spec.trust_remote_code and not spec.model_revision:
         raise ModelError("trust_remote_code runs code from the model's repository: pin it with model_revision")
-    if name in DEMO_MODELS and not Path(name).exists():
+    if name in DEMO_MODELS and not (Path(name) / "config.json").exists():  # any other folder may be called so
         return str(demo_folder(name))
     path = Path(name).expanduser()
     if name.lower().endswith(".gguf"):
