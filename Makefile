@@ -48,6 +48,22 @@ bench-losses: .venv/.gemma .venv/.model  ## loss scoring over two plain forward 
 bench-text: .venv/.ready  ## BM25, DSIR and a million rows through the text methods
 	$(BIN)/python benchmarks/text.py
 
+first-use: .venv/.model  ## a fresh environment to BM25's choice in under 60 s; DavIR on own rows in two commands
+	$(BIN)/python benchmarks/first_use.py
+	$(BIN)/python benchmarks/first_use.py --davir
+
+.venv/.docs: .venv/.ready
+	$(PIP) -e '.[docs,notebook]'
+	@touch $@
+
+docs: .venv/.docs  ## the documentation site, strictly, into build/site
+	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_tour.py --site
+	$(BIN)/mkdocs build --strict
+
+tour: .venv/.docs .venv/.model  ## run the notebook tour anew on the demo model (3 minutes)
+	$(BIN)/python docs/make_tour.py
+
 # atheris is not in constraints.txt: it has wheels for few platforms, and nothing else needs it.
 .venv/.fuzz: .venv/.ready
 	$(PIP) atheris==3.0.0
@@ -63,4 +79,4 @@ KILLS ?= 300
 soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times: the same bytes every time
 	$(BIN)/python tests/soak.py $(KILLS)
 
-.PHONY: help setup demo test test-slow lint bench-gradients bench-losses bench-text fuzz soak
+.PHONY: help setup demo test test-slow lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak
