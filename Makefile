@@ -35,7 +35,7 @@ test-slow: .venv/.ready  ## the long tests too, with the real models
 	$(BIN)/python -m pytest -m "slow or real_model"
 
 lint: .venv/.ready  ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks experiments docs/make_cli.py
+	$(BIN)/ruff check src tests benchmarks experiments docs/make_cli.py docs/make_tour.py docs/site.py
 	$(BIN)/ruff format --check src tests benchmarks experiments docs/make_cli.py
 	$(BIN)/mypy
 

@@ -1,4 +1,4 @@
-"""mkdocs hook: pages that stand at the top of the repository join the site, and links to what is not in it become text."""
+"""mkdocs hook: pages from the top of the repository join the site; links to what is not in it become text."""
 
 from __future__ import annotations
 

@@ -34,12 +34,14 @@ class Work:
     tokens: int
     flops: float
     logged: str = ""
+    trainings: int = 1
 
     def times(self, n: int, stage: str, methods: str) -> Work:
         """The same stage done n times, under another name."""
         return replace(
-            self, stage=stage, methods=methods, rows=self.rows * n, tokens=self.tokens * n, flops=self.flops * n
-        )
+            self, stage=stage, methods=methods, rows=self.rows * n, tokens=self.tokens * n, flops=self.flops * n,
+            trainings=self.trainings * n,
+        )  # fmt: skip
 
 
 def forward(

@@ -1,15 +1,21 @@
 """`keepset plan`: what a recipe would cost on this machine, from counts and a short probe, before anything is spent.
 
-Every stage's operations are counted (see `counts.py`); the probe measures how many operations a second this machine
-does forward, and forward + backward, on rows of this very pool. Seconds = operations / measured rate. Times on named
-GPUs come from their peak rate at a stated utilisation: an estimate, not a measurement.
+Every model stage's operations are counted (see `counts.py`); the probe measures how many operations a second this
+machine does forward, forward + backward and in training, on rows of this very pool. Seconds = operations / measured
+rate. What has no operations to count is done and timed: imports, loading, reading and tokenising the pool, a text
+method on some of the rows, starting a trainer. How far off the sum is: docs/seeing.md. Times on named GPUs come from
+their peak rate at a stated utilisation: an estimate, not a measurement.
 """
 
 from __future__ import annotations
 
+import importlib
 import resource
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +25,16 @@ from rich.table import Table
 
 from keepset.cost import count_tokens, flops
 from keepset.counts import Work, final_work, selection_work
+from keepset.evaluate.statistics import bootstrap_ci
 from keepset.job import Job
-from keepset.recipe import Recipe
+from keepset.recipe import MethodSpec, Recipe
+from keepset.scoring import METHODS, needs_model
+from keepset.stages import SubJob
 
-PROBE_ROWS = 24
+PROBE_ROWS = {"forward": 24, "backward": 12, "train": 8}
+TEXT_ROWS = 2_000
+BOOTSTRAPS = 60  # intervals and tests that evaluating and comparing one model takes (its metrics, twice, and tables)
+REPORT_SHARE = 0.6  # selecting and writing the report over reading and tokenising, both by the row
 GPUS = {"RTX 4090": 165e12, "A100 80GB": 312e12, "H100 SXM": 989e12}  # dense bf16 operations a second, vendors' figures
 UTILISATION = 0.35
 
@@ -41,45 +53,70 @@ class Step:
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second of this machine on this pool's rows."""
+    """Operations a second of this machine on this pool's rows, and what a training costs before its first step."""
 
     forward: float
     backward: float
-    load_seconds: float
+    train: float
+    train_seconds: float
 
 
-def probe(job: Job) -> Rates:
-    """Time a forward, and a forward + backward pass over a few rows spread over the pool's lengths."""
+def clock(work: Callable[[], Any]) -> float:
+    """Seconds that `work` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def probe(job: Job, kinds: set[str]) -> Rates:
+    """Time what the recipe needs of: a forward pass, forward + backward, and a training of one or two steps.
+
+    Rows are spread over the pool's lengths.
+    """
+    from keepset.features.influence import influence
     from keepset.features.losses import row_losses
     from keepset.features.targets import target_vectors
     from keepset.model import apply_lora
+    from keepset.train.sft import train_sft
 
-    start = time.perf_counter()
-    model = job.loaded.model
-    load_seconds = time.perf_counter() - start
+    model, budget = job.loaded.model, job.recipe.batching.token_budget
     order = np.argsort([len(r.input_ids) for r in job.rows], kind="stable")
-    picked = order[np.linspace(0, len(order) - 1, min(PROBE_ROWS, len(order))).round().astype(int)]
-    rows = [job.rows[i] for i in np.unique(picked)]
-    budget = job.recipe.batching.token_budget
-    row_losses(model, rows[:4], token_budget=budget)  # warm up
-    work = flops(model, *count_tokens(rows))
-    start = time.perf_counter()
-    row_losses(model, rows, token_budget=budget)
-    forward = work / (time.perf_counter() - start)
-    adapted = apply_lora(model, job.recipe.lora, job.recipe.seed)
-    start = time.perf_counter()
-    tasks = np.zeros(len(rows), dtype=np.int64)
-    target_vectors(adapted, [(r, None) for r in rows], tasks, loss="sft", reference="none", token_budget=budget)
-    backward = 2 * work / (time.perf_counter() - start)
-    adapted.unload()
-    return Rates(forward, backward, load_seconds)
+
+    def spread(kind: str) -> list[Any]:
+        places = np.linspace(0, len(order) - 1, min(PROBE_ROWS[kind], len(order)) + 2)[1:-1].round().astype(int)
+        return [job.rows[i] for i in np.unique(order[places])]
+
+    rows = spread("forward")
+    row_losses(model, rows[:2], token_budget=budget)  # warm up
+    forward = flops(model, *count_tokens(rows)) / clock(lambda: row_losses(model, rows, token_budget=budget))
+    backward = train = forward
+    overhead = 0.0
+    if "backward" in kinds:
+        rows = spread("backward")
+        adapted = apply_lora(model, job.recipe.lora, job.recipe.seed)
+        tasks = np.zeros(2, dtype=np.int64)
+        vectors = target_vectors(
+            adapted, [(r, None) for r in rows[:2]], tasks, loss="sft", reference="none", token_budget=budget
+        )
+        seconds = clock(lambda: influence(adapted, rows, vectors, map="sgd", token_budget=budget))
+        backward = flops(model, *count_tokens(rows), passes=2) / seconds
+        adapted.unload()
+    if "train" in kinds:
+        importlib.import_module("trl")
+        args, rows = job.recipe.train.model_copy(update={"num_train_epochs": 1}), spread("train")
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            told = train_sft(job.recipe.model, job.recipe.lora, rows, Path(folder) / "probe", args, seed=0)
+            overhead = time.perf_counter() - start - told.seconds
+        train = flops(model, *count_tokens(rows), passes=3 if args.full else 2) / told.seconds
+    return Rates(forward, backward, train, overhead)
 
 
 def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     """Count and time every stage of a recipe.
 
     Args:
-        recipe: the recipe; its run folder is created, nothing is trained or scored.
+        recipe: the recipe; its run folder is created, nothing is trained or scored in it.
         console: where progress goes.
 
     Returns:
@@ -87,15 +124,30 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
         `disk_mib` (adapters, scores and shards), `gpus` (name -> seconds, estimates), `cheaper` (advice with figures).
     """
     job = Job(recipe, console=console)
-    rates = probe(job)
-    steps = [priced(w, rates) for w in [*selection_work(job, recipe.methods), *final_work(job)]]
+    start = clock(lambda: job.encoder)
+    read = clock(lambda: job.tokens)
+    load = clock(lambda: job.loaded)
+    counted = [*selection_work(job, recipe.methods), *final_work(job)]
+    kinds = {work.kind for work in counted}
+    if "train" in kinds:
+        start += clock(lambda: [importlib.import_module(name) for name in ("datasets", "peft", "trl")])
+    rates = probe(job, kinds) if counted else None
+    n, n_tokens = len(job.rows), count_tokens(job.rows)[0]
+    steps = [
+        Step("start, load the model", "all", 0, 0, 0.0, start + load),
+        Step("read and tokenise", "all", n, n_tokens, 0.0, read),
+        *(text_step(job, spec) for spec in recipe.methods if not needs_model(spec.name)),
+        *(priced(work, rates) for work in counted if rates is not None),
+        Step("select, compare, report", "all", n, 0, 0.0, REPORT_SHARE * read + comparing(job, counted)),
+    ]
     total = sum(step.seconds for step in steps)
     work = sum(step.flops for step in steps)
+    gigaflops = {k: round(getattr(rates, k) / 1e9, 1) for k in ("forward", "backward", "train") if rates is not None}
     return {
         "steps": [asdict(step) for step in steps],
         "total_seconds": round(total, 1),
         "total_flops": work,
-        "rates_gflops": {"forward": round(rates.forward / 1e9, 1), "backward": round(rates.backward / 1e9, 1)},
+        "rates_gflops": gigaflops,
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "disk_mib": round(disk_bytes(job, steps) / 2**20, 1),
         "gpus": {name: round(work / (peak * UTILISATION), 1) for name, peak in GPUS.items()},
@@ -104,10 +156,48 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     }
 
 
+class TextPart(SubJob):
+    """A job seen through some of its rows by a text method."""
+
+    def __init__(self, job: Job, indices: np.ndarray) -> None:
+        """Take these rows' texts and lengths."""
+        super().__init__(job, indices)
+        texts, lengths = job.texts(), job.n_tokens()
+        self._texts, self._lengths = [texts[i] for i in indices], lengths[indices]
+
+    def texts(self) -> list[str]:
+        """The rows' texts."""
+        return self._texts
+
+    def n_tokens(self) -> np.ndarray:
+        """The rows' supervised tokens."""
+        return self._lengths
+
+
+def text_step(job: Job, spec: MethodSpec) -> Step:
+    """A text method, timed on some of the rows and scaled to all."""
+    n = len(job.ids)
+    some = TextPart(job, np.arange(min(n, TEXT_ROWS)))
+    seconds = clock(lambda: METHODS[spec.name].score(some, **spec.options))  # type: ignore[arg-type]
+    return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, len(some.ids)))
+
+
+def comparing(job: Job, counted: list[Work]) -> float:
+    """Seconds for the intervals and tests of every evaluated model: resampling the held-out items."""
+    from keepset.finals import Learner
+
+    models = sum(int(w.stage.split()[1]) for w in counted if w.stage.startswith("evaluate "))
+    pairs = Learner(job).eval_pairs if models else None
+    if pairs is None:
+        return 0.0
+    items = np.random.default_rng(0).random(len(pairs[0]))
+    return models * BOOTSTRAPS * clock(lambda: bootstrap_ci(items, resamples=job.recipe.evaluate.bootstrap, seed=0))
+
+
 def priced(work: Work, rates: Rates) -> Step:
-    """A stage with its seconds here: loading the model adds to every training."""
-    seconds = work.flops / (rates.forward if work.kind == "forward" else rates.backward)
-    seconds += rates.load_seconds if work.kind == "train" else 0.0
+    """A stage with its seconds here; every training starts a trainer with its own copy of the model."""
+    rate = {"forward": rates.forward, "backward": rates.backward, "train": rates.train}[work.kind]
+    seconds = work.flops / rate + (rates.train_seconds * work.trainings if work.kind == "train" else 0.0)
     return Step(work.stage, work.methods, work.rows, work.tokens, work.flops, seconds)
 
 
@@ -160,13 +250,14 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     rates = plan["rates_gflops"]
+    probed = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
     console.print(
-        f"in all about {plan['total_seconds']:.0f} s here (probe: {rates['forward']:.0f} GFLOP/s forward, "
-        f"{rates['backward']:.0f} with backward), peak memory about {plan['peak_gib']:.1f} GiB, disk about "
-        f"{plan['disk_mib']:.0f} MiB",
+        f"in all about {plan['total_seconds']:.0f} s here{f' (probe, GFLOP/s: {probed})' if probed else ''}, peak memory "
+        f"about {plan['peak_gib']:.1f} GiB, disk about {plan['disk_mib']:.0f} MiB",
         highlight=False,
     )
-    gpus = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in plan["gpus"].items())
-    console.print(f"estimate, not measured: at {plan['utilisation']:.0%} of peak: {gpus}", highlight=False)
+    if plan["total_flops"]:
+        gpus = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in plan["gpus"].items())
+        console.print(f"estimate, not measured: at {plan['utilisation']:.0%} of peak: {gpus}", highlight=False)
     for line in plan["cheaper"]:
         console.print(f"cheaper: {line}", highlight=False)
