@@ -128,7 +128,7 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     read = clock(lambda: job.tokens)
     load = clock(lambda: job.loaded)
     counted = [*selection_work(job, recipe.methods), *final_work(job)]
-    kinds = {work.kind for work in counted}
+    kinds = {str(work.kind) for work in counted}
     if "train" in kinds:
         start += clock(lambda: [importlib.import_module(name) for name in ("datasets", "peft", "trl")])
     rates = probe(job, kinds) if counted else None
@@ -178,7 +178,7 @@ def text_step(job: Job, spec: MethodSpec) -> Step:
     """A text method, timed on some of the rows and scaled to all."""
     n = len(job.ids)
     some = TextPart(job, np.arange(min(n, TEXT_ROWS)))
-    seconds = clock(lambda: METHODS[spec.name].score(some, **spec.options))  # type: ignore[arg-type]
+    seconds = clock(lambda: METHODS[spec.name].score(some, **spec.options))
     return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, len(some.ids)))
 
 
@@ -252,8 +252,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     rates = plan["rates_gflops"]
     probed = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
     console.print(
-        f"in all about {plan['total_seconds']:.0f} s here{f' (probe, GFLOP/s: {probed})' if probed else ''}, peak memory "
-        f"about {plan['peak_gib']:.1f} GiB, disk about {plan['disk_mib']:.0f} MiB",
+        f"in all about {plan['total_seconds']:.0f} s here, peak memory about {plan['peak_gib']:.1f} GiB, disk about "
+        f"{plan['disk_mib']:.0f} MiB" + (f" (probe, GFLOP/s: {probed})" if probed else ""),
         highlight=False,
     )
     if plan["total_flops"]:
