@@ -183,6 +183,46 @@ def test_the_drawer_shows_the_right_row_and_the_keyboard_reaches_it(page: Browse
     verdict = page.run("document.getElementById('verdict').textContent")
     assert verdict.startswith("Not kept by rose: rank 41 of 400; it would need")
     assert float(verdict.split()[-2].replace("−", "-").replace("e-", "e-")) == pytest.approx(gap, rel=0.1, abs=1e-4)
+    change = page.run("document.getElementById('change').textContent")
+    assert "or at a budget of 41 rows. Its best task, " in change
+    page.press("Escape")
+    choose(page, "method", "davir")
+    page.run("document.querySelector('#rowtable tbody tr').click()")
+    davir = pq.read_table(run / "scores" / "davir.parquet").sort_by("rank")
+    row, cut = davir.slice(40, 1).to_pylist()[0], davir["score"][39].as_py()
+    change = page.run("document.getElementById('change').textContent")
+    needed = float(change.split("would have to be ")[1].split(",")[0])
+    assert needed == pytest.approx(row["loss_ini"] * (1 - cut), rel=1e-2)
+
+
+def test_the_drawer_shows_what_the_models_said(browser: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path, 60, methods=("rose", "davir"))
+    tables = {m: pq.read_table(run / "scores" / f"{m}.parquet").sort_by("rank") for m in ("rose", "davir")}
+    kept = {m: table["id"][0].as_py() for m, table in tables.items()}
+    pull = {"task": "travel", "prompt": HOSTILE[2], "chosen": "by train", "rejected": HOSTILE[1], "value": 0.25,
+            "checkpoints": [0.2, 0.3]}  # fmt: skip
+    tokens = [["the", 2.0, 0.5], [HOSTILE[0], 1.0, 1.4], ["end", 0.5, 0.5]]
+    entry = {"pairs": [pull, {**pull, "value": -0.5}], "left_out": 7, "without": "Without it ..."}
+    told = {"rose": {kept["rose"]: entry}, "davir": {kept["davir"]: {"tokens": tokens}}}
+    (run / "why.json").write_text(json.dumps(told))
+    browser.errors.clear(), browser.requests.clear()
+    browser.call("Page.navigate", {"url": "about:blank"})
+    browser.open(write_report(run).as_uri() + "#rows")
+    browser.settle()
+    browser.run("document.querySelector('#rowtable tbody tr').click()")
+    text = browser.run("document.querySelector('.why').innerText").replace("−", "-")
+    assert "+0.250" in text and "-0.500" in text and "<img src=x" in text and "by checkpoint: 0.200, 0.300" in text
+    assert "7 between them are left out. Without it ..." in text
+    browser.press("Escape")
+    choose(browser, "method", "davir")
+    browser.run("document.querySelector('#rowtable tbody tr').click()")
+    kinds = browser.run("[...document.querySelectorAll('.tokens span')].map(e => [e.className, e.textContent])")
+    assert kinds == [["fell", "the"], ["rose", HOSTILE[0]], ["fell", "end"]]
+    note = browser.run("document.querySelector('.why .note').textContent")
+    assert note.startswith("3.500 → 2.400 nats in all. Fell most: “the” 2.00 → 0.50.")
+    colour = "getComputedStyle(document.querySelectorAll('.tokens span')[{}]).backgroundColor"
+    assert len({browser.run(colour.format(i)) for i in range(3)}) == 3
+    nothing_happened(browser)
 
 
 def test_several_budgets_are_shown_one_at_a_time_and_as_a_curve(browser: Browser, tmp_path: Path) -> None:

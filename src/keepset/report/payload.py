@@ -165,6 +165,7 @@ def method_numbers(data: RunData, label: str) -> dict[str, Any]:
         "scored": int(np.isfinite(score).sum()),
         "kept_tokens": number(float(np.nansum(data.n_tokens[kept]))) if np.isfinite(data.n_tokens).any() else None,
         "cut": number(cut_of(score, selected), 8),
+        "best_dropped": number(float(np.max(score[~kept & np.isfinite(score)], initial=-np.inf)), 8),
         "histogram": histogram(score, selected),
         "length": length_correlation(score, data.n_tokens),
         "mean_tokens": [

@@ -149,6 +149,19 @@ function verdict(label, i) {
   return score >= m.cut ? `Not kept by ${label} though its score reaches the cut: ${place}. A quota, a token budget or a repeat left it out.` : `Not kept by ${label}: ${place}; it would need ${short(gap, 4)} more.`;
 }
 
+// What would turn the decision round, in the method's own terms where they are known (`keepset explain` says the same).
+function changeText(label, i) {
+  const m = METHODS[label], method = ROWS.methods[label], score = method.score[i], rank = method.rank[i];
+  if (!isNumber(score) || !isNumber(m.cut)) return "";
+  if (method.selected[i]) return isNumber(m.best_dropped) ? `It goes out once its score falls below ${short(m.best_dropped, 4)}, the best one not kept, or the budget below ${whole(rank)} rows.` : "Every scored row is kept.";
+  if (score >= m.cut) return "A larger budget, or another quota or dedup setting, would let it in.";
+  const wanted = `It comes in at a score of ${short(m.cut, 4)}, or at a budget of ${whole(rank)} rows.`;
+  const [ini, ref] = m.has_losses ? [method.loss_ini[i], method.loss_ref[i]] : [null, null];
+  if (isNumber(ini) && isNumber(ref) && ini > 0 && Math.abs(score - (ini - ref) / ini) < 1e-6) return `${wanted} With its base loss of ${short(ini)} nats the reference loss would have to be ${short(ini * (1 - m.cut))}, not ${short(ref)}.`;
+  const tasks = m.parts.filter((p) => p.startsWith("task.") && isNumber(method[p][i])).sort((a, b) => method[b][i] - method[a][i]);
+  return tasks.length && Math.abs(method[tasks[0]][i] - score) < 1e-9 + 1e-6 * Math.abs(score) ? `${wanted} Its best task, ${tasks[0].slice(5)}, gives ${short(method[tasks[0]][i], 4)}.` : wanted;
+}
+
 function partsTable(i, label) {
   const method = ROWS.methods[label], parts = METHODS[label].parts.filter((p) => isNumber(method[p][i]));
   if (!parts.length) return null;
@@ -188,6 +201,7 @@ function openDrawer(i) {
   into(drawer,
     h("div", { class: "drawer-head" }, h("h2", { id: "drawer-title", tabindex: -1 }, "Row ", h("code", {}, id.length > 34 ? id.slice(0, 34) + "…" : visible(id))), h("button", { class: "close", "aria-label": "Close", onclick: () => drawer.close() }, "×")),
     h("p", { class: "verdict", id: "verdict" }, visible(verdict(current, i))),
+    h("p", { class: "note", id: "change" }, visible(changeText(current, i))),
     h("div", { class: "drawer-acts" }, markButtons(i, (what) => { openDrawer(i); drawer.querySelector(".mark ." + what).focus(); refreshTable(); }), step(-1), step(1)),
     h("dl", { class: "pairs" }, [["source", sourceOf(i)], ["category", categoryOf(i)], ["supervised " + UNIT, whole(ROWS.n_tokens[i])]].filter((p) => p[1]).map(([k, v]) => h("div", {}, h("dt", {}, k), h("dd", {}, visible(v))))),
     h("div", { class: "messages" }, ROWS.messages[i].length ? ROWS.messages[i].map(([role, text]) => h("div", { class: "message " + (role === "assistant" ? "assistant" : "") }, h("p", { class: "role" }, visible(role)), h("pre", { dir: "auto" }, visible(text)))) : h("p", { class: "note" }, "The text is not at hand: the pool file moved.")),
