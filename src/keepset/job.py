@@ -182,6 +182,10 @@ class Job:
 
     def n_tokens(self) -> np.ndarray:
         """(n,) supervised tokens of each usable row, both sides of a pair; words of the answers without a tokenizer."""
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
         if not self.text_only:
             return np.array([sum(int(side.supervised.sum()) for side in row) for row in self.sides[1]])
         rows: Iterable[list[Message]] = self.pool.all_messages()
