@@ -18,6 +18,7 @@ from keepset.scoring_gradients import in_run_request, influence_request, retrain
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
+    from keepset.finals import Learner
     from keepset.job import Job
 
     Sides = tuple[Encoded, ...]
@@ -290,4 +291,14 @@ def final_work(job: Job) -> list[Work]:
         one = training(job, "", "", learner.target_pairs, direct_args(job))
         found.append(one.times(many, "DPO on the target's pairs", "dpo-direct"))
         models += many
-    return [*found, forward(job, "", "", sides).times(models, f"evaluate {models} models", "all")]
+    checked = held_out_check(job, learner)
+    return [*found, *checked, forward(job, "", "", sides).times(models, f"evaluate {models} models", "all")]
+
+
+def held_out_check(job: Job, learner: Learner) -> list[Work]:
+    """Base and reference on evaluation rows, which tell whether the reference learnt more than its own rows."""
+    from keepset.reference_check import rows_to_check
+
+    labels, rows = rows_to_check(job, learner)
+    logged = r"losses \(heldout-(base|reference)( and heldout-reference)?\)"
+    return [forward(job, "reference on held-out rows", ", ".join(labels), rows, logged, times=2)] if rows else []

@@ -44,16 +44,24 @@ class OtherRows:
 
 def check_reference(job: Job, learner: Learner) -> list[Finding]:
     """Hold the reference against the base on the evaluation's rows, if a method of the recipe has a reference."""
-    labels = [m.label for m in job.recipe.methods if "reference" in METHODS[m.name].needs]
-    if not labels or job.recipe.reference.folds >= 2 or learner.transfer:
+    labels, rows = rows_to_check(job, learner)
+    if not labels:
         return []
-    rows = list(learner.eval_rows[0]) if learner.eval_rows else []
-    rows += [chosen for chosen, _ in learner.eval_pairs[0]] if learner.eval_pairs else []
     if not rows:
         return [not_checked()]
+    ini, ref, n_tokens = held_out_losses(job, rows)
+    return [held_out_finding(ini, ref, n_tokens, f"{len(rows)} held-out rows")]
+
+
+def rows_to_check(job: Job, learner: Learner) -> tuple[list[str], list[Encoded]]:
+    """The labels whose reference is to be checked, and at most `MOST_ROWS` of the evaluation's rows to do it on."""
+    labels = [m.label for m in job.recipe.methods if "reference" in METHODS[m.name].needs]
+    if not labels or job.recipe.reference.folds >= 2 or learner.transfer:
+        return [], []
+    rows = list(learner.eval_rows[0]) if learner.eval_rows else []
+    rows += [chosen for chosen, _ in learner.eval_pairs[0]] if learner.eval_pairs else []
     places = np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows))).astype(int)  # of every file, not the first only
-    ini, ref, n_tokens = held_out_losses(job, [rows[i] for i in places])
-    return [held_out_finding(ini, ref, n_tokens, f"{len(places)} held-out rows")]
+    return labels, [rows[i] for i in places]
 
 
 def held_out_losses(job: Job, rows: list[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

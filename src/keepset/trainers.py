@@ -55,9 +55,12 @@ def write_trainers(job: Job, subset: Subset) -> list[str]:
         subset: the rows.
 
     Returns:
-        The names of the files written, in the run folder; none if the subset mixes plain text with chats, which no
-        trainer takes in one file (said on screen).
+        The names of the files written, in the run folder; none if the recipe trains on pairs, or if the subset mixes
+        plain text with chats, which no trainer takes in one file (said on screen).
     """
+    if job.recipe.train.loss != "sft":
+        job.say(f"{FOLDER}/: not written, the configs are for SFT and this recipe trains by {job.recipe.train.loss}")
+        return []
     rows = [job.pool.messages(i) for i in job.usable[subset.indices]]
     plain = [row[0]["role"] == "text" for row in rows]
     if any(plain) and not all(plain):
