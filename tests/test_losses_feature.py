@@ -33,6 +33,16 @@ def test_base_and_adapter_in_one_sweep(architecture: str) -> None:
     assert got.nll.dtype == np.float64
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_pass_has_the_same_bits_whatever_runs_beside_it(architecture: str) -> None:
+    """A shard whose base was lost is computed alone, and must come out as it was."""
+    model, rows = tiny_lora(tiny_model(architecture)), random_rows(9, prefix=10)
+    both = row_losses(model, rows, token_budget=256, adapters=(False, True)).nll
+    for k, adapters in enumerate([(False,), (True,)]):
+        assert (row_losses(model, rows, token_budget=256, adapters=adapters).nll[0] == both[k]).all()
+    assert (row_losses(model.unload(), rows, token_budget=256, adapters=(False,)).nll[0] == both[0]).all()
+
+
 def test_merged_weights_leave_the_model_as_it_was() -> None:
     peft = tiny_lora(tiny_model("llama"))
     before = {n: p.detach().clone() for n, p in peft.named_parameters()}

@@ -94,7 +94,8 @@ def row_losses(
     done: list[tuple[int, np.ndarray, Tensor, Tensor | None]] = []
     window = sliding_window(model)
     with torch.no_grad():  # not inference_mode: the merged tensors take the place of parameters for a while
-        weights = merged_weights(model) if merge and peft and True in adapters else None
+        # Also for the base alone: a pass has the same bits whichever others run beside it (a resumed shard needs that).
+        weights = merged_weights(model) if merge and peft else None
         own: list[LlamaForward] | None = None
         if written and packed and (window is None or all(len(row.input_ids) <= window for row in rows)):
             own = written_passes(model, adapters, weights)
