@@ -61,6 +61,7 @@ def finished(model_folder, data, tmp_path_factory):  # noqa: F811
         {"label": "seed-1", "set": {"seed": 1}},
         {"label": "crossfit", "set": {"reference.folds": 2}},
         {"label": "half", "set": {"pool.0.limit": 12}},
+        {"label": "mmr", "set": {"select.policy": "mmr"}},
     ]
     made = recipe(model_folder, data, run_dir, **FAST, controls=CONTROLS, variants=variants)
     out = quiet()
@@ -72,8 +73,8 @@ def test_variants_are_scored_and_compared(finished):
     run_dir, _, printed = finished
     found = json.loads((run_dir / "overlap.json").read_text())
     assert list(found) == ["davir", "loss"]
-    assert list(found["davir"]["scorings"]) == ["recipe", "seed-1", "crossfit", "half"]
-    assert found["davir"]["n"] == 12 and len(found["davir"]["pairs"]) == 6
+    assert list(found["davir"]["scorings"]) == ["recipe", "seed-1", "crossfit", "half", "mmr"]
+    assert found["davir"]["n"] == 12 and len(found["davir"]["pairs"]) == 10
     same = {(p["a"], p["b"]): p for p in found["loss"]["pairs"]}
     assert same["recipe", "seed-1"]["spearman"] == pytest.approx(1)  # the base's loss has no seed
     assert same["recipe", "seed-1"]["overlap"] == {"10%": 1.0, "25%": 1.0}
@@ -90,6 +91,15 @@ def test_a_variant_takes_the_base_s_losses_from_the_recipe_s_folder(finished):
     own = next(e for e in Run(run_dir).costs() if e["stage"] == "losses (base and reference)")
     lent = next(e for e in Run(run_dir / "variants/seed-1").costs() if e["stage"] == "losses (base and reference)")
     assert lent["tokens"] * 2 == own["tokens"]  # the reference's pass alone
+
+
+def test_a_variant_that_only_selects_otherwise_trains_and_scores_nothing(finished):
+    run_dir, _, _ = finished
+    stages = [entry["stage"] for entry in Run(run_dir / "variants/mmr").costs()]
+    assert not [s for s in stages if s.startswith(("train", "losses"))]
+    Run(run_dir / "variants/mmr").require_whole("models/reference")
+    tables = [Run(f).load_table("scores/davir.parquet")["score"] for f in (run_dir, run_dir / "variants/mmr")]
+    assert tables[0].equals(tables[1])
 
 
 def test_a_run_tells_what_choosing_cost_beside_one_training_on_the_full_pool(finished):

@@ -97,7 +97,8 @@ class Run:
         """Open (and create) the folder; nothing is written before `lock` or a save.
 
         Attributes:
-            lenders: other run folders whose shards of the same stage, key and rows are copied, not computed again.
+            lenders: other run folders whose shards (of the same stage, key and rows) and finished steps (of the same
+                key) are copied, not made again.
         """
         self.path = Path(path)
         self.lenders: list[Path] = []
@@ -420,6 +421,13 @@ class Run:
         record = self.done(folder)
         if record and record["key"] == digest(key) and not misfits(path, record["files"]):
             return {**record["facts"], "reused": True}
+        for lender in self.lenders:
+            lent = Run(lender).done(folder)
+            if lent and lent["key"] == digest(key) and not misfits(lender / folder, lent["files"]):
+                for name in lent["files"]:
+                    write_atomic(path / name, (lender / folder / name).read_bytes())
+                self.save_json(f"{folder}/done.json", lent)
+                return {**lent["facts"], "reused": True}
         (path / "done.json").unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         facts = dict(work(path))

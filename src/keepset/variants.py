@@ -30,7 +30,7 @@ def variant_recipe(recipe: Recipe, variant: VariantSpec) -> Recipe:
 def run_variants(job: Job, out: Console | None, *, force: bool = False) -> dict[str, Any]:
     """Score by every variant, and write and print each method's agreement over all of them (`overlap.json`).
 
-    A variant with the recipe's own model, template and pool takes the base's losses from the recipe's folder.
+    What a variant shares with the recipe (the base's losses, a reference trained alike) comes from the recipe's folder.
     """
     from keepset.pipeline import choose_all
 
