@@ -110,12 +110,17 @@ def outcome(run_dir: Path) -> dict[str, str]:
         for path in sorted(run_dir.glob(pattern)):
             found[str(path.relative_to(run_dir))] = hashlib.sha256(path.read_bytes()).hexdigest()
     comparison = json.loads((run_dir / "comparison.json").read_text())
-    for entry in comparison["summary"]:
-        entry.pop("cost", None)
-    found["comparison.json"] = hashlib.sha256(json.dumps(comparison, sort_keys=True).encode()).hexdigest()
+    found["comparison.json"] = hashlib.sha256(json.dumps(timeless(comparison), sort_keys=True).encode()).hexdigest()
     subsets = json.loads((run_dir / "subsets.json").read_text())
     found["subsets.json"] = hashlib.sha256(json.dumps(subsets, sort_keys=True).encode()).hexdigest()
     return found
+
+
+def timeless(value: Any) -> Any:
+    """A JSON value without what it cost."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("cost", "seconds", "pareto")}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 class TinyRun:

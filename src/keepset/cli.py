@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -634,6 +635,9 @@ def main() -> None:
     """Run a command; what a user can mend is printed in one line, with its exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress lines say what is done
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no "…" gets "?"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logging.StreamHandler(sys.stderr)])
     try:
         stop_on_signals()
