@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[8])
     parser.add_argument("--caps", type=int, nargs="*", default=[32])
     parser.add_argument("--shots", type=int, default=2, help="pairs a task")
+    parser.add_argument("--pairs", type=int, help="so many pairs at most, of the first tasks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cheaper.json")
     args = parser.parse_args()
@@ -121,7 +122,7 @@ def main() -> None:
         pool = load_pool(str(args.data / f"{name}.jsonl"))
         messages += [pool.messages(i) for i in range(args.rows // 4)]
     target = load_target(str(args.data / "target.jsonl"))
-    target = target.take(np.array(first_of_each(target.tasks, args.shots)))
+    target = target.take(np.array(first_of_each(target.tasks, args.shots)[: args.pairs]))
     variants: dict[str, dict[str, Any]] = {"all layers": {}}
     variants |= {f"top {k} layers": {"last_layers": k} for k in args.layers}
     variants |= {f"cap {s}": {"cap": s} for s in args.caps}
