@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from keepset.cli_judge import generate, judge, lm_eval, pairs
 from keepset.cli_train import train_app
 from keepset.errors import KeepsetError, RecipeError
 from keepset.stopping import GOES_ON, Stopped, stop_on_signals, system_trouble
@@ -41,6 +42,10 @@ Options = Annotated[
 ]
 
 app.add_typer(train_app, name="train")
+app.command()(generate)
+app.command()(judge)
+app.command()(pairs)
+app.command("lm-eval")(lm_eval)
 err = Console(stderr=True)
 
 
