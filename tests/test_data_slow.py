@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from data_rows import good
@@ -16,9 +17,9 @@ from keepset.data import FileRefused, load_pool, load_target
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_rows_with_one_percent_damage(tmp_path: Path) -> None:
-    """Every bad row is told with its line; the clean rows are those of the clean file, ids and all."""
+@pytest.mark.parametrize("n", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_one_percent_damage_leaves_the_clean_rows_and_their_scores(tmp_path: Path, n: int) -> None:
+    """Every bad row is told with its line; the clean rows and their scores are those of the clean file, bit by bit."""
     drawn = random.Random(7)
     damage = {
         "bad-json": lambda line: line[:-7],
@@ -33,7 +34,7 @@ def test_a_hundred_thousand_rows_with_one_percent_damage(tmp_path: Path) -> None
         "not-an-object": lambda line: b"[" + line + b"]",
     }
     told, clean, dirty = {}, [], []
-    for k in range(100_000):
+    for k in range(n):
         line = json.dumps(good("alpaca", k)).encode()
         if drawn.random() < 0.01:
             reason = drawn.choice(list(damage))
@@ -45,9 +46,41 @@ def test_a_hundred_thousand_rows_with_one_percent_damage(tmp_path: Path) -> None
     (tmp_path / "clean.jsonl").write_bytes(b"\n".join(clean) + b"\n")
     (tmp_path / "dirty.jsonl").write_bytes(b"\n".join(dirty) + b"\n")
     want, got = load_pool(tmp_path / "clean.jsonl"), load_pool(tmp_path / "dirty.jsonl")
-    assert {q.line: q.reason for q in got.quarantine} == told and len(told) > 800
-    assert got.n_in == 100_000
+    assert {q.line: q.reason for q in got.quarantine} == told and len(told) > n // 200
+    assert got.n_in == n
     assert got.table.select(["id", "messages", "raw"]).equals(want.table.select(["id", "messages", "raw"]))
+    clean_scores, dirty_scores = (scores_of(tmp_path, name) for name in ("clean", "dirty"))
+    assert clean_scores.keys() == dirty_scores.keys()
+    for label, table in clean_scores.items():
+        assert dirty_scores[label].equals(table) and table["score"].null_count == 0, label
+
+
+def scores_of(folder: Path, name: str) -> dict[str, pa.Table]:
+    """Scores of a pool by the text methods and, by a tiny model, its losses."""
+    pytest.importorskip("transformers")
+    from rich.console import Console
+
+    from conftest import tiny_model, tiny_tokenizer
+    from keepset.job import Job
+    from keepset.recipe import parse_recipe
+    from keepset.scoring import score
+
+    model = folder / "model"
+    if not model.exists():
+        tiny_model("llama", max_position_embeddings=512).save_pretrained(model)
+        tiny_tokenizer().save_pretrained(model)
+        rows = "".join(json.dumps(good("alpaca", k)) + "\n" for k in range(5))
+        (folder / "target.jsonl").write_text(rows)
+    recipe = parse_recipe(
+        {
+            "run_dir": str(folder / f"run-{name}"), "model": {"model_name_or_path": str(model), "max_length": 400},
+            "pool": [{"path": str(folder / f"{name}.jsonl"), "name": "pool"}], "target": str(folder / "target.jsonl"),
+            "methods": ["random", "length", "bm25", "dsir", "perplexity"], "batching": {"token_budget": 8192},
+        }
+    )  # fmt: skip
+    job = Job(recipe, console=Console(quiet=True))
+    with job.run.lock():
+        return {spec.label: score(job, spec) for spec in recipe.methods}
 
 
 @pytest.mark.slow
