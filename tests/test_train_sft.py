@@ -259,3 +259,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
     fit(tmp_path / "one", random_rows(8))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+
+
+def test_a_training_that_changed_nothing_is_told(tmp_path, caplog):
+    fit(tmp_path / "one", random_rows(3), num_train_epochs=1)  # one step, and the warm-up's first has the rate 0
+    assert "the adapter still does nothing" in caplog.text and "warmup_ratio" in caplog.text
+    caplog.clear()
+    fit(tmp_path / "two", random_rows(3), num_train_epochs=1, warmup_ratio=0)
+    assert "does nothing" not in caplog.text

@@ -232,6 +232,11 @@ def run_trainer(
         bad = int(np.flatnonzero(~np.isfinite(recorder.losses))[0]) + 1
         shutil.rmtree(work, ignore_errors=True)
         raise DataError(f"{out.name}: the loss became NaN or infinite at step {bad}; lower learning_rate")
+    if main and unchanged(trainer.model):
+        log.warning(
+            "%s: after %d step(s) the adapter still does nothing: a warm-up starts at the rate 0. Set warmup_ratio: "
+            "0, or take more steps (a smaller per_device_train_batch_size)", out.name, trainer.state.global_step
+        )  # fmt: skip
     result = TrainResult(
         out,
         trainer.state.global_step,
@@ -248,6 +253,12 @@ def run_trainer(
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def unchanged(model: Any) -> bool:
+    """Whether a LoRA that started at B = 0 is still there: the model is the base."""
+    ups = [p for name, p in model.named_parameters() if "lora_B" in name]
+    return bool(ups) and not any(bool(p.any()) for p in ups)
 
 
 def planned_steps(trainer: Any) -> int:
