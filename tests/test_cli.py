@@ -144,6 +144,23 @@ def test_mistakes_are_one_line_with_an_exit_code(files, words, code, message):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_quiet_leaves_results_and_mistakes_and_no_color_is_honoured(files, monkeypatch):
+    words = ("score", "random", "--pool", files / "pool.jsonl", "--run_dir", files / "run")
+    done = core(*words, "--quiet", "--json")
+    assert done.returncode == 0 and done.stderr == "" and json.loads(done.stdout)["scored"] == 20
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[31m" in core("score", "nope", "-q", "--pool", files / "pool.jsonl").stderr
+    monkeypatch.setenv("NO_COLOR", "1")
+    done = core("score", "nope", "-q", "--pool", files / "pool.jsonl")
+    assert done.returncode == 2 and "no method 'nope'" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_a_wrong_column_is_told_with_the_nearest_one(files):
+    setting = "pool=[{path: " + str(files / "pool.jsonl") + ", category_column: instrucion}]"
+    done = core("score", "random", "--pool", "x", "--set", setting, "--run_dir", files / "run")
+    assert done.returncode == 4 and "(did you mean 'instruction'?)" in done.stderr
+
+
 def test_methods_lists_every_method_with_paper_needs_and_cost():
     done = core("methods", "--json")
     found = json.loads(done.stdout)

@@ -172,10 +172,11 @@ def change(facts: dict[str, Any], dropped: np.ndarray) -> str | None:
     if score is None or cut is None:
         return None
     if facts["selected"]:
-        if not len(dropped):
-            return "Every scored row is kept; only a smaller budget would leave it out."
-        ahead = f"It goes out once its score falls below {dropped.max():.4g}, the best one not kept"
-        return ahead + f", or the budget below {facts['rank']:.0f} rows." if facts["rank"] else ahead + "."
+        below = dropped[dropped < cut]  # those above it were left out for another reason: a repeat, a quota
+        if not len(below):
+            return "Only a smaller budget would leave it out."
+        ahead = f"It goes out once its score falls below {below.max():.4g}, the next one"
+        return ahead + (f", or the budget below {facts['rank']:.0f} rows." if (facts["rank"] or 0) > 1 else ".")
     if facts["gap"] >= 0:
         return "A larger budget, or another quota or dedup setting, would let it in."
     wanted = f"It comes in at a score of {cut:.4g}, or at a budget of {facts['rank']:.0f} rows"

@@ -165,7 +165,7 @@ def method_numbers(data: RunData, label: str) -> dict[str, Any]:
         "scored": int(np.isfinite(score).sum()),
         "kept_tokens": number(float(np.nansum(data.n_tokens[kept]))) if np.isfinite(data.n_tokens).any() else None,
         "cut": number(cut_of(score, selected), 8),
-        "best_dropped": number(float(np.max(score[~kept & np.isfinite(score)], initial=-np.inf)), 8),
+        "best_dropped": number(best_dropped(score, kept), 8),
         "histogram": histogram(score, selected),
         "length": length_correlation(score, data.n_tokens),
         "mean_tokens": [
@@ -207,6 +207,13 @@ def drawn_shares(names: dict[str, str], ids: np.ndarray, selected: np.ndarray) -
     kept = selected > 0
     scale = (~kept).sum() / max(1, (known & ~kept).sum())
     return [{**row, "pool": round(row["kept"] + (row["pool"] - row["kept"]) * scale)} for row in rows]
+
+
+def best_dropped(score: np.ndarray, kept: np.ndarray) -> float:
+    """The best score below the lowest kept one; rows above it were left out for another reason (a repeat, a quota)."""
+    cut = cut_of(score, kept.astype(float))
+    below = score[~kept & np.isfinite(score) & (score < (np.inf if cut is None else cut))]
+    return float(np.max(below, initial=-np.inf))
 
 
 def comparison_rows(data: RunData) -> list[dict[str, Any]]:

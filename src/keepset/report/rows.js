@@ -153,7 +153,7 @@ function verdict(label, i) {
 function changeText(label, i) {
   const m = METHODS[label], method = ROWS.methods[label], score = method.score[i], rank = method.rank[i];
   if (!isNumber(score) || !isNumber(m.cut)) return "";
-  if (method.selected[i]) return isNumber(m.best_dropped) ? `It goes out once its score falls below ${short(m.best_dropped, 4)}, the best one not kept, or the budget below ${whole(rank)} rows.` : "Every scored row is kept.";
+  if (method.selected[i]) return isNumber(m.best_dropped) ? `It goes out once its score falls below ${short(m.best_dropped, 4)}, the next one${rank > 1 ? `, or the budget below ${whole(rank)} rows` : ""}.` : "Only a smaller budget would leave it out.";
   if (score >= m.cut) return "A larger budget, or another quota or dedup setting, would let it in.";
   const wanted = `It comes in at a score of ${short(m.cut, 4)}, or at a budget of ${whole(rank)} rows.`;
   const [ini, ref] = m.has_losses ? [method.loss_ini[i], method.loss_ref[i]] : [null, null];
