@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from keepset.data.export import DIALECTS
+from keepset.gguf import DEMO_MODELS
 from keepset.run import write_atomic
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class _Model:
     def __init__(self, spec: ModelSpec, template: str | None) -> None:
         self.spec, self.template = spec, template
         self.path = spec.model_name_or_path
-        if self.path in ("demo", "gemma3-270m-demo") or self.path.lower().endswith(".gguf"):
+        if self.path in DEMO_MODELS or self.path.lower().endswith(".gguf"):
             from keepset.model import resolve
 
             self.path = resolve(spec)  # other tools know neither name: the converted folder
