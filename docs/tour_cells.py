@@ -3,7 +3,7 @@
 # %% [markdown]
 # # A tour
 #
-# From a file of rows to a choice you can explain, with the small model and data that ship. Two minutes on two cores.
+# From a file of rows to a choice you can explain, with the small model and data that ship. A minute or two on two cores.
 
 # %%
 from importlib.resources import files
@@ -35,10 +35,10 @@ recipe = parse_recipe(
     {
         "run_dir": "tour",
         "model": {"model_name_or_path": "demo", "chat_template": str(demo / "chatml.jinja"), "max_length": 256},
-        "pool": {"path": str(demo / "pool.jsonl"), "limit": 60, "category_column": "task"},
+        "pool": {"path": str(demo / "pool.jsonl"), "limit": 30, "category_column": "task"},
         "target": str(demo / "target.jsonl"),
         "methods": ["davir", "bm25"],
-        "budget": "15%",
+        "budget": "20%",
         "reference": {"num_train_epochs": 1, "learning_rate": 2e-4},
         "controls": {"random_seeds": [0], "longest": True},
     }
