@@ -53,7 +53,7 @@ def main() -> None:
             m.label: {
                 "cpu_seconds": round(seconds_of(job, m), 1),
                 "tflop": round(sum(w.flops for w in selection_work(job, [m])) / 1e12, 2),
-                "shares": {s: round(float((source[t] == s).mean()), 3) for s in sorted(set(source))},
+                "shares": {s: round(float((source[t > 0] == s).mean()), 3) for s in sorted(set(source))},
             }
             for m, t in zip([m for m in job.recipe.methods if m.label in tables], top, strict=True)
         },
