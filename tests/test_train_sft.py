@@ -145,6 +145,14 @@ def test_finished_is_reused_and_other_plan_is_not(tmp_path, monkeypatch):
     assert other.steps == 3
 
 
+def test_what_a_kill_after_the_last_write_left_is_removed(tmp_path):
+    fit(tmp_path / "a")
+    (tmp_path / "a/trainer/checkpoint-3").mkdir(parents=True)
+    (tmp_path / "a/trainer/checkpoint-3/adapter_model.safetensors").write_bytes(b"left behind")
+    fit(tmp_path / "a")
+    assert not (tmp_path / "a/trainer").exists()
+
+
 def test_checkpoint_of_another_plan_is_dropped(tmp_path, monkeypatch, caplog):
     original = sft.sft_trainer
 

@@ -323,16 +323,21 @@ def last_whole_checkpoint(work: Path) -> Path | None:
 
 
 def finished(out: Path, plan: str) -> TrainResult | None:
-    """The result that lies in `out`, if it is of this plan and its weights are as they were saved."""
+    """The result that lies in `out`, if it is of this plan and its weights are as they were saved.
+
+    What a kill after its last write left of the trainer's own folder is removed.
+    """
     try:
         found = json.loads((out / RECORD).read_text(encoding="utf-8"))
         if found["plan"] != plan or not found["files"] or misfits(out, found["files"]):
             return None
-        return TrainResult(
+        result = TrainResult(
             out, found["steps"], found["tokens"], found["supervised_tokens"], found["seconds"], found["losses"]
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return result
 
 
 def plan_of(spec: ModelSpec, lora: LoraSpec, rows: Sequence[Encoded], args: TrainSpec, seed: int, *more: Any) -> str:
