@@ -58,6 +58,7 @@ first-use: .venv/.model  ## a fresh environment to BM25's choice in under 60 s; 
 
 docs: .venv/.docs  ## the documentation site, strictly, into build/site
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_tour.py --site
 	$(BIN)/mkdocs build --strict
 
 tour: .venv/.docs .venv/.model  ## run the notebook tour anew on the demo model (3 minutes)
