@@ -86,7 +86,7 @@ def measure(name: str, messages: list[Any], target: Target, variants: dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         how = WarmupSpec(learning_rate=2e-4, per_device_train_batch_size=6)
         lora = LoraSpec(lora_r=8, lora_alpha=32)
-        checkpoints = warmup(spec, lora, [rows[i] for i in first], Path(folder), how, seed=0)
+        checkpoints = warmup(spec, lora, [(rows[i],) for i in first], Path(folder), how, seed=0)
         for checkpoint in checkpoints:
             adam = load_adam(checkpoint.path)
             with attached(loaded.model, checkpoint.path) as model:
