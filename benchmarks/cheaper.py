@@ -60,8 +60,9 @@ class Measured:
 
     def score(self, variant: str, last: int) -> np.ndarray:
         """ROSE from the last so many checkpoints, (n,)."""
-        parts = self.parts[variant][-last:]
-        return rose(np.stack([f.dots for f in parts]), np.stack([f.norms for f in parts]), self.lr[-last:])[0]
+        parts, lr = self.parts[variant][-last:], self.lr[-last:]
+        lr = lr if lr.any() else np.ones(len(lr))  # a short warm-up's last rate is 0
+        return rose(np.stack([f.dots for f in parts]), np.stack([f.norms for f in parts]), lr)[0]
 
     def cost(self, variant: str, last: int) -> float:
         """Processor seconds of those checkpoints' passes over the pool."""

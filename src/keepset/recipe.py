@@ -169,7 +169,7 @@ class GradientSpec(Strict):
     )
     store_dim: int | None = Field(None, ge=1, description="numbers a row; default: from store_error")
     store_error: float = Field(0.01, gt=0, lt=1, description="standard deviation of a cosine near 0; sets store_dim")
-    store_dtype: Literal["float16", "int8"] = "float16"
+    store_dtype: Literal["float16", "int8"] = Field("float16", description="numbers of the store; each row has a scale")
     store_sample: int = Field(64, ge=0, description="rows also scored exactly, to measure the store's error")
     last_layers: int | None = Field(None, ge=1, description="matrices of the top so many layers only")
     max_completion_tokens: int | None = Field(None, ge=1, description="score each row by its first so many tokens")

@@ -433,7 +433,6 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
 
     Raises:
         RecipeError: unknown method or option.
-        KeepsetError: the method has no signal at all (one constant score over more than one distinct row).
     """
     check_options(spec)
     with job.run.timed(f"score {spec.label}") as spent:
