@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -104,3 +106,16 @@ def test_cheaper_gradients_are_those_of_fewer_layers_or_tokens(first, tmp_path, 
         assert max(int(r.supervised.sum()) for r in cut) > 2  # the job's own rows stay whole
     stored = pq.read_table(tmp_path / "scores/rose.parquet")
     assert np.array_equal(stored["score"].to_numpy(), numbers(table))
+
+
+def test_checkpoints_whose_rates_are_zero_count_alike(first, tmp_path):
+    """A short warm-up ends at the rate 0: `last: 1` has no weight but equal ones."""
+    job = other(first, tmp_path)
+    job.recipe.methods[0].options["last"] = 1
+    folder = tmp_path / "warmup"
+    shutil.copytree(job.recipe.warmup.path, folder)
+    meta = max(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2])) / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "mean_lr": 0.0}))
+    job.recipe.warmup.path = str(folder)
+    table = score(job, job.recipe.methods[0])
+    assert table["ckpt0.lr"][0].as_py() == 1.0 and np.isfinite(numbers(table)).all()

@@ -73,6 +73,9 @@ def gradient_score(
     found = influence(job, influence_request(name, options), others)
     if options.get("last"):
         found = {k: v[-options["last"] :] for k, v in found.items()}
+    if not found["lr"].any():  # a decay to 0 in a single step: LESS's rate, logged after the step, is 0
+        job.say("the warm-up took too few steps for a mean learning rate: its checkpoints count alike")
+        found["lr"] = np.ones(len(found["lr"]))
     score, per_task = reduce(found)
     parts = task_parts(job.task_codes()[0], per_task)
     for c, lr in enumerate(found["lr"]):

@@ -71,13 +71,9 @@ def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]
         checkpoint_influence(job, c, [r for r in requests if c is last or r.curvature is None])[wanted]
         for c in checkpoints
     ]
-    lr = np.array([c.mean_lr for c in checkpoints])
-    if not lr.any():  # a decay to 0 in a single step: LESS's rate, logged after the step, is 0
-        job.say("the warm-up took too few steps for a mean learning rate: its checkpoints count alike")
-        lr = np.ones(len(lr))
     return {
         **{name: np.stack([f[name] for f in found]) for name in found[0]},
-        "lr": lr,
+        "lr": np.array([c.mean_lr for c in checkpoints]),
     }
 
 
