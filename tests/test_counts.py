@@ -18,7 +18,8 @@ MODEL_METHODS = [name for name in METHODS if needs_model(name)]
 @pytest.mark.parametrize("folds", [0, 2])
 def test_counted_operations_are_those_of_the_log(folds, model_folder, data, tmp_path):  # noqa: F811
     few = {"name": "tmc-shapley", "options": {"permutations": 4}}  # each set of rows is a training
-    names = [few if n == "tmc-shapley" else n for n in MODEL_METHODS] if not folds else ["davir"]
+    content = {"name": "davir", "label": "davir-content", "options": {"end_of_turn": False}}
+    names = [few if n == "tmc-shapley" else n for n in [*MODEL_METHODS, content]] if not folds else ["davir"]
     reference = {"num_train_epochs": 1, "folds": folds}
     job = Job(recipe(model_folder, data, tmp_path, methods=names, reference=reference), console=quiet())
     work = {w.stage: w for w in selection_work(job, job.recipe.methods)}

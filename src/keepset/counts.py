@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from keepset.cost import count_tokens, flops, trained_sides
+from keepset.encoding import content_only
 from keepset.recipe import MethodSpec, TrainSpec, parse_budget
 from keepset.scoring import METHODS, options_of
 from keepset.scoring_gradients import in_run_request, influence_request, retraining_request
@@ -77,10 +78,15 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
     def users(need: str) -> str:
         return ", ".join(m.label for m in methods if need in METHODS[m.name].needs)
 
-    if users("losses"):
-        found.append(
-            forward(job, "losses under the base", users("losses"), job.rows, r"losses \(base( and reference)?\)")
-        )
+    content = [m for m in methods if m.options.get("end_of_turn") is False]
+    whole = ", ".join(m.label for m in methods if "losses" in METHODS[m.name].needs and m not in content)
+    if whole:
+        found.append(forward(job, "losses under the base", whole, job.rows, r"losses \(base( and reference)?\)"))
+    if content:
+        end, logged = job.loaded.encoder.end_of_turn, r"losses \((base-content and )?reference-content\)"
+        rows = [content_only(r, end) for r in job.rows]
+        inner = ", ".join(m.label for m in content)
+        found.append(forward(job, "losses without ends of turns", inner, rows, logged, times=2))
     if users("error-norms"):
         # the stage is the base's losses, with another number for each token
         found.append(forward(job, "error norms under the base", users("error-norms"), job.rows, r"losses \(base\)"))
@@ -88,7 +94,7 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
         answers = [answer_alone(r) for r in job.rows]
         found.append(forward(job, "losses of answers alone", users("answers"), answers, r"losses \(answers alone\)"))
     if users("reference"):
-        found += reference_work(job, users("reference"))
+        found += reference_work(job, [m for m in methods if "reference" in METHODS[m.name].needs])
         both = ", ".join(m.label for m in methods if m.options.get("side", "chosen") != "chosen")
         if both and job.rejected is not None:
             logged = r"losses \((base-rejected and )?reference-rejected\)"
@@ -175,9 +181,11 @@ def pooling(spec: MethodSpec) -> str:
     )
 
 
-def reference_work(job: Job, methods: str) -> list[Work]:
+def reference_work(job: Job, specs: list[MethodSpec]) -> list[Work]:
     """Training the reference (or one for each fold) and scoring every row under it."""
     spec, found = job.recipe.reference, []
+    methods = ", ".join(m.label for m in specs)
+    whole = ", ".join(m.label for m in specs if m.options.get("end_of_turn") is not False)
     folds = spec.folds if spec.folds >= 2 else 0
     if folds:
         from keepset.methods.cross_fit import fold_of
@@ -190,7 +198,7 @@ def reference_work(job: Job, methods: str) -> list[Work]:
     elif not spec.path:
         found.append(training(job, "train the reference", methods, job.sides[1], spec, "train models/reference"))
     logged = r"losses \(((base and )?reference|fold\d+)\)"
-    return [*found, forward(job, "losses under the reference", methods, job.rows, logged)]
+    return [*found, forward(job, "losses under the reference", whole, job.rows, logged)] if whole else found
 
 
 def gradient_work(job: Job, methods: list[MethodSpec]) -> list[Work]:

@@ -102,6 +102,12 @@ class Encoded:
     truncated: bool = False
 
 
+def content_only(row: Encoded, end_of_turn: int | None) -> Encoded:
+    """The row without its end-of-turn tokens among the supervised ones; a row of nothing else stays as it is."""
+    supervised = row.supervised & (row.input_ids != end_of_turn) if end_of_turn is not None else row.supervised
+    return Encoded(row.input_ids, supervised, row.truncated) if supervised.any() else row
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A row as text; spans are (start, end, reach): a supervised content, and how far its end of turn may stand."""
@@ -154,7 +160,7 @@ class Encoder:
                 control[token] = tokenizer.convert_tokens_to_ids(token)
         self._control_ids = frozenset(control.values())
         self._control = re.compile("|".join(re.escape(t) for t in sorted(control, key=len, reverse=True)) or r"(?!)")
-        self._end_of_turn = self._find_end_of_turn()
+        self.end_of_turn = self._find_end_of_turn()
 
     def _read_template(self) -> str:
         chosen, own = self.spec.chat_template, self.tokenizer.chat_template
@@ -349,13 +355,13 @@ class Encoder:
         self, supervised: np.ndarray, text: str, ids: np.ndarray, starts: np.ndarray, end: int, reach: int
     ) -> None:
         """Mark the end-of-turn token after a content, and blanks the template puts before it (Llama 2)."""
-        if self._end_of_turn is None:
+        if self.end_of_turn is None:
             return
         first = int(np.searchsorted(starts, end))
         for t in range(first, len(ids)):
             if starts[t] >= reach:
                 return
-            if ids[t] == self._end_of_turn:
+            if ids[t] == self.end_of_turn:
                 if not text[end : starts[t]].strip():
                     supervised[first : t + 1] = True
                 return

@@ -221,11 +221,13 @@ def score_forgetting(job: Job) -> Scored:
 # -- base and reference ---------------------------------------------------------------------------------------------
 
 
-def loss_pair(job: Job, token_loss: TokenLoss = "ce") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Summed losses (n,) under base and reference, in nats, and the supervised tokens (n,)."""
+def loss_pair(
+    job: Job, token_loss: TokenLoss = "ce", end_of_turn: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Summed losses (n,) under base and reference, in nats, and the tokens (n,) they are summed over."""
     from keepset.stages import reference_losses
 
-    base, reference = reference_losses(job, token_loss=token_loss)
+    base, reference = reference_losses(job, token_loss=token_loss, end_of_turn=end_of_turn)
     return base["nll"], reference["nll"], base["n_tokens"]
 
 
@@ -235,11 +237,14 @@ def score_davir(
     prefer: Literal["high", "low"] = "high",
     token_loss: TokenLoss = "ce",
     side: Literal["chosen", "rejected", "margin"] = "chosen",
+    end_of_turn: bool = True,
 ) -> Scored:
     """Share of the loss that fine-tuning on the pool removed; of a pair: of one side, or chosen less rejected."""
     from keepset.stages import rejected_losses
 
-    ini, ref, _ = loss_pair(job, token_loss)
+    if side != "chosen" and not end_of_turn:
+        raise RecipeError("davir: `end_of_turn: false` is for `side: chosen`")
+    ini, ref, _ = loss_pair(job, token_loss, end_of_turn)
     parts = {"loss_ini": ini, "loss_ref": ref}
     score = davir(ini, ref)
     if side != "chosen":
@@ -250,21 +255,27 @@ def score_davir(
     return Scored(signed(score, prefer), parts)
 
 
-def score_davir_ref(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:
+def score_davir_ref(
+    job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce", end_of_turn: bool = True
+) -> Scored:
     """DavIR over the reference's loss: the same ranking."""
-    ini, ref, _ = loss_pair(job, token_loss)
+    ini, ref, _ = loss_pair(job, token_loss, end_of_turn)
     return Scored(signed(davir_ref(ini, ref), prefer), {"loss_ini": ini, "loss_ref": ref})
 
 
-def score_rho_sum(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:
+def score_rho_sum(
+    job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce", end_of_turn: bool = True
+) -> Scored:
     """Plain loss drop, summed over tokens."""
-    ini, ref, _ = loss_pair(job, token_loss)
+    ini, ref, _ = loss_pair(job, token_loss, end_of_turn)
     return Scored(signed(rho(ini, ref), prefer), {"loss_ini": ini, "loss_ref": ref})
 
 
-def score_rho_mean(job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce") -> Scored:
+def score_rho_mean(
+    job: Job, *, prefer: Literal["high", "low"] = "high", token_loss: TokenLoss = "ce", end_of_turn: bool = True
+) -> Scored:
     """Plain loss drop, mean over tokens."""
-    ini, ref, n_tokens = loss_pair(job, token_loss)
+    ini, ref, n_tokens = loss_pair(job, token_loss, end_of_turn)
     return Scored(signed(rho(ini, ref, n_tokens, form="mean"), prefer), {"loss_ini": ini, "loss_ref": ref})
 
 

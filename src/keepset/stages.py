@@ -12,6 +12,7 @@ import numpy as np
 from keepset.adapters import attached
 from keepset.cost import count_tokens, flops, trained_sides
 from keepset.counts import answer_alone
+from keepset.encoding import content_only
 from keepset.errors import RecipeError
 from keepset.kept_tokens import keep_tokens
 from keepset.methods.cross_fit import fold_of
@@ -104,11 +105,19 @@ def base_key(job: Job, token_loss: TokenLoss) -> dict[str, Any]:
     return {"version": VERSION, **job.data_key(), "token_loss": token_loss, **kept}
 
 
-def reference_losses(job: Job, *, token_loss: TokenLoss = "ce") -> tuple[Arrays, Arrays]:
+def reference_losses(job: Job, *, token_loss: TokenLoss = "ce", end_of_turn: bool = True) -> tuple[Arrays, Arrays]:
     """Losses under the base and under the reference model, in one sweep where the reference is an adapter.
 
-    With `reference.folds` each row is scored by the reference that was not trained on it.
+    With `reference.folds` each row is scored by the reference that was not trained on it. Without `end_of_turn` the
+    tokens that end a turn are left out of both.
+
+    Raises:
+        RecipeError: no `end_of_turn`, and the reference is cross-fitted.
     """
+    if not end_of_turn:
+        if job.recipe.reference.folds >= 2:
+            raise RecipeError("reference.folds: cross-fitted losses count the end of turn; drop `end_of_turn: false`")
+        return under_both(job, SubJob(job, np.arange(len(job.ids)), end_of_turn=False), token_loss, "-content")
     if job.recipe.reference.folds >= 2:
         return base_losses(job, token_loss=token_loss), crossfit_losses(job, token_loss)
     return under_both(job, job, token_loss, "")
@@ -290,12 +299,14 @@ def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
 
 
 class SubJob:
-    """A job seen through some of its rows, or through one side of its pairs."""
+    """A job seen through some of its rows, through one side of its pairs, or without the ends of turns."""
 
-    def __init__(self, job: Job, indices: np.ndarray, side: int = 0) -> None:
+    def __init__(self, job: Job, indices: np.ndarray, side: int = 0, *, end_of_turn: bool = True) -> None:
         """Keep `indices` of the job's usable rows and one side of each; everything else is the job's own."""
         self.job = job
         self.rows = [job.sides[1][i][side] for i in indices]
+        if not end_of_turn:
+            self.rows = [content_only(row, job.loaded.encoder.end_of_turn) for row in self.rows]
         self.ids = job.ids[indices]
 
     def __getattr__(self, name: str) -> Any:

@@ -41,7 +41,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON on standard out
 
 def progress() -> Console:
     """Where progress goes: standard error; of several processes only the first one speaks."""
-    from keepset.cli import err
+    from keepset.cli.options import err
     from keepset.train.command import is_main
 
     return Console(stderr=True, quiet=err.quiet or not is_main())
@@ -80,7 +80,7 @@ def subset(
 
     Example: keepset train davir --set train.num_train_epochs=1
     """
-    from keepset.cli import hush, open_job
+    from keepset.cli.options import hush, open_job
     from keepset.finals import Learner, model_folder, train_final
     from keepset.subsets import stored_subset
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keepset.cli_train import AsJson, accuracy_lines, interval, progress
+from keepset.cli.train import AsJson, accuracy_lines, interval, progress
 from keepset.errors import DataError, RecipeError
 
 Model = Annotated[str, typer.Option("--model_name_or_path", "--model-name-or-path", help="hub name, folder or `demo`")]
@@ -194,7 +194,7 @@ def lm_eval(
 
     Example: keepset lm-eval --run_dir runs/mine --tasks gsm8k
     """
-    from keepset.cli import open_job
+    from keepset.cli.options import open_job
     from keepset.evaluate.lm_eval import command, write_pair_task
     from keepset.finals import Learner
     from keepset.model import resolve

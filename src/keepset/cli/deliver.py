@@ -1,0 +1,86 @@
+"""Write recipes, and hand the chosen rows on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keepset.cli.options import RunDir, open_job
+from keepset.errors import RecipeError
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="where to write it")] = Path("recipe.yaml"),
+    accelerate: Annotated[
+        bool, typer.Option("--accelerate", help="write a config for `accelerate launch` with FSDP instead")
+    ] = False,
+) -> None:
+    """Write a commented recipe to start from, or a config for training on several GPUs (FSDP; not yet run on any).
+
+    Example: keepset init recipe.yaml
+    """
+    from importlib.resources import files
+
+    if path.exists():
+        raise RecipeError(f"{path} exists already; name another file")
+    source = "accelerate_fsdp.yaml" if accelerate else "start.yaml"
+    path.write_text((files("keepset") / source).read_text(encoding="utf-8"), encoding="utf-8")
+    if accelerate:
+        print(f"{path}: accelerate launch --config_file {path} -m keepset train sft --data ... --output_dir ...")
+    else:
+        print(f"{path}: now put in your pool, target and model, then `keepset run {path}`")
+
+
+def export(
+    subset: Annotated[str, typer.Argument(help="a subset of the run folder, or `full`")],
+    out: Annotated[Path, typer.Argument(help="file to write")],
+    run_dir: RunDir = Path("runs/keepset"),
+    to: Annotated[str | None, typer.Option("--to", help="jsonl parquet csv messages alpaca sharegpt")] = None,
+) -> None:
+    """Write a subset in another dialect or container.
+
+    Example: keepset export davir chosen.parquet --to messages
+    """
+    from keepset.data.export import write_subset
+    from keepset.subsets import stored_ids
+
+    job = open_job(run_dir, text_only=True)
+    wanted = stored_ids(job, subset)
+    place = {row_id: i for i, row_id in enumerate(job.pool.ids)}
+    write_subset(job.pool, [place[i] for i in wanted], out, to=to)
+    print(f"{out}: {len(wanted)} rows")
+
+
+def trainers(
+    subset: Annotated[str, typer.Argument(help="a subset of the run folder, or `full`")],
+    run_dir: RunDir = Path("runs/keepset"),
+) -> None:
+    """Write RUN_DIR/trainers: the rows and ready configs for TRL, axolotl and LLaMA-Factory.
+
+    `keepset run` does it for its first method.
+
+    Example: keepset trainers davir --run_dir runs/mine
+    """
+    from keepset.subsets import stored_subset
+    from keepset.trainers import write_trainers
+
+    job = open_job(run_dir)
+    with job.run.lock():
+        for name in write_trainers(job, stored_subset(job, subset)):
+            print(run_dir / name)
+
+
+def push(
+    repo_id: Annotated[str, typer.Argument(help="user/name on the hub")],
+    run_dir: RunDir = Path("runs/keepset"),
+    public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: a private one")] = False,
+) -> None:
+    """Push a finished run's chosen rows, scores, card and manifest to a dataset repository of the Hugging Face hub.
+
+    Example: keepset push me/chosen-by-rose --run_dir runs/mine
+    """
+    from keepset.hub import push_to_hub
+
+    print(push_to_hub(run_dir, repo_id, private=not public))

@@ -1,0 +1,183 @@
+"""Look at methods, data, runs and rows; heavy imports are inside, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from keepset.cli.options import AsJson, Model, Quiet, RunDir, Targets, err
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="one method: its options")] = None, as_json: AsJson = False
+) -> None:
+    """List the methods: paper, formula, what each needs and costs; or one method's options.
+
+    Example: keepset methods rose
+    """
+    from keepset.scoring import METHODS, method, options_of
+
+    if as_json:
+        wanted = [name] if name else list(METHODS)
+        found = [{"name": n, "paper": method(n).paper, "formula": method(n).formula, "needs": list(method(n).needs),
+                  "cost": method(n).cost, "options": {k: d for k, (_, d) in options_of(n).items()}}
+                 for n in wanted]  # fmt: skip
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    console = Console()
+    if name:
+        row = method(name)
+        console.print(
+            f"{name}: {row.paper}\n  {row.formula}\n  needs {', '.join(row.needs)}; cost: {row.cost}", highlight=False
+        )
+        for option, (kind, default) in options_of(name).items():
+            choices = " | ".join(map(str, getattr(kind, "__args__", ()))) or kind.__name__
+            console.print(f"  -o {option}={default}   ({choices})", highlight=False, markup=False)
+        return
+    table = Table("method", "paper", "formula", "needs", "cost")
+    for key, row in METHODS.items():
+        table.add_row(key, row.paper, row.formula, ", ".join(row.needs), row.cost)
+    console.print(table)
+
+
+def overlap(
+    scorings: Annotated[list[str], typer.Argument(help="two or more: RUN_DIR (its first method) or RUN_DIR:LABEL")],
+    budget: Annotated[list[str] | None, typer.Option("--budget", help="size of the top sets; may be repeated")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far scorings of one pool agree: rank correlation, overlap of the top rows, lengths of what they keep.
+
+    Example: keepset overlap runs/in-sample runs/cross-fitted --budget 5% --budget 10%
+    """
+    from keepset.overlap import SHARES, agreement, print_agreement, stored_scores
+
+    result = agreement({place: stored_scores(place) for place in scorings}, budget or SHARES)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_agreement(result, Console())
+
+
+def report(
+    run_dir: RunDir = Path("runs/keepset"),
+    out: Annotated[Path | None, typer.Option("--out", help="default: RUN_DIR/report.html")] = None,
+    why: Annotated[
+        bool, typer.Option("--why", help="first run the models over the kept rows: their tokens, their validation rows")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the run's report: one self-contained HTML page.
+
+    Example: keepset report --run_dir runs/demo
+    """
+    from keepset.report import write_report
+
+    if why:
+        from keepset.why import write_why
+
+        write_why(run_dir, console=err)
+
+    print(write_report(run_dir, out))
+
+
+def plot(
+    run_dir: RunDir = Path("runs/keepset"),
+    out: Annotated[Path | None, typer.Option("--out", help="folder; default: RUN_DIR/plots")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="png svg pdf; may be repeated")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="scores length losses comparison curve overlap; may be repeated")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="of the comparison: loss.chosen; may be repeated")
+    ] = None,
+    width: Annotated[float, typer.Option("--width", help="inches")] = 3.3,
+) -> None:
+    """Draw a run's figures for papers: score histogram with the cut, score against length, comparison, overlap ...
+
+    Example: keepset plot --run_dir runs/demo --format svg --only comparison
+    """
+    from keepset.plot import write_plots
+
+    chosen = {"formats": formats or ("png", "svg"), "only": only or (), "metrics": metric or ()}
+    for path in write_plots(run_dir, out, width=width, **chosen):
+        print(path)
+
+
+def inspect(
+    data: Annotated[str, typer.Argument(help="file, folder or hub name")],
+    target: Targets = None,
+    evaluation: Annotated[list[str] | None, typer.Option("--pairs", help="held-out pairs that must not leak")] = None,
+    model_name_or_path: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a data file holds and what is wrong with it: format, lengths, roles, copies, bad rows, leaks.
+
+    Example: keepset inspect pool.jsonl --model_name_or_path demo
+    """
+    from keepset.inspect_ import inspect_data, print_inspection
+    from keepset.recipe import ModelSpec
+
+    model = ModelSpec(model_name_or_path=model_name_or_path) if model_name_or_path else None
+    facts = inspect_data(data, target=target or (), evaluation=evaluation or (), model=model)
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print_inspection(facts, Console())
+
+
+def explain(
+    row: Annotated[str, typer.Argument(help="a row's id, or its beginning")],
+    run_dir: RunDir = Path("runs/keepset"),
+    label: Annotated[str | None, typer.Option("--label", help="which method; default: the first")] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="DavIR: the tokens whose loss fell (runs the models)")
+    ] = False,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="ROSE, LESS: the validation rows that pulled it (runs the model)")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a row was kept or dropped: its score's parts, rank, neighbours, and what would change it.
+
+    Example: keepset explain 3f2a --label davir --run_dir runs/demo
+    """
+    from keepset.explain import explain as explain_row
+    from keepset.explain import print_explanation
+
+    facts = explain_row(run_dir, row, label)
+    if tokens:
+        from keepset.explain_tokens import print_token_changes, token_changes
+
+        changes = token_changes(run_dir, facts["id"])
+        if not as_json:
+            print_token_changes(changes, Console())
+        facts["tokens"] = changes
+    if pairs:
+        from keepset.explain_pairs import pair_pulls, print_pair_pulls
+
+        facts["pairs"] = pair_pulls(run_dir, [facts["id"]], label)[facts["id"]]
+        if not as_json:
+            print_pair_pulls(facts["pairs"], Console())
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print_explanation(facts, Console())
+
+
+def doctor(model_name_or_path: Model = None, as_json: AsJson = False) -> None:
+    """Print versions, device, memory, disk and whether the model and its template load: for bug reports.
+
+    Example: keepset doctor --model_name_or_path demo
+    """
+    from keepset.doctor import examine, print_examination
+
+    facts = examine(model_name_or_path)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print_examination(facts, Console())
