@@ -16,13 +16,7 @@ from keepset.evaluate.generate import generate, prompt_ids, write_model_outputs
 from keepset.evaluate.gsm8k import evaluate_gsm8k, final_number, official_answer, score
 from keepset.recipe import ModelSpec
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

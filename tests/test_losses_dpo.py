@@ -18,13 +18,7 @@ from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train import preference
 from keepset.train.preference import PaddedPairs, PairCollator, fit_dpo, side_logps
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbers(m=6, seed=0):

@@ -22,13 +22,7 @@ from keepset.recipe import DataSpec, parse_recipe  # noqa: E402
 from slow_gradients import flat, gradient, random_state, token_logps  # noqa: E402
 from test_influence import shapes_of, some_target  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def twin(peft, pair, names, loss, beta):

@@ -7,22 +7,16 @@ import json
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from typer.testing import CliRunner  # noqa: E402
+from typer.testing import CliRunner
 
-from conftest import tiny_model, tiny_tokenizer  # noqa: E402
-from keepset.cli import app  # noqa: E402
-from keepset.errors import RecipeError  # noqa: E402
-from keepset.train.command import hold_out, parse_words, read_rows, sections  # noqa: E402
+from conftest import tiny_model, tiny_tokenizer
+from keepset.cli import app
+from keepset.errors import RecipeError
+from keepset.train.command import hold_out, parse_words, read_rows, sections
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

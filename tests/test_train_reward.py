@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from conftest import tiny_model, tiny_tokenizer
 from keepset.encoding import Encoder
@@ -15,13 +14,7 @@ from keepset.evaluate.judge import Comparison, reward_judge, reward_scores
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.reward import load_reward, pair_accuracy, train_reward
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

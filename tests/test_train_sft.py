@@ -23,13 +23,7 @@ LORA = LoraSpec(lora_r=2, lora_alpha=4)
 CPU = ModelSpec(device="cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads on tiny matrices wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spec(**changes):

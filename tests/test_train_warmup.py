@@ -21,13 +21,7 @@ from keepset.train.warmup import linear_schedule_means, list_checkpoints, pick_s
 LESS = [1.6877e-05, 1.2859e-05, 7.7030e-06, 2.5616e-06]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads on tiny matrices wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fit(out, **changes):
