@@ -37,18 +37,11 @@ import zstandard
 from keepset.cost import matrix_weights
 from keepset.encoding import Encoded, encode_all
 from keepset.features.adam import AdamState, map_gradient
+from keepset.features.gradient_store import META, GradientStore, build_store
 from keepset.features.gradients import mean_weights, products, recording, run_rows
 from keepset.features.influence import influence
 from keepset.features.llama_pass import common_prefix
-from keepset.features.projection import (
-    META,
-    GradientStore,
-    ProjectedTarget,
-    build_store,
-    project_target,
-    store_error,
-    target_lengths,
-)
+from keepset.features.projection import ProjectedTarget, project_target, store_error, target_lengths
 from keepset.features.targets import GradientTarget, target_vectors
 from keepset.model import apply_lora, load
 from keepset.packing import plan_batches

@@ -10,15 +10,9 @@ torch = pytest.importorskip("torch")
 from conftest import random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError  # noqa: E402
 from keepset.features.adam import AdamState  # noqa: E402
+from keepset.features.gradient_store import GradientStore, build_store  # noqa: E402
 from keepset.features.influence import influence  # noqa: E402
-from keepset.features.projection import (  # noqa: E402
-    GradientStore,
-    build_store,
-    dimension_for,
-    project_target,
-    store_error,
-    target_lengths,
-)
+from keepset.features.projection import dimension_for, project_target, store_error, target_lengths  # noqa: E402
 from keepset.features.sketch import Sketch  # noqa: E402
 from keepset.features.targets import target_vectors  # noqa: E402
 from slow_gradients import random_state  # noqa: E402
@@ -160,12 +154,10 @@ def test_damaged_rows_are_refused_and_only_they_made_again(tmp_path, monkeypatch
         with pytest.raises(KeepsetError, match=r"row \d+ is damaged"):
             again.dots(vectors, block=5)
     made = []
-    import keepset.features.projection as projection
+    import keepset.features.gradient_store as module
 
-    real = projection.influence
-    monkeypatch.setattr(
-        projection, "influence", lambda m, some, *a, **k: (made.extend(some), real(m, some, *a, **k))[1]
-    )
+    real = module.influence
+    monkeypatch.setattr(module, "influence", lambda m, some, *a, **k: (made.extend(some), real(m, some, *a, **k))[1])
     build_store(again, peft, rows, ids, adam=state)
     expected = {"one bit": 1, "one byte short": 1, "cut to half": 12, "empty": 24}[damage]
     assert len(made) == (0 if name == "ids.txt" else expected)

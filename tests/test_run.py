@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepset.errors import KeepsetError, PlanMismatch
+from keepset.files import digest
 from keepset.recipe import parse_recipe
-from keepset.run import Run, digest, plan_shards, read_shard
+from keepset.run import Run
+from keepset.shards import plan_shards, read_shard
 
 IDS = np.array([f"{i * 7919 % 1000:03d}-row" for i in range(100)], dtype=object)
 KEY = {"model": "m", "version": 1}

@@ -16,8 +16,9 @@ from crash import SECRETS
 from keepset.data import load_pool
 from keepset.data.export import write_subset
 from keepset.errors import KeepsetError, RecipeError
+from keepset.files import write_atomic
 from keepset.recipe import MethodSpec, parse_recipe
-from keepset.run import Run, write_atomic
+from keepset.run import Run
 from keepset.subsets import subset_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ def test_a_pickle_with_a_forged_checksum_is_still_not_run(tiny_run, tmp_path):
     """Whoever may write the run folder can forge the record too; torch then reads weights only."""
     import torch
 
-    from keepset.run import file_digest
+    from keepset.files import file_digest
 
     run, canary = tmp_path / "run", tmp_path / "canary"
     tiny_run.server.run(tiny_run.recipe, run, kill="step 3 models/warmup")

@@ -110,6 +110,11 @@ def test_epochs_shots_and_checkpoints_in_a_run(tmp_path):
     assert found["margin.implicit_mean"]["n"] == 12 and -1 <= found["margin.implicit_mean"]["within"] <= 1
     assert {m["n"] for m in result["loss_vs_performance"]["models"]} == {5}
     assert set(result["pareto"]) >= {"accuracy.policy_mean", "loss.chosen"}
+    for entry in result["summary"]:  # two tasks of four pairs each make the whole
+        for metric in ("accuracy.policy_mean", "loss.chosen"):
+            by_task = [entry["metrics"][f"{metric}.of.{task}"] for task in "ab"]
+            assert [t["n"] for t in by_task] == [4, 4]
+            assert np.mean([t["value"] for t in by_task]) == pytest.approx(entry["metrics"][metric]["value"])
     tables = {k: job.run.load_table(f"scores/{k}.parquet").to_pydict() for k in ("rose", "rose-1-shot", "rose-last")}
     assert not np.allclose(tables["rose"]["score"], tables["rose-1-shot"]["score"])
     assert np.allclose(tables["rose-last"]["score"], tables["rose"]["ckpt1.cosine"])  # one checkpoint: its own cosine
@@ -117,3 +122,4 @@ def test_epochs_shots_and_checkpoints_in_a_run(tmp_path):
     print_verdict(result, screen)
     shown = screen.export_text()
     assert "rose-1-shot" in shown and "front" in shown and "over models and their epochs" in shown
+    assert "accuracy.policy_mean by task" in shown

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from keepset import __version__
 from keepset.data.export import pool_schema, row_texts, rows_table
-from keepset.run import write_atomic
+from keepset.files import write_atomic
 from keepset.scoring import METHODS
 from keepset.subsets import Subset
 

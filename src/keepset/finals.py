@@ -14,9 +14,9 @@ from keepset.cost import count_tokens, flops, trained_sides
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
 from keepset.evaluate.preference import PairLogps, correct, length_matched, margins, pair_logps, preference_table
+from keepset.files import digest, file_digest
 from keepset.job import encode_pairs, encode_pool
 from keepset.recipe import TrainSpec
-from keepset.run import digest, file_digest
 from keepset.stages import VERSION, id_order
 from keepset.subsets import Subset
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from keepset.model import Loaded
 
 Items = dict[str, np.ndarray]
+
+TASK_METRICS = ("accuracy.policy_mean", "loss.chosen")
+"""What is also told for each task of the held-out pairs, as `<metric>.of.<task>`."""
 
 
 class Learner:
@@ -145,7 +148,8 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
     """Evaluate a trained model (or the untrained base: seed None), unless that was done.
 
     Returns:
-        The summary, and the per-item arrays: `pair.*` (m,) and `row.*` (n,); `row.of.<source>` is 1 for its rows.
+        The summary, and the per-item arrays: `pair.*` (m,) and `row.*` (n,); `pair.of.<task>` and `row.of.<source>`
+        are 1 for their items.
     """
     weights = None if seed is None else job.run.path / model_folder(name, seed)
     folder = "evaluation/base" if weights is None else f"evaluation/{name}-seed{seed}"
@@ -156,7 +160,7 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
         "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,
         "weights": [] if weights is None else [file_digest(p) for p in sorted(weights.glob("*.safetensors"))],
         "pairs": pairs[2].fingerprint() if pairs else None, "rows": rows[2].fingerprint() if rows else None,
-        "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout", "each_epoch"}),
+        "columns": "by task", "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout", "each_epoch"}),
     }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
@@ -224,13 +228,10 @@ def measure_model(job: Job, learner: Learner, model: Any) -> tuple[Items, dict[s
     budget = job.recipe.batching.token_budget
     if learner.eval_pairs:
         logps = pair_logps(model, learner.eval_pairs[0], token_budget=budget)
-        items |= {f"pair.{k}": np.asarray(v) for k, v in vars(logps).items()}
+        items |= {f"pair.{k}": np.asarray(v) for k, v in vars(logps).items()} | parts("pair", learner.eval_pairs[1])
     if learner.eval_rows:
         heldout = heldout_losses(model, learner.eval_rows[0], token_budget=budget)
-        items |= {"row.nll": heldout.nll, "row.n_tokens": heldout.n_tokens}
-        sources = learner.eval_rows[1]
-        if len(set(sources)) > 1:
-            items |= {f"row.of.{name}": (sources == name).astype(np.float64) for name in np.unique(sources)}
+        items |= {"row.nll": heldout.nll, "row.n_tokens": heldout.n_tokens} | parts("row", learner.eval_rows[1])
     gsm8k = None
     if job.recipe.evaluate.gsm8k:
         from keepset.evaluate.gsm8k import evaluate_gsm8k
@@ -241,6 +242,12 @@ def measure_model(job: Job, learner: Learner, model: Any) -> tuple[Items, dict[s
         )  # fmt: skip
         items["gsm8k.correct"] = np.asarray(gsm8k.pop("correct"), dtype=np.float64)
     return items, gsm8k
+
+
+def parts(of: str, names: np.ndarray) -> Items:
+    """`<of>.of.<name>` (n,) for each of several tasks or sources: 1 for its items, else 0."""
+    several = np.unique(names)
+    return {f"{of}.of.{name}": (names == name).astype(np.float64) for name in several} if len(several) > 1 else {}
 
 
 def logps_of(items: Items) -> PairLogps:
@@ -285,6 +292,9 @@ def item_metrics(items: Items, base: Items | None, share: float) -> dict[str, np
                 found[f"margin.{form}.matched"] = margin[matched]
         found["loss.chosen"] = -logps.chosen / logps.n_chosen
         found["loss.rejected"] = -logps.rejected / logps.n_rejected
+        for name in (k for k in items if k.startswith("pair.of.")):
+            for metric in TASK_METRICS:
+                found[f"{metric}.of.{name.removeprefix('pair.of.')}"] = found[metric][items[name] > 0]
     if "row.nll" in items:
         found["loss.heldout"] = items["row.nll"] / items["row.n_tokens"]
         for name in (k for k in items if k.startswith("row.of.")):

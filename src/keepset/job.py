@@ -14,10 +14,11 @@ from rich.console import Console
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.data.pool import Message
 from keepset.errors import DataError, RecipeError
+from keepset.files import canonical, write_atomic
 from keepset.methods.text import words
 from keepset.progress import track
 from keepset.recipe import Recipe
-from keepset.run import Run, canonical, write_atomic
+from keepset.run import Run
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded, Encoder

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keepset.run import Run, digest, write_atomic
+from keepset.files import digest, write_atomic
+from keepset.run import Run
 
 
 def keep_tokens(folder: Path, ids: Sequence[str], token_nll: Sequence[np.ndarray]) -> None:

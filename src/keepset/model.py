@@ -21,9 +21,9 @@ from typing import Any
 
 from keepset.encoding import Encoder
 from keepset.errors import ModelError
+from keepset.files import file_digest
 from keepset.gguf import DEMO_MODELS, demo_folder, gguf_folder
 from keepset.recipe import LoraSpec, ModelSpec
-from keepset.run import file_digest
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from keepset.diagnose import (
     record,
 )
 from keepset.errors import KeepsetError
+from keepset.files import file_digest
 from keepset.finals import Items, Learner, evaluate_epochs, evaluate_final, train_final
 from keepset.job import Job
 from keepset.recipe import MethodSpec, Recipe
 from keepset.reference_check import check_reference
 from keepset.report import write_report
-from keepset.run import file_digest
 from keepset.scoring import check_options, score, score_key
 from keepset.subsets import Kind, Subset, choose, choose_mix, control_methods, direct_subset, full_subset, stored_subset
 from keepset.variants import run_variants

@@ -13,7 +13,7 @@ import numpy as np
 
 from keepset.diagnose import Finding
 from keepset.evaluate.statistics import bootstrap_ratio
-from keepset.run import digest
+from keepset.files import digest
 from keepset.scoring import METHODS
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ computes what is missing and nothing else, and the result has the same bytes.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,74 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
+from keepset.files import canonical, digest, file_digest, misfits, write_atomic
 from keepset.meter import Meter
 from keepset.recipe import Recipe
+from keepset.shards import Arrays, gather, plan_shards, read_shard, write_shard
 from keepset.workers import share_out
-
-Arrays = dict[str, np.ndarray]
-
-
-def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: the text that fingerprints are taken of."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-
-
-def digest(value: Any) -> str:
-    """sha256 (hex) of bytes, or of a value's canonical JSON."""
-    data = value if isinstance(value, bytes) else canonical(value).encode()
-    return hashlib.sha256(data).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or wholly the new one, also after a power cut.
-
-    Raises:
-        KeepsetError: the disk is full, or the folder can't be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if part.is_symlink():  # left by other hands: opening it would write where it leads
-            part.unlink()
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise KeepsetError(f"{path}: can't be written: {error.strerror}; free or choose another --run_dir") from None
-
-
-def plan_shards(ids: np.ndarray, shard_rows: int | None = None) -> list[np.ndarray]:
-    """Cut rows into shards: sorted by id, so that the plan is the same however the pool was ordered or split.
-
-    Args:
-        ids: (n,) unique ids.
-        shard_rows: rows a shard; default n / 200, at least 32 and at most 2,048.
-
-    Returns:
-        Index arrays into `ids`; together they hold every row once.
-    """
-    n = len(ids)
-    size = shard_rows or min(2048, max(32, n // 200))
-    order = np.argsort(ids.astype(str), kind="stable") if n else np.zeros(0, dtype=np.int64)
-    return [order[start : start + size] for start in range(0, n, size)]
 
 
 class Run:
@@ -472,44 +410,6 @@ class Run:
     def costs(self) -> list[dict[str, Any]]:
         """All entries of `costs.jsonl`; a torn last line (a crash) is left out."""
         return self.meter.entries()
-
-
-def read_shard(folder: Path, number: int, id_hash: str) -> Arrays | None:
-    """A shard's arrays, or None if it is missing, torn, damaged or of other rows."""
-    path, record_path = folder / f"{number:05d}.safetensors", folder / f"{number:05d}.json"
-    try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-        data = path.read_bytes()
-        if record["sha256"] != digest(data) or record["ids"] != id_hash:
-            return None
-        return load_arrays(data)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
-        return None
-
-
-def write_shard(folder: Path, number: int, id_hash: str, arrays: Arrays) -> None:
-    """Write a shard and then its record; a crash between the two leaves a shard that doesn't count."""
-    data = save_arrays({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-    write_atomic(folder / f"{number:05d}.safetensors", data)
-    record = {"sha256": digest(data), "ids": id_hash, "rows": len(next(iter(arrays.values())))}
-    write_atomic(folder / f"{number:05d}.json", canonical(record).encode())
-
-
-def gather(parts: list[Arrays], order: np.ndarray) -> Arrays:
-    """Put the shards' columns back into the order of the ids."""
-    if not parts:
-        return {}
-    columns = {}
-    for name in parts[0]:
-        stacked = np.concatenate([part[name] for part in parts])
-        columns[name] = np.empty_like(stacked)
-        columns[name][order] = stacked
-    return columns
-
-
-def misfits(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Those of the recorded files that are missing or don't have their checksum."""
-    return [n for n, sha in files.items() if not (folder / n).is_file() or file_digest(folder / n) != sha]
 
 
 def diff_keys(old: Any, new: Any, prefix: str = "") -> list[str]:

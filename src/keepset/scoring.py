@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from keepset.errors import RecipeError, did_you_mean
+from keepset.files import digest
 from keepset.methods.bm25 import bm25
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
@@ -30,7 +31,6 @@ from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.recipe import MethodSpec
-from keepset.run import digest
 from keepset.scored import Scored, signed, task_parts
 from keepset.scoring_gradients import (
     score_datainf,

@@ -14,10 +14,11 @@ from keepset.cost import count_tokens, flops, trained_sides
 from keepset.counts import answer_alone
 from keepset.encoding import content_only
 from keepset.errors import RecipeError
+from keepset.files import digest, file_digest
 from keepset.kept_tokens import keep_tokens
 from keepset.methods.cross_fit import fold_of
 from keepset.recipe import TrainSpec
-from keepset.run import Arrays, digest, file_digest
+from keepset.shards import Arrays
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded

@@ -10,7 +10,8 @@ import numpy as np
 from keepset.adapters import attached
 from keepset.counts import gradient_passes, gradient_rows, pair_gradients
 from keepset.errors import RecipeError
-from keepset.run import Arrays, digest
+from keepset.files import digest
+from keepset.shards import Arrays
 from keepset.stages import VERSION, sweep_rows, warmup_checkpoints, weights_of
 from keepset.stored_gradients import stored_influence
 

@@ -13,9 +13,9 @@ from keepset.adapters import attached
 from keepset.cost import count_tokens, flops
 from keepset.counts import pair_gradients
 from keepset.errors import KeepsetError, RecipeError
+from keepset.files import digest, write_atomic
 from keepset.methods.in_run_shapley import in_run_shapley
 from keepset.methods.tmc_shapley import ShapleyEstimate, tmc_shapley
-from keepset.run import digest, write_atomic
 from keepset.stages import VERSION, id_order, warmup_checkpoints, weights_of
 
 if TYPE_CHECKING:

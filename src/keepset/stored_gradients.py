@@ -9,7 +9,8 @@ import numpy as np
 
 from keepset.cost import count_tokens, flops
 from keepset.counts import gradient_passes
-from keepset.run import Arrays, digest, plan_shards
+from keepset.files import digest
+from keepset.shards import Arrays, plan_shards
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
@@ -47,15 +48,9 @@ def stored_influence(
     Raises:
         PlanMismatch: the store was made with another model, checkpoint, template, map, size or other first rows.
     """
+    from keepset.features.gradient_store import GradientStore, build_store
     from keepset.features.influence import influence
-    from keepset.features.projection import (
-        GradientStore,
-        build_store,
-        dimension_for,
-        project_target,
-        store_error,
-        target_lengths,
-    )
+    from keepset.features.projection import dimension_for, project_target, store_error, target_lengths
 
     spec, budget = job.recipe.gradients, job.recipe.batching.token_budget
     last_layers = spec.last_layers

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
+from keepset.files import file_digest
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label, parse_budget
-from keepset.run import file_digest
 from keepset.scoring import METHODS
 from keepset.select import select
 from keepset.stability import COARSE_NOISE, NOISE, Stability, score_noise, stability

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from keepset.data.export import DIALECTS
+from keepset.files import write_atomic
 from keepset.gguf import DEMO_MODELS
-from keepset.run import write_atomic
 
 if TYPE_CHECKING:
     from keepset.job import Job

@@ -109,8 +109,24 @@ def means_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
              "metrics": {k: v["value"] for k, v in row["metrics"].items()}} for row in rows]  # fmt: skip
 
 
+def print_tasks(result: dict[str, Any], console: Console, metric: str = "accuracy.policy_mean") -> None:
+    """Print a metric of each task with its 95 % interval over items, where there are several tasks."""
+    summary, start = result["summary"], f"{metric}.of."
+    names = sorted({m for entry in summary for m in entry["metrics"] if m.startswith(start)})
+    if not names:
+        return
+    table = Table("trained on", *(n.removeprefix(start) for n in names), box=SIMPLE_HEAD, pad_edge=False)
+    for entry in summary:
+        found = [entry["metrics"].get(n) for n in names]
+        cells = ["–" if f is None else f"{f['value']:.2f} ({f['low']:.2f} to {f['high']:.2f})" for f in found]
+        table.add_row(entry["label"], *cells)
+    console.print(f"{metric} by task, 95 % interval over pairs:", highlight=False)
+    console.print(table)
+
+
 def print_verdict(result: dict[str, Any], console: Console) -> None:
-    """Print quality against cost, curves over budgets, and validation loss against performance."""
+    """Print accuracy by task, quality against cost, curves over budgets, and validation loss against performance."""
+    print_tasks(result, console)
     for metric, sign in qualities(result["summary"])[:2]:
         table = Table("trained on", "total FLOPs", "logged s", metric, "", box=SIMPLE_HEAD, pad_edge=False)
         for row in pareto(result["summary"], metric, sign):

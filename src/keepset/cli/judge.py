@@ -262,7 +262,7 @@ def read_outputs(path: Path) -> dict[str, str]:
 
 def write_lines(path: Path, rows: list[Any]) -> None:
     """Write JSON lines, whole or not at all."""
-    from keepset.run import write_atomic
+    from keepset.files import write_atomic
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from keepset.errors import DataError
-from keepset.run import write_atomic
+from keepset.files import write_atomic
 
 Message = Mapping[str, str]
 

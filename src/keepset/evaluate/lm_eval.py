@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keepset.run import write_atomic
+from keepset.files import write_atomic
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded

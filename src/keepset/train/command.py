@@ -17,9 +17,9 @@ from rich.console import Console
 
 from keepset.data import load_pool
 from keepset.errors import DataError, RecipeError, did_you_mean
+from keepset.files import canonical, write_atomic
 from keepset.job import encode_pool
 from keepset.recipe import DataSpec, LoraSpec, ModelSpec, TrainSpec
-from keepset.run import canonical, write_atomic
 from keepset.train.arguments import OURS
 
 if TYPE_CHECKING:

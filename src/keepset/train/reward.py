@@ -18,8 +18,8 @@ from keepset.errors import DataError, ModelError
 from keepset.evaluate.judge import reward_scores
 from keepset.evaluate.preference import correct, length_matched
 from keepset.evaluate.statistics import bootstrap_ci
+from keepset.files import write_atomic
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.run import write_atomic
 from keepset.train.sft import TrainResult, finished, plan_of, run_trainer, trainer_arguments
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepset.errors import DataError
+from keepset.files import canonical, digest, file_digest, misfits, write_atomic
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.run import canonical, digest, file_digest, misfits, write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,0 +1,59 @@
+"""Files that are whole or not there, and fingerprints of values and files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keepset.errors import KeepsetError
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the text that fingerprints are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of bytes, or of a value's canonical JSON."""
+    data = value if isinstance(value, bytes) else canonical(value).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is either the old one or wholly the new one, also after a power cut.
+
+    Raises:
+        KeepsetError: the disk is full, or the folder can't be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if part.is_symlink():  # left by other hands: opening it would write where it leads
+            part.unlink()
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise KeepsetError(f"{path}: can't be written: {error.strerror}; free or choose another --run_dir") from None
+
+
+def misfits(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """Those of the recorded files that are missing or don't have their checksum."""
+    return [n for n, sha in files.items() if not (folder / n).is_file() or file_digest(folder / n) != sha]
