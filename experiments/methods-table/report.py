@@ -77,7 +77,7 @@ def seconds_of(job: Job, spec: MethodSpec) -> float:
     work = selection_work(job, [spec])
     if not work:
         return sum(cpu(e) for e in entries if e["stage"] == f"score {spec.label}")
-    found = sum(passes(entries, w.logged) for w in work if w.logged)
+    found = passes(entries, [w.logged for w in work if w.logged])
     if "gradients" in METHODS[spec.name].needs:
         request = influence_request(spec.name, spec.options)
         found += sum(cpu(e) for e in entries if re.match(rf"target gradients at \S+ \({request.loss}\)", e["stage"]))
@@ -87,13 +87,13 @@ def seconds_of(job: Job, spec: MethodSpec) -> float:
     return found
 
 
-def passes(entries: list[dict[str, Any]], pattern: str) -> float:
-    """Processor seconds of the stages of a pattern, without what was logged inside a gradient pass."""
+def passes(entries: list[dict[str, Any]], patterns: list[str]) -> float:
+    """Processor seconds of the stages of some patterns, without what was logged inside a gradient pass."""
     total, inside = 0.0, 0.0
     for e in entries:  # what is nested ends, and is logged, first
         if e["stage"].startswith(NESTED):
             inside += cpu(e)
-        elif re.fullmatch(pattern, e["stage"]):
+        elif any(re.fullmatch(p, e["stage"]) for p in patterns):
             total += cpu(e) - (inside if e["stage"].startswith("gradients at ") else 0.0)
         if e["stage"].startswith("gradients at "):
             inside = 0.0

@@ -88,8 +88,8 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
         inner = ", ".join(m.label for m in content)
         found.append(forward(job, "losses without ends of turns", inner, rows, logged, times=2))
     if users("error-norms"):
-        # the stage is the base's losses, with another number for each token
-        found.append(forward(job, "error norms under the base", users("error-norms"), job.rows, r"losses \(base\)"))
+        norms = forward(job, "error norms under the base", users("error-norms"), job.rows, r"error norms \(base\)")
+        found.append(norms)
     if users("answers"):
         answers = [answer_alone(r) for r in job.rows]
         found.append(forward(job, "losses of answers alone", users("answers"), answers, r"losses \(answers alone\)"))

@@ -167,7 +167,8 @@ def loss_sweep(
 
     names = " and ".join(name.removeprefix("losses-") for name in stages)
     with attached(job.loaded.model, adapter) if adapter is not None else nullcontext(job.loaded.model) as model:
-        return sweep_rows(job, stages, f"losses ({names})", batch, each=True)
+        what = "error norms" if token_loss == "error-norm" else "losses"
+        return sweep_rows(job, stages, f"{what} ({names})", batch, each=True)
 
 
 def answer_losses(job: Job) -> Arrays:
