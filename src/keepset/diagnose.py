@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 NEAR_ZERO_SCORE = 0.01  # median |DavIR| below this: the reference moved nothing
 SKEWED_LENGTH = 2.0  # kept answers this many times longer, or shorter, than the pool's are told as a warning
 STRONG_LENGTH = 0.5  # |Spearman| with length from here on is told as a warning
+FOLLOWS_LENGTH = "hold the result against the `longest` control and read the length-matched figures"
+FLEES_LENGTH = (
+    "hold the result against the shortest rows of its size: add "
+    "`{name: length, label: shortest, options: {prefer: short}}` to `methods`"
+)
 NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
 STORE_AGREES = (
     0.9  # Spearman of a gradient store's cosines with the exact ones, below which ranks are not to be trusted
@@ -75,8 +80,8 @@ def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Find
         level = "warning" if abs(link.spearman) >= STRONG_LENGTH else "info"
         add("length-correlation", level, link.spearman,
             f"score and length: Spearman {link.spearman:+.2f}, Pearson {link.pearson:+.2f}",
-            "hold the result against the `longest` control and read the length-matched figures" if level == "warning"
-            else "no strong tie to length")  # fmt: skip
+            "no strong tie to length" if level == "info" else FOLLOWS_LENGTH if link.spearman > 0 else FLEES_LENGTH
+        )  # fmt: skip
     if {"loss_ini", "loss_ref"} <= set(scored.column_names):
         found += loss_findings(scored, label, n_tokens, folds)
     momentum = [name for name in scored.column_names if name.endswith(".momentum")]
