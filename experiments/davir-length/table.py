@@ -19,7 +19,7 @@ from keepset.methods.davir import davir, davir_ref, rho
 from keepset.run import Run
 from keepset.selection.ranking import rank_order
 
-LABELS = {"RHO sum": "rho-sum", "RHO mean": "rho-mean", "DavIR": "davir"}
+LABELS = {"RHO sum": "rho-sum", "RHO mean": "rho-mean", "DavIR": "davir", "DavIR, no end of turn": "davir-content"}
 
 
 def main() -> None:
@@ -35,6 +35,8 @@ def main() -> None:
         entry["gain_per_token"] = round(float((ini - ref).sum() / n.sum()), 4)
         entry["base_loss_per_token_with_length"] = round(correlations(ini / n, n).spearman, 3)
         for name, label in LABELS.items():
+            if not (run.path / f"scores/{label}.parquet").exists():
+                continue
             score = np.array(run.load_table(f"scores/{label}.parquet")["score"].to_pylist())
             link, order = correlations(score, n), rank_order(score, ids)
             kept = [round(float(n[order[: max(1, int(share * len(n)))]].mean()), 1) for share in (0.05, 0.1)]

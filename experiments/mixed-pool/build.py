@@ -1,7 +1,7 @@
 """Build what the mixed-pool comparison adds to experiments/methods-table: in-domain rows to hide, and held-out pairs.
 
-hidden: 15 rows each of SHP, Stack Exchange and HH (question and chosen answer, at most 128 tokens): 10 % of the pool
-that they make with the first 80 rows of each of methods-table's five files. eval: 12 pairs each (both sides at most 192
+hidden: 37 rows each of SHP, Stack Exchange and HH (question and chosen answer, at most 128 tokens): 10 % of the pool
+that they make with all rows of methods-table's five files. eval: 12 pairs each (both sides at most 192
 tokens), up to 9 of them length-matched. No question stands in two of target, hidden and eval. SHP comes from the ROSE
 paper's shots, HH from hh-rlhf's harmless-base test split (single-turn), Stack Exchange from the shots (eval) and from
 other sites' dumps (hidden; questions cut to 40 words, else too few would fit). Licences: as methods-table's; hh-rlhf
@@ -25,7 +25,7 @@ from keepset.evaluate.preference import length_matched
 from keepset.model import load_tokenizer
 from keepset.recipe import ModelSpec
 
-HIDDEN, EVAL, MATCHED = 15, 12, 9
+HIDDEN, EVAL, MATCHED = 37, 12, 9
 
 
 def load_table_module():
