@@ -137,6 +137,8 @@ def test_quotas_by_hand():
     assert numbers("equal") == [9, 8, 7, 1, 0]
     assert numbers("floor", quota_floor=0.4) == [9, 8, 7, 1, 0]
     assert numbers("floor", quota_floor=0.2) == [9, 8, 7, 6, 1]
+    assert numbers("floor", quota_floor=0.3) == [9, 8, 7, 1, 0]  # 1.5 rows: at least that, so two
+    assert numbers("floor", quota_floor=0.5) == [9, 8, 7, 1, 0]  # 2.5 and 2.5 would be six of five: two each are kept
     with pytest.raises(RecipeError, match="quota_floor 0.6 for 2 groups"):
         numbers("floor", quota_floor=0.6)
 

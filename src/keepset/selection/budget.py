@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -92,7 +93,10 @@ class Ledger:
                     f"quota_floor {floor:g} for {np.count_nonzero(sizes)} groups is more than the whole budget; "
                     f"at most {1 / np.count_nonzero(sizes):.3g}"
                 )
-            self.owed = np.minimum(int(floor * budget + 1e-9), sizes).tolist()
+            owed = np.minimum(math.ceil(floor * budget - 1e-9), sizes)  # at least that share
+            if owed.sum() > budget:  # rounded up, all of them don't fit
+                owed = np.minimum(int(floor * budget + 1e-9), sizes)
+            self.owed = owed.tolist()
         else:
             self.room = shares(sizes, budget, quota).tolist()
         self.owed_in_all = sum(self.owed)
