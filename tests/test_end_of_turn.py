@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from keepset.encoding import content_only
-from keepset.errors import RecipeError
+from keepset.encoding import Encoded, content_only
+from keepset.errors import DataError, RecipeError
 from keepset.job import Job
 from keepset.recipe import MethodSpec
 from keepset.scoring import score
@@ -30,6 +30,14 @@ def test_only_the_ends_of_turns_go(name):
     assert [names[t] for t in np.flatnonzero(gone)] == [end, end]
     assert end not in [names[t] for t in np.flatnonzero(less.supervised)]
     assert (less.input_ids == row.input_ids).all()
+
+
+def test_a_row_of_nothing_else_is_not_passed_over():
+    encoder = encoder_for("chatml")
+    end = Encoded(np.array([5, encoder.end_of_turn], dtype=np.int32), np.array([False, True]))
+    with pytest.raises(DataError, match="only supervised token ends its turn"):
+        content_only(end, encoder.end_of_turn)
+    assert content_only(end, None) is end  # a template that ends no turn
 
 
 def test_losses_are_those_of_one_row_at_a_time(model_folder, data, tmp_path):  # noqa: F811

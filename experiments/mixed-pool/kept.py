@@ -2,7 +2,7 @@
 
 python experiments/mixed-pool/kept.py --run runs/mixed-pool-hidden [--out results/kept.json]
 
-"without": the 20 best of the rows that aren't hidden, which is 5 % of the plain pool, by the same scores.
+A pool without hidden rows has no AUROC.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ def main() -> None:
     for name, subset in run.load_json("subsets.json").items():
         table = run.load_table(f"scores/{subset['label']}.parquet").to_pydict()
         found[name] = facts(table, set(subset["ids"]))
-    print("| | hidden of kept | AUROC | Spearman with length | kept | without |\n|---|---|---|---|---|---|")
+    print("| | hidden of kept | AUROC | Spearman with length | kept |\n|---|---|---|---|---|")
     for name, f in found.items():
-        kept, plain = (", ".join(f"{k} {n}" for k, n in f[which].items()) for which in ("kept", "without"))
-        print(f"| {name} | {f['kept'].get('hidden', 0)} of {sum(f['kept'].values())} | {f['auroc']:.3f} "
-              f"| {f['length']:+.2f} | {kept} | {plain} |")  # fmt: skip
+        kept = ", ".join(f"{k} {n}" for k, n in f["kept"].items())
+        auroc = "–" if f["auroc"] is None else f"{f['auroc']:.3f}"
+        total = sum(f["kept"].values())
+        print(f"| {name} | {f['kept'].get('hidden', 0)} of {total} | {auroc} | {f['length']:+.2f} | {kept} |")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -43,14 +44,12 @@ def facts(table: dict, kept: set[str]) -> dict:
     score = np.array([-np.inf if s is None else s for s in table["score"]])
     hidden, ranks = source == "hidden", rankdata(score)
     n = int(hidden.sum())
-    plain = np.flatnonzero(~hidden)
-    best = plain[np.argsort(-score[plain], kind="stable")[: len(plain) // 20]]
+    above = ranks[hidden].sum() - n * (n + 1) / 2  # pairs of a hidden and another row, the hidden one first
     return {
-        "auroc": float((ranks[hidden].sum() - n * (n + 1) / 2) / (n * len(plain))),
+        "auroc": float(above / (n * (len(source) - n))) if n else None,
         "length": float(spearmanr(ranks, table["n_tokens"]).statistic),
         "momentum": float(np.median(table["ckpt0.momentum"])) if "ckpt0.momentum" in table else None,
         "kept": dict(Counter(str(s) for s, i in zip(source, table["id"], strict=True) if i in kept).most_common()),
-        "without": dict(Counter(str(s) for s in source[best]).most_common()),
     }
 
 

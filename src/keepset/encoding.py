@@ -44,7 +44,7 @@ from typing import Any
 import numpy as np
 
 from keepset.bounded import Bounds, TookTooLong
-from keepset.errors import ModelError
+from keepset.errors import DataError, ModelError
 from keepset.recipe import ModelSpec
 
 PLAIN_TEMPLATE = (
@@ -103,9 +103,17 @@ class Encoded:
 
 
 def content_only(row: Encoded, end_of_turn: int | None) -> Encoded:
-    """The row without its end-of-turn tokens among the supervised ones; a row of nothing else stays as it is."""
-    supervised = row.supervised & (row.input_ids != end_of_turn) if end_of_turn is not None else row.supervised
-    return Encoded(row.input_ids, supervised, row.truncated) if supervised.any() else row
+    """The row without its end-of-turn tokens among the supervised ones.
+
+    Raises:
+        DataError: nothing else is supervised.
+    """
+    if end_of_turn is None:
+        return row
+    supervised = row.supervised & (row.input_ids != end_of_turn)
+    if not supervised.any():
+        raise DataError("a row's only supervised token ends its turn: leave it out, or drop `end_of_turn: false`")
+    return Encoded(row.input_ids, supervised, row.truncated)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ sketch and put back exactly, so that it costs no accuracy: with a⊥ = a − ⟨
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from keepset.errors import RecipeError
 from keepset.features.adam import AdamState, momentum_direction, parameter_map
 from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
-
-log = logging.getLogger(__name__)
 
 
 def dimension_for(error: float) -> int:
