@@ -5,9 +5,8 @@ Weights are read from safetensors only: a pickle (`.bin`, `.pt`) can run any pro
 has nothing else is refused. Code from a model's repository runs only with `trust_remote_code` and a pinned
 `model_revision`.
 
-Models are loaded with keepset's attention, which packs rows without padding and is transformers' `sdpa` for every other
-call (`keepset.attention`). An architecture it can't serve says so and takes padded batches: the same numbers, more
-slowly.
+Every model is checked against transformers' own forward pass before it is used (`keepset.features.checks`): rows run
+packed under keepset's attention where that gives the same numbers, else padded under the model's own, else not at all.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from keepset.recipe import LoraSpec, ModelSpec
 log = logging.getLogger(__name__)
 
 FUSED = {
-    "q_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv"),
-    "k_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv"),
-    "v_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv"),
-    "o_proj": ("attn.c_proj", "attention.dense", "self_attention.dense", "out_proj"),
+    "q_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "q_b_proj", "query"),
+    "k_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "kv_b_proj", "key"),
+    "v_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "kv_b_proj", "value"),
+    "o_proj": ("attn.c_proj", "attention.dense", "self_attention.dense", "out_proj", "attention.output.dense"),
 }
-"""What a LoRA target is called where Llama's name does not exist (GPT-2, Phi-3, GPT-NeoX, Falcon, MPT)."""
+"""What a LoRA target is called where Llama's name does not exist (GPT-2, Phi-3, GPT-NeoX, MPT, DeepSeek, BERT)."""
 
 
 @dataclass
@@ -117,7 +116,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
 def context_length(config: Any) -> int | None:
     """Return the longest input a model has positions for, if its config says so."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+    return int(length) if length and length > 0 else None
 
 
 class _one_line:
@@ -165,7 +164,8 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from keepset import attention, packing
+    from keepset import attention
+    from keepset.features.checks import check
 
     source = resolve(spec)
     tokenizer = load_tokenizer(spec)
@@ -176,27 +176,27 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
         "dtype": getattr(torch, spec.dtype),
         "use_safetensors": True,
     }
-    attn = spec.attn_implementation or attention.NAME
     with _one_line(source):
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attn, **options)
-        except (ValueError, ImportError):
-            if spec.attn_implementation is not None:
-                raise
-            # Loaded again below with the architecture's own default; if that fails too, its error is the one to show.
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, attn_implementation=spec.attn_implementation, **options
+        )
     model = model.to(device).eval()
-    fingerprint = [_fingerprint(source, model), spec.dtype]
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-        fingerprint.append(file_digest(Path(adapter) / "adapter_model.safetensors"))
-        fingerprint.append(file_digest(Path(adapter) / "adapter_config.json"))
-    if attn == attention.NAME and not packing.supports_packing(model) and not packing.probe(model):
+    if spec.attn_implementation is None and model._can_set_attn_implementation():
+        model.set_attn_implementation(attention.NAME)
+    engine = check(model)
+    if engine.apart == 0:
+        log.warning("%s: rows run one at a time, since others in a batch would change their numbers", source)
+    elif not engine.packed and spec.attn_implementation is None:
         log.warning(
             "%s (%s) can't be run packed: padded batches instead, the same numbers more slowly",
             spec.model_name_or_path,
             model.config.model_type,
         )
+    fingerprint = [_fingerprint(source, model), spec.dtype]
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+        fingerprint.append(file_digest(Path(adapter) / "adapter_model.safetensors"))
+        fingerprint.append(file_digest(Path(adapter) / "adapter_config.json"))
     digest = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
     return Loaded(model, tokenizer, Encoder(tokenizer, spec), spec, digest)
 
