@@ -121,6 +121,8 @@ class Job:
             DataError: no row is usable.
             RecipeError: a section trains on pairs and the pool has none.
         """
+        from keepset.encoding import what_is_lost
+
         for name in ("train", "reference", "warmup"):
             loss = getattr(self.recipe, name).loss
             if loss != "sft" and not self.pool.has_pairs:
@@ -131,6 +133,8 @@ class Job:
         cut = sum(any(side.truncated for side in rows[i] or ()) for i in usable)
         note = f", {cut} of them cut at max_length {self.recipe.model.max_length}" if cut else ""
         self.say(f"tokens: {len(rows)} rows = {len(usable)} usable + {len(refused)} quarantined{note}")
+        for line in what_is_lost(side for i in usable for side in rows[i] or ()):
+            self.say(line)
         if refused and self.recipe.strict:
             first = self.refusal(*refused[0])
             raise DataError(f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}")
