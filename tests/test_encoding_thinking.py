@@ -85,7 +85,7 @@ def test_how_many_rows_lose_what_is_counted() -> None:
     encoder = encoder_for(REWRITES)
     rows, refused = encode_all(encoder, [talk("a", THOUGHT), *[talk("a", THOUGHT, "b", "c")] * 2, talk("a", "b")])
     assert not refused
-    told = "2 rows: the chat template drops the thinking of earlier answers; what it leaves is supervised"
+    told = "2 rows: the chat template drops text (thinking) of earlier answers; what it leaves is supervised"
     assert what_is_lost(rows) == [told]  # type: ignore[arg-type]
     rows, _ = encode_all(encoder_for(CUTS), [talk("a", THOUGHT, "b", "c"), talk("a", THOUGHT)])
     assert [line.split(":")[0] for line in what_is_lost(rows)] == ["1 rows", "1 rows"]  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ the line break after the end of turn or before the answer, which ours leaves out
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tokenizers import AddedToken
 from conftest import tiny_tokenizer
 from keepset.encoding import Encoder, RowRefused, content_only
 from keepset.recipe import ModelSpec
-from keepset.template import _on_a_fixed_date
+from keepset.template import clock
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(f.stem for f in FOLDER.glob("*.jinja") if not f.stem.endswith("_training"))
@@ -73,7 +74,7 @@ def ours(encoder: Encoder, messages: list[dict[str, str]]) -> list[str]:
 
 def theirs(name: str, encoder: Encoder, messages: list[dict[str, str]]) -> list[str]:
     source = (FOLDER / f"{TWIN[name]}.jinja").read_text(encoding="utf-8")
-    with _on_a_fixed_date(source):
+    with clock(source, datetime(2024, 7, 26).strftime):
         out = encoder.tokenizer.apply_chat_template(
             messages, chat_template=source, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -161,3 +162,12 @@ def test_a_tool_turn_ends_an_answer_too() -> None:
     first, second = ours(encoder_for("glm4moe"), messages)
     assert first.endswith("Let me see.\n<|observation|>") or first.endswith("Let me see.<|observation|>")
     assert second.endswith("Four.")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gemma4")])
+def test_thinking_between_other_tokens(name: str) -> None:
+    """Gemma 4 takes its own channel out of every answer, wherever it stands."""
+    encoder = encoder_for(name)
+    messages = talk("Name a fish.", "It is <|channel>thought\nIt swims.\n<channel|>Trout.")
+    assert ours(encoder, messages) == ["It is Trout.<turn|>"]
+    assert encoder.encode(messages).lost == "last" and encoder.encode(TALKS["two"]).lost == ""

@@ -103,7 +103,7 @@ def what_is_lost(rows: Iterable[Encoded]) -> list[str]:
     found: Counter[str] = Counter(row.lost for row in rows)
     names = {"earlier": "earlier answers", "last": "the last answer"}
     return [
-        f"{found[kind]} rows: the chat template drops the thinking of {name}; what it leaves is supervised"
+        f"{found[kind]} rows: the chat template drops text (thinking) of {name}; what it leaves is supervised"
         for kind, name in names.items()
         if found[kind]
     ]
@@ -169,8 +169,8 @@ class Encoder:
         backend.no_truncation()
         backend.no_padding()
         options = [self.template, DATE, self.spec.supervise, self.max_length, self.spec.overlong, self._adds_bos, 1]
-        other = any(word in self.template for word in ("strftime_now", "split("))
-        if other or self._turns.header or len(self._turns.ends) != 1:
+        turns = self._turns
+        if turns.dissects or turns.header or len(turns.ends) != 1 or turns.tells_date:
             options.append(2)  # earlier versions gave other dates, refusals or masks
         digest = hashlib.sha256(json.dumps(options).encode())
         digest.update(backend.to_str().encode())

@@ -252,7 +252,7 @@ def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -
     Raises:
         DataError: none is left.
     """
-    from keepset.encoding import RowRefused
+    from keepset.encoding import RowRefused, what_is_lost
 
     pairs: list[Pair] = []
     kept = []
@@ -268,4 +268,6 @@ def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -
             say(f"quarantined {place['file']}:{place['line']}: {refused.reason}: {refused.detail}")
     if not pairs:
         raise DataError("no usable row in the target; raise model.max_length or set model.overlong: truncate")
+    for line in what_is_lost(side for pair in pairs for side in pair if side is not None):
+        say(f"target: {line}")
     return pairs, np.array(kept)

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -74,7 +74,17 @@ Place = tuple[int, int, int]
 
 
 class Template:
-    """One chat template with one tokenizer."""
+    """One chat template with one tokenizer.
+
+    Attributes:
+        control: finds the control tokens.
+        own, own_tags: the answers' own tags, and what finds them.
+        dissects: whether the template may take an answer apart.
+        tells_date: whether it has asked for the date.
+        header: the end of an answer's header, where something is written between it and the answer.
+        ends: the text of the first, the first two, ... tokens that end the last turn.
+        closers: tokens that may end an earlier turn where `ends` is not found.
+    """
 
     def __init__(self, source: str, tokenizer: Any, *, start: str) -> None:
         """Render the probes.
@@ -90,11 +100,13 @@ class Template:
         self.source, self.tokenizer, self.start = source, tokenizer, start
         self._skeletons: dict[tuple[str, ...], tuple[list[str], list[int]] | None] = {}
         self._stopped = 0
+        self.tells_date = False
         with LIMITS.watched():
             self._probes = [s for r in (QUESTION, ("system", *QUESTION)) if (s := self.skeleton(r)) is not None]
             if self._stopped:  # on a few words: there is no row that it would serve
                 raise ModelError("the chat template takes too much time or memory; refused")
             self.own = self._own_tags()
+            self.dissects = bool(self.own or re.search(r"(split|partition|find|\.r?index)\(", source))
             # Not every special token (Gemma has 6,249, `<mask>` among them) and not only special ones (a template may
             # write any added token).
             always = {t for t in (tokenizer.bos_token, tokenizer.eos_token) if t}
@@ -115,7 +127,7 @@ class Template:
         """
         size = sum(len(m["content"]) for m in messages)
         try:
-            with LIMITS.piece(), _on_a_fixed_date(self.source):
+            with LIMITS.piece(), self._fixed_date() if "strftime_now" in self.source else nullcontext():
                 text = self.tokenizer.apply_chat_template(
                     list(messages),
                     chat_template=self.source,
@@ -138,6 +150,13 @@ class Template:
         if len(text) > 8 * size + MAX_OUTPUT:
             raise RowRefused("template-refused", f"the chat template turned {size} characters into {len(text)}")
         return str(text)
+
+    def _fixed_date(self) -> AbstractContextManager[None]:
+        def strftime_now(form: str) -> str:
+            self.tells_date = True
+            return datetime.strptime(DATE, "%d %b %Y").strftime(form)
+
+        return clock(self.source, strftime_now)
 
     def skeleton(self, roles: tuple[str, ...]) -> tuple[list[str], list[int]] | None:
         """Return the literals and, between each two of them, which message stands there; None: the template refuses."""
@@ -258,18 +277,16 @@ class Template:
         Raises:
             RowRefused: template-refused: a place can't be found for certain.
         """
-        contents = [m["content"] for m in messages]
         skeleton = self.skeleton(tuple(m["role"] for m in messages))
-        found = None
-        if skeleton is not None:
-            found = _walk(text, contents, *skeleton)
+        found = None if skeleton is None else _walk(text, [m["content"] for m in messages], *skeleton)
+        if found is None and skeleton is not None and self.dissects:
+            found = self._walk_turns(text, messages, *skeleton)
         found = found or self._walk_marked(text, messages)
-        if found is not None:
-            return found, []
-        turns = None if skeleton is None else self._walk_turns(text, messages, *skeleton)
-        if turns is None:
+        if found is None:
             raise RowRefused("template-refused", "the chat template changes the messages' text: no span can be found")
-        return turns
+        answers = [(i, text[a:b], messages[i]["content"]) for i, a, b in found if messages[i]["role"] == "assistant"]
+        changed = [(i, left, whole) for i, left, whole in answers if left.strip() != whole.strip()]
+        return found, [i for i, left, whole in changed if self._bare(left) != self._bare(whole)]
 
     def _walk_marked(self, text: str, messages: Sequence[Mapping[str, Any]]) -> list[Place] | None:
         """Find contents whose text steers the template: render them between markers and take the markers out again."""
@@ -293,7 +310,7 @@ class Template:
 
     def _walk_turns(
         self, text: str, messages: Sequence[Mapping[str, Any]], literals: list[str], order: list[int]
-    ) -> tuple[list[Place], list[int]] | None:
+    ) -> list[Place] | None:
         """Find answers that the template takes apart by the control tokens around them.
 
         No content holds a control token, so those of the rendering are the template's, and must be the skeleton's.
@@ -306,7 +323,7 @@ class Template:
         given = between.split(text)
         if wanted[1::2] != given[1::2]:
             return None
-        places, lost, at = [], [], 0
+        places, at = [], 0
         for want, have in zip(wanted, given, strict=True):
             before, *rest = re.split("\ue000(\\d+)\ue001", want)
             if not rest:
@@ -328,12 +345,11 @@ class Template:
                     same = len(os.path.commonprefix([left, whole]))
                     if len(left) > len(whole) or not whole.endswith(left[same:]):
                         return None
-                    lost += [i] if left != whole else []
                 elif body not in _variants(content):
                     return None
                 places.append((i, at + start, at + end))
             at += len(have)
-        return places, lost
+        return places
 
     def _bare(self, text: str) -> str:
         return "".join(self.own_tags.sub("", text).split())
@@ -369,13 +385,13 @@ def _walk(text: str, contents: Sequence[str], literals: list[str], order: list[i
 
 
 @contextmanager
-def _on_a_fixed_date(source: str) -> Iterator[None]:
-    """Let the template's `strftime_now` tell `DATE`; transformers hands it over as a global of its environment."""
+def clock(source: str, strftime_now: Callable[[str], str]) -> Iterator[None]:
+    """Put a template's clock in place of transformers', which hands it over as a global of the Jinja environment."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     names = _compile_jinja_template(source).environment.globals
     before = names["strftime_now"]
-    names["strftime_now"] = datetime.strptime(DATE, "%d %b %Y").strftime
+    names["strftime_now"] = strftime_now
     try:
         yield
     finally:
