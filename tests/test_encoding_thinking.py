@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import io
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
+from rich.console import Console
+
 from conftest import CHATML, tiny_tokenizer
 from keepset.encoding import Encoder, RowRefused, encode_all, what_is_lost
+from keepset.evaluate.generate import prompt_ids
+from keepset.inspect_ import inspect_data, print_inspection
 from keepset.recipe import ModelSpec
 
 END = "<|im_end|>\n"
@@ -149,3 +155,31 @@ def test_keys_stay_where_masks_did() -> None:
         assert kept.fingerprint == before(kept)
     for changed in (REWRITES, CUTS, CHATML + "{{ strftime_now('%Y') }}", CHATML.replace("'<|im_end|>' +", "")):
         assert encoder_for(changed).fingerprint != before(encoder_for(changed))
+
+
+def test_inspect_says_what_the_template_drops(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    encoder_for(CUTS).tokenizer.save_pretrained(tmp_path / "model")
+    LlamaConfig(vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
+        tmp_path / "model"
+    )
+    (tmp_path / "model/model.safetensors").touch()  # only the tokenizer is read
+    pool = tmp_path / "pool.jsonl"
+    rows = [talk("a", THOUGHT), talk("b", "It is 6.")]
+    pool.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    facts = inspect_data(pool, model=ModelSpec(model_name_or_path=str(tmp_path / "model")))
+    told = "1 rows: the chat template drops text (thinking) of the last answer; what it leaves is supervised"
+    assert facts["drops"] == [told] and not facts["reasons"]
+    console = Console(file=io.StringIO(), width=200)
+    print_inspection(facts, console)
+    assert told in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_prompts_for_generation_end_where_the_answer_begins() -> None:
+    encoder = encoder_for(REWRITES)
+    ids, end = prompt_ids(encoder, talk("hi"))
+    assert encoder.tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert end == encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    twice = CHATML.replace("'<|im_end|>' +", "'<|im_end|><|endoftext|>' +")  # the first of them stops it
+    assert prompt_ids(encoder_for(twice), talk("hi"))[1] == end
