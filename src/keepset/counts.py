@@ -83,8 +83,8 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
     if whole:
         found.append(forward(job, "losses under the base", whole, job.rows, r"losses \(base( and reference)?\)"))
     if content:
-        end, logged = job.loaded.encoder.end_of_turn, r"losses \((base-content and )?reference-content\)"
-        rows = [content_only(r, end) for r in job.rows]
+        logged = r"losses \((base-content and )?reference-content\)"
+        rows = [content_only(r) for r in job.rows]
         inner = ", ".join(m.label for m in content)
         found.append(forward(job, "losses without ends of turns", inner, rows, logged, times=2))
     if users("error-norms"):

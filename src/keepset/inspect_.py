@@ -53,8 +53,8 @@ def inspect_data(
 
     Returns:
         JSON-ready facts: `format`, `container`, `columns`, `rows_in` = `rows` + `quarantined`, `duplicates`,
-        `near_duplicates`, `reasons`, `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`, `examples`,
-        `leakage`, `advice`.
+        `near_duplicates`, `reasons`, `drops` (lines: the thinking that the model's template drops), `roles`, `sources`,
+        `lengths` (unit, quantiles, histogram), `pairs`, `examples`, `leakage`, `advice`.
 
     Raises:
         DataError: a file that is refused as a whole.
@@ -64,7 +64,7 @@ def inspect_data(
     pool = load_pool(spec, allow_empty=True)
     messages = list(pool.all_messages())
     texts = [answer_text(row) for row in messages]
-    encoder, encoded, refused = encode(model, messages) if model is not None else (None, None, [])
+    encoder, encoded, refused, drops = encode(model, messages) if model is not None else (None, None, [], [])
     counts = [len(text.split()) for text in texts] if encoded is None else [n for n in encoded if n]
     facts: dict[str, Any] = {
         "path": spec.path,
@@ -77,6 +77,7 @@ def inspect_data(
         "duplicates": pool.duplicates,
         "near_duplicates": near_copies([whole_text(row) for row in messages], near_threshold),
         "reasons": reasons(pool.quarantine, refused, pool),
+        "drops": drops,
         "roles": dict(Counter(" ".join(m["role"] for m in row[:6]) for row in messages).most_common(6)),
         "sources": dict(Counter(str(s) for s in pool.sources()).most_common(12)),
         "categories": dict(Counter(str(c) for c in pool.categories() if c is not None).most_common(12)),
@@ -103,14 +104,17 @@ def whole_text(messages: list[Message]) -> str:
     return "\n".join(m["content"] for m in messages if m["role"] != "system")
 
 
-def encode(model: ModelSpec, messages: list[list[Message]]) -> tuple[Encoder, list[int], list[tuple[int, str, str]]]:
-    """The encoder, each row's supervised tokens (0 where refused) and the refusals (index, reason, detail)."""
-    from keepset.encoding import Encoder, encode_all
+def encode(
+    model: ModelSpec, messages: list[list[Message]]
+) -> tuple[Encoder, list[int], list[tuple[int, str, str]], list[str]]:
+    """The encoder, each row's supervised tokens (0: refused), refusals (index, reason, detail), dropped thinking."""
+    from keepset.encoding import Encoder, encode_all, what_is_lost
     from keepset.model import load_tokenizer
 
     encoder = Encoder(load_tokenizer(model), model)
     rows, refused = encode_all(encoder, messages)
-    return encoder, [0 if row is None else int(row.supervised.sum()) for row in rows], refused
+    drops = what_is_lost(row for row in rows if row is not None)
+    return encoder, [0 if row is None else int(row.supervised.sum()) for row in rows], refused, drops
 
 
 def reasons(quarantine: Sequence[Quarantined], refused: list[tuple[int, str, str]], pool: Pool) -> list[dict[str, Any]]:

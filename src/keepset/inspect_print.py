@@ -34,6 +34,8 @@ def print_inspection(facts: dict[str, Any], console: Console) -> None:
         console.print(f"pairs: {p['pairs']} in {len(p['tasks'])} tasks ({tasks}){told}", highlight=False, markup=False)
     print_lengths(facts["lengths"], console)
     print_reasons(facts["reasons"], console)
+    for line in facts["drops"]:
+        console.print(line, highlight=False)
     for leak in facts["leakage"]:
         found = ", ".join(f"{kind} {n}" for kind, n in leak["exact"].items()) or "none"
         console.print(f"in the {leak['against']} as well ({leak['path']}): exact {found}; near {leak['near']}",

@@ -121,6 +121,8 @@ class Job:
             DataError: no row is usable.
             RecipeError: a section trains on pairs and the pool has none.
         """
+        from keepset.encoding import what_is_lost
+
         for name in ("train", "reference", "warmup"):
             loss = getattr(self.recipe, name).loss
             if loss != "sft" and not self.pool.has_pairs:
@@ -131,6 +133,8 @@ class Job:
         cut = sum(any(side.truncated for side in rows[i] or ()) for i in usable)
         note = f", {cut} of them cut at max_length {self.recipe.model.max_length}" if cut else ""
         self.say(f"tokens: {len(rows)} rows = {len(usable)} usable + {len(refused)} quarantined{note}")
+        for line in what_is_lost(side for i in usable for side in rows[i] or ()):
+            self.say(line)
         if refused and self.recipe.strict:
             first = self.refusal(*refused[0])
             raise DataError(f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}")
@@ -248,7 +252,7 @@ def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -
     Raises:
         DataError: none is left.
     """
-    from keepset.encoding import RowRefused
+    from keepset.encoding import RowRefused, what_is_lost
 
     pairs: list[Pair] = []
     kept = []
@@ -264,4 +268,6 @@ def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -
             say(f"quarantined {place['file']}:{place['line']}: {refused.reason}: {refused.detail}")
     if not pairs:
         raise DataError("no usable row in the target; raise model.max_length or set model.overlong: truncate")
+    for line in what_is_lost(side for pair in pairs for side in pair if side is not None):
+        say(f"target: {line}")
     return pairs, np.array(kept)

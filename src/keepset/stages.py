@@ -308,7 +308,7 @@ class SubJob:
         self.job = job
         self.rows = [job.sides[1][i][side] for i in indices]
         if not end_of_turn:
-            self.rows = [content_only(row, job.loaded.encoder.end_of_turn) for row in self.rows]
+            self.rows = [content_only(row) for row in self.rows]
         self.ids = job.ids[indices]
 
     def __getattr__(self, name: str) -> Any:
