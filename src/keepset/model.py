@@ -35,6 +35,10 @@ FUSED = {
 """What a LoRA target is called where Llama's name does not exist (GPT-2, Phi-3, GPT-NeoX, MPT, DeepSeek, BERT)."""
 
 
+_ENGINES: dict[tuple[Any, ...], Any] = {}
+"""What the check of a model found in this process: the same weights are not checked twice."""
+
+
 @dataclass
 class Loaded:
     """A model ready to score.
@@ -181,9 +185,11 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
             source, attn_implementation=spec.attn_implementation, **options
         )
     model = model.to(device).eval()
+    fingerprint = [_fingerprint(source, model), spec.dtype]
+    checked = (*fingerprint, device, spec.attn_implementation)
     if spec.attn_implementation is None and model._can_set_attn_implementation():
         model.set_attn_implementation(attention.NAME)
-    engine = check(model)
+    engine = _ENGINES[checked] = check(model, _ENGINES.get(checked))
     if engine.apart == 0:
         log.warning("%s: rows run one at a time, since others in a batch would change their numbers", source)
     elif not engine.packed and spec.attn_implementation is None:
@@ -192,7 +198,6 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
             spec.model_name_or_path,
             model.config.model_type,
         )
-    fingerprint = [_fingerprint(source, model), spec.dtype]
     if adapter is not None:
         model = load_adapter(model, adapter)
         fingerprint.append(file_digest(Path(adapter) / "adapter_model.safetensors"))

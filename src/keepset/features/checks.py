@@ -38,6 +38,9 @@ from keepset.packing import Engine
 
 log = logging.getLogger(__name__)
 
+SHARING = 4
+"""So many probes share a beginning: enough for keepset to run it once."""
+
 LONGEST_PROBE = 128
 SHORT_SIGHT = re.compile("window|chunk|topk|budget|block|span|kernel")
 """Configuration values of these names, up to `LONGEST_PROBE`, get longer probes: what a token sees may end there."""
@@ -74,30 +77,35 @@ def probes(model: Any, seed: int = 0) -> list[Probe]:
     reach = [
         v for k, v in config.to_dict().items() if type(v) is int and SHORT_SIGHT.search(k) and 0 < v <= LONGEST_PROBE
     ]
-    long = max([16, *(v + 9 for v in reach)])
+    long = max([8, *(v + 9 for v in reach)])
     context = getattr(config, "max_position_embeddings", None)
-    long = min(long, context - 4) if type(context) is int and context > 16 else long
+    long = min(long, context - 4) if type(context) is int and context > 12 else long
     common = rng.choice(words, 9)
-    own = [rng.choice(words, n) for n in (4, 7, 3, 4)]
+    own = [rng.choice(words, n) for n in (2, 4, 3, 2)]
     rows = [Probe(np.concatenate([common, x]), len(common)) for x in own]
     # Two long rows: beyond the windows, and one of them padded to the other's length.
-    return [*rows, *(Probe(rng.choice(words, n)) for n in (long + 4, 5, long))]
+    return [*rows, *(Probe(rng.choice(words, n)) for n in (long + 4, 4, long))]
 
 
-def check(model: Any) -> Engine:
+def check(model: Any, known: Engine | None = None) -> Engine:
     """Find out how a model's rows are to be run, note it on the model and return it.
 
     Args:
         model: a causal LM or a PeftModel around one; where its attention is set to keepset's and that does not give the
             model's own numbers, transformers' default is set again.
+        known: what was found for the same weights before; it is noted on the model, and nothing is run.
 
     Raises:
         ModelError: nothing that keepset can do gives transformers' own losses.
     """
     inner = packing.bare(model)
-    training = inner.training
+    training, wanted = inner.training, inner.config._attn_implementation
+    if known is not None:
+        if wanted == attention.NAME and not known.packed:
+            inner.set_attn_implementation(inner.get_correct_attn_implementation(None))
+        inner.keepset_engine = known
+        return known
     inner.eval()
-    wanted = inner.config._attn_implementation
     try:
         with torch.no_grad(), _own_attention(inner):
             rows = probes(inner)
@@ -143,27 +151,22 @@ class _Truth:
             )
             for name in self.states
         ]
-        self.nll, self.scale = [], 1.0
+        self.nll, self.scale, beginnings = [], 1.0, []
         try:
             for row in rows:
                 logits = _logits(inner, row.input_ids)
                 labels = torch.as_tensor(row.input_ids, device=logits.device)[1:, None]
                 nll = -logits[:-1].log_softmax(-1).gather(1, labels)[:, 0]
                 self.nll.append(nll[torch.as_tensor(row.supervised[1:], device=nll.device)])
+                beginnings.append(logits[: row.prompt])
                 self.scale = max(self.scale, float(logits.abs().max()))
             if not all(bool(torch.isfinite(x).all()) for x in self.nll):
                 raise ModelError(f"{_name(inner)}: the model's losses are not finite; try dtype: float32")
-            short = rows[-2].input_ids
-            other = short.copy()
-            other[-1] = rows[-1].input_ids[0] if rows[-1].input_ids[0] != short[-1] else rows[-1].input_ids[1]
-            kept = {name: len(x) for name, x in self.states.items()}
-            before, after = (_logits(inner, ids)[:-1] for ids in (short, other))
-            for name, n in kept.items():
-                del self.states[name][n:]
         finally:
             for hook in hooks:
                 hook.remove()
-        if not _close(before, after, tolerance(inner.dtype)):
+        # Rows that share a beginning: what follows must not change it.
+        if not all(_close(other, beginnings[0], tolerance(inner.dtype)) for other in beginnings[1:SHARING]):
             raise ModelError(
                 f"{_name(inner)}: a token's logits depend on the tokens after it, so this is no causal language model"
                 " (BERT and its kin need is_decoder: true in config.json)"
@@ -279,10 +282,11 @@ def _error(model: Any, engine: Engine, rows: list[Probe], truth: _Truth) -> floa
             losses = torch.from_numpy(np.concatenate(made.token_nll[0]))
             worst = _off(losses, torch.cat(truth.nll).cpu(), share)
             for packed in {engine.packed, False}:
-                batch = packing.pack(rows, np.arange(len(rows)), packed=packed, device=inner.device)
+                some = rows[SHARING:]
+                batch = packing.pack(some, np.arange(len(some)), packed=packed, device=inner.device)
                 flat = packing.last_hidden(model, batch)
                 got = torch.cat([flat[o : o + n] for o, n in zip(batch.offsets, batch.lengths, strict=True)])
-                want = torch.cat(truth.states[engine.decoder])
+                want = torch.cat(truth.states[engine.decoder][SHARING:])
                 size = float(want.float().pow(2).mean().sqrt())  # hidden states have no scale of their own
                 worst = max(worst, _off(got / size, want / size, 4 * tolerance(inner.dtype)))
         if engine.packed and not _windows_agree(inner, windows):
