@@ -34,7 +34,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -142,7 +142,7 @@ class Encoder:
 
         Raises:
             ModelError: a slow tokenizer, a template file that can't be read, a plain template without an EOS token,
-                a template that takes too long.
+                a template that takes too long, or that writes a token beyond the model's embedding.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError("the tokenizer gives no character offsets (a slow one); convert it to a fast tokenizer")
@@ -167,8 +167,16 @@ class Encoder:
             if token:
                 control[token] = tokenizer.convert_tokens_to_ids(token)
         self._control_ids = frozenset(control.values())
+        self._check_vocabulary(sorted(self._control_ids), ModelError)
         self._control = re.compile("|".join(re.escape(t) for t in sorted(control, key=len, reverse=True)) or r"(?!)")
         self.end_of_turn = self._find_end_of_turn()
+
+    def _check_vocabulary(self, ids: Any, refuse: Callable[[str], Exception]) -> None:
+        """Raise `refuse(why)` if an id has no row in the model's embedding (`keepset_vocabulary`)."""
+        size = getattr(self.tokenizer, "keepset_vocabulary", None)
+        if size is not None and len(ids) and (most := int(np.max(ids))) >= size:
+            word = self.tokenizer.convert_ids_to_tokens(most)
+            raise refuse(f"{word!r} is token {most} of the tokenizer's {len(self.tokenizer)}; the embedding has {size}")
 
     def _read_template(self) -> str:
         chosen, own = self.spec.chat_template, self.tokenizer.chat_template
@@ -354,6 +362,7 @@ class Encoder:
             if self.spec.overlong == "quarantine":
                 raise RowRefused("over-long", f"{n} tokens, max_length is {self.max_length}")
             input_ids, supervised, truncated = input_ids[: self.max_length], supervised[: self.max_length], True
+        self._check_vocabulary(input_ids, lambda why: RowRefused("token-beyond-embedding", why))
         if not supervised.any():
             after = f" in the first {self.max_length} tokens" if truncated else ""
             raise RowRefused("no-supervised-token", f"no supervised token{after}")
