@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +17,9 @@ from keepset.errors import RecipeError
 from keepset.files import digest, file_digest
 from keepset.kept_tokens import keep_tokens
 from keepset.methods.cross_fit import fold_of
-from keepset.recipe import ModelSpec, TrainSpec
+from keepset.recipe import TrainSpec
 from keepset.shards import Arrays
+from keepset.weights import config_digests, fingerprint, weight_files
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from keepset.job import Job
     from keepset.train.fit import Sides
     from keepset.train.warmup import Checkpoint
-
-NOT_OF_THE_WEIGHTS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "_name_or_path",
-                      "transformers_version")  # fmt: skip
 
 VERSION = 1  # of the numbers: raise it when a change of code changes them
 
@@ -213,7 +210,7 @@ def full_reference_losses(
     shard_rows = job.recipe.batching.shard_rows
     if job.run.complete(name, key, job.ids, shard_rows):
         return job.run.sweep(stages, job.ids, lambda i, m: {}, shard_rows=shard_rows)
-    model = load(named(job, path)).model
+    model = load(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})).model
     budget = job.recipe.batching.token_budget
 
     def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
@@ -271,60 +268,35 @@ def train_rows(
 
 
 def reference_model(job: Job) -> tuple[Path, str, bool]:
-    """DavIR's reference: its folder, its fingerprint, and whether it is a full model rather than an adapter."""
+    """DavIR's reference: its folder, its fingerprint, and whether it is a full model rather than an adapter.
+
+    Raises:
+        ModelError: an existing one that reads other tokens than the scored model.
+    """
+    from keepset.model import adapter_tokenizer, load_tokenizer, resolve
+    from keepset.model_kind import check_same_tokens
+
     spec = job.recipe.reference
     if spec.path:
         path = Path(spec.path)
-        full = not (path / "adapter_config.json").exists() or (path / "config.json").exists()
-        check_tokens(job, path, full)
-        return path, digest([spec.path, *model_made_of(job, path)] if full else [spec.path, *weights_of(path)]), full
+        full = not (path / "adapter_config.json").exists() or bool(weight_files(path))
+        model = job.recipe.model.model_copy(update={"model_name_or_path": str(path)})
+        other = load_tokenizer(model) if full else adapter_tokenizer(path)
+        check_same_tokens(job.encoder.tokenizer, other, spec.path)
+        made = (
+            [fingerprint(resolve(model), model.model_revision, code=model.trust_remote_code)]
+            if full
+            else weights_of(path)
+        )
+        return path, digest([spec.path, *made]), full
     train_rows(job, "models/reference", job.sides[1], job.ids, spec, job.recipe.seed)
     path = job.run.path / "models/reference"
     return path, digest(weights_of(path)), spec.full
 
 
-def check_tokens(job: Job, path: Path, full: bool) -> None:
-    """Refuse a model from elsewhere that reads other tokens than the scored one; an adapter's tokenizer may be absent.
-
-    Raises:
-        ModelError: the two tokenizers differ, or the model's embedding is smaller.
-    """
-    from keepset.model import adapter_tokenizer, load_tokenizer
-    from keepset.model_kind import check_same_tokens
-
-    other = load_tokenizer(named(job, path)) if full else adapter_tokenizer(path)
-    if other is not None:
-        check_same_tokens(job.encoder.tokenizer, other, str(path))
-
-
-def named(job: Job, path: Path) -> ModelSpec:
-    """The recipe's model section with another model in it."""
-    return job.recipe.model.model_copy(update={"model_name_or_path": str(path)})
-
-
-def model_made_of(job: Job, path: Path) -> list[str]:
-    """What a full reference is, wherever it lies."""
-    from keepset.model import resolve
-    from keepset.weights import fingerprint
-
-    spec = named(job, path)
-    return [fingerprint(resolve(spec), spec.model_revision, code=spec.trust_remote_code)]
-
-
 def weights_of(path: Path) -> list[str]:
     """Checksums of a folder's safetensors files and of what its config says, whichever folder its base lies in."""
-    return [*(file_digest(p) for p in sorted(path.glob("*.safetensors"))), *configs_of(path)]
-
-
-def configs_of(path: Path) -> list[str]:
-    """Checksums of adapter_config.json or config.json; PEFT writes sets as lists, in any order."""
-    found = []
-    for file in (path / "adapter_config.json", path / "config.json"):
-        if file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
-            kept = {k: v for k, v in config.items() if k not in NOT_OF_THE_WEIGHTS}
-            found.append(digest({k: sorted(v, key=str) if isinstance(v, list) else v for k, v in kept.items()}))
-    return found
+    return [*(file_digest(p) for p in sorted(path.glob("*.safetensors"))), *config_digests(path)]
 
 
 def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
@@ -362,13 +334,15 @@ class SubJob:
 
 def warmup_checkpoints(job: Job) -> list[Checkpoint]:
     """The warm-up run's checkpoints, trained once and then reused."""
+    from keepset.model import adapter_tokenizer
+    from keepset.model_kind import check_same_tokens
     from keepset.train.warmup import list_checkpoints, pick_subset, warmup
 
     spec = job.recipe.warmup
     if spec.path:
         checkpoints = list_checkpoints(Path(spec.path))
         for checkpoint in checkpoints:
-            check_tokens(job, checkpoint.path, full=False)
+            check_same_tokens(job.encoder.tokenizer, adapter_tokenizer(checkpoint.path), str(checkpoint.path))
         return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
     seed = job.recipe.seed if spec.seed is None else spec.seed
     picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
@@ -416,7 +390,6 @@ def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]
 def embeddings(job: Job, name: str) -> tuple[np.ndarray, np.ndarray]:
     """An embedding model's vectors of the pool's texts (n, d) and of the target's prompts + chosen answers (m, d)."""
     from keepset.features.embeddings import TextEncoder
-    from keepset.weights import fingerprint
 
     texts, goals = job.texts(), job.target_texts(with_chosen=True)
     folder = Path(name).expanduser()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from keepset.errors import ModelError
-from keepset.files import file_digest
+from keepset.files import digest, file_digest
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,10 @@ HEAD = "; where the head is the embedding, set tie_word_embeddings: true in conf
 
 RUNS_OTHERWISE = ("PeftType.XLORA", "PeftType.POLY")
 """Adapters that look at a row as a whole, or at its task."""
+
+NOT_NUMBERS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "_name_or_path",
+               "transformers_version")  # fmt: skip
+"""What a config says that changes no number."""
 
 NO_ADAPTER = {"subfolder": "no-adapter"}
 """`adapter_kwargs` under which transformers finds no adapter_config.json beside a model's weights."""
@@ -55,7 +59,11 @@ def read(
     from transformers.utils import find_adapter_config_file
 
     if find_adapter_config_file(source, revision=options.get("revision")):
-        log.warning("%s: the adapter beside the model's own weights (adapter_config.json) is not put on", source)
+        log.warning(
+            "%s: the adapter beside the model's own weights (adapter_config.json) is not put on; transformers and "
+            "trainers would put it on: move it away",
+            source,
+        )
     with quiet_report() as report:
         try:
             model, info = auto.from_pretrained(
@@ -168,7 +176,7 @@ def settle_dtype(model: Any, dtype: Any, source: str) -> None:
 
 
 def faults_of(missing: Iterable[str], shapes: Iterable[str], left: Iterable[str], name: str) -> str:
-    """What is wrong with a checkpoint, in one line; empty if nothing is."""
+    """What is wrong with a folder's tensors, in one line; empty if nothing is."""
     parts = []
     for what, found in (
         (f"lacks {{}} of {name}", missing),
@@ -178,7 +186,7 @@ def faults_of(missing: Iterable[str], shapes: Iterable[str], left: Iterable[str]
         names = sorted(found, key=natural)
         if names:
             parts.append(what.format(tensors(names)))
-    return "the checkpoint " + " and ".join(parts) if parts else ""
+    return " and ".join(parts)
 
 
 def tensors(names: Sequence[str]) -> str:
@@ -247,3 +255,19 @@ def fingerprint(source: str, revision: str | None = None, *, code: bool = False)
 def weight_files(folder: Path) -> list[Path]:
     """A model folder's safetensors files, by name; an adapter's beside them is not the model's."""
     return sorted(p for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors")
+
+
+def config_digests(folder: Path) -> list[str]:
+    """Checksums of a folder's adapter_config.json and config.json, wherever its base lies and whoever wrote them."""
+    found = []
+    for file in (folder / "adapter_config.json", folder / "config.json"):
+        if not file.is_file():
+            continue
+        try:
+            config = {k: v for k, v in json.loads(file.read_bytes()).items() if k not in NOT_NUMBERS}
+        except (ValueError, AttributeError):  # no JSON object: refused in words when it is loaded
+            config = {"file": file_digest(file)}
+        if file.name == "adapter_config.json":  # PEFT writes sets as lists, in any order
+            config = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in config.items()}
+        found.append(digest(config))
+    return found
