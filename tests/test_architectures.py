@@ -58,7 +58,7 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path, tokenizer: An
     from keepset.recipe import ModelSpec
 
     saved(tmp_path, tokenizer, "bert", is_decoder=False)
-    with pytest.raises(ModelError, match="tokens after it.*is_decoder"):
+    with pytest.raises(ModelError, match="those after it"):
         load(ModelSpec(model_name_or_path=str(tmp_path), device="cpu"))
 
 

@@ -34,7 +34,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -132,7 +132,7 @@ class Encoder:
 
         Raises:
             ModelError: a slow tokenizer, a template file that can't be read, a plain template without an EOS token,
-                a template that takes too long.
+                a template that takes too long, or that writes a token beyond the model's embedding.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError("the tokenizer gives no character offsets (a slow one); convert it to a fast tokenizer")
@@ -144,6 +144,14 @@ class Encoder:
         self._adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in automatic[:1]
         self.template = self._read_template()
         self._turns = Template(self.template, tokenizer, start=tokenizer.bos_token if self._adds_bos else "")
+        self._check_vocabulary(tokenizer.convert_tokens_to_ids(sorted(self._turns.tokens)), ModelError)
+
+    def _check_vocabulary(self, ids: Any, refuse: Callable[[str], Exception]) -> None:
+        """Raise `refuse(why)` if an id has no row in the model's embedding (`keepset_vocabulary`)."""
+        size = getattr(self.tokenizer, "keepset_vocabulary", None)
+        if size is not None and len(ids) and (most := int(np.max(ids))) >= size:
+            word = self.tokenizer.convert_ids_to_tokens(most)
+            raise refuse(f"{word!r} is token {most} of the tokenizer's {len(self.tokenizer)}; the embedding has {size}")
 
     def _read_template(self) -> str:
         chosen, own = self.spec.chat_template, self.tokenizer.chat_template
@@ -251,6 +259,7 @@ class Encoder:
                 raise RowRefused("over-long", f"{n} tokens, max_length is {self.max_length}")
             input_ids, supervised, truncated = input_ids[: self.max_length], supervised[: self.max_length], True
             turn_ends = [t for t in turn_ends if t < self.max_length]
+        self._check_vocabulary(input_ids, lambda why: RowRefused("token-beyond-embedding", why))
         if not supervised.any():
             after = f" in the first {self.max_length} tokens" if truncated else ""
             raise RowRefused("no-supervised-token", f"no supervised token{after}")

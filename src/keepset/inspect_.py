@@ -31,6 +31,7 @@ TEMPLATE_REASONS = {
     "no-supervised-token": "no token of the row would be supervised",
     "template-refused": "the chat template raised an error, or its text could not be followed",
     "special-token-in-text": "a message holds one of the model's control tokens",
+    "token-beyond-embedding": "the row holds a token that the model's embedding has no row for",
 }
 
 

@@ -77,7 +77,7 @@ class Template:
     """One chat template with one tokenizer.
 
     Attributes:
-        control: finds the control tokens.
+        tokens, control: the control tokens, and what finds them.
         own, own_tags: the answers' own tags, and what finds them.
         dissects: whether the template may take an answer apart.
         tells_date: whether it has asked for the date.
@@ -110,8 +110,8 @@ class Template:
             # Not every special token (Gemma has 6,249, `<mask>` among them) and not only special ones (a template may
             # write any added token).
             always = {t for t in (tokenizer.bos_token, tokenizer.eos_token) if t}
-            self._tokens = {t for t in self._added if self._count(t)} - self.own | always
-            self.control = _any_of(self._tokens)
+            self.tokens = {t for t in self._added if self._count(t)} - self.own | always
+            self.control = _any_of(self.tokens)
             self.own_tags = _any_of(self.own)
             self.header = self._find_header()
             self.ends, self.closers = self._find_ends()
@@ -249,9 +249,9 @@ class Template:
         if not self.control.search(after):  # GLM: the next role's marker ends a turn, a tool's too
             tool = self.skeleton((*QUESTION, "tool", "assistant"))
             marker = _any_of(set(self._added) - self.own).match(tool[0][2].lstrip()) if tool else None
-            self._tokens |= {marker[0]} if marker else set()
-            self.control = _any_of(self._tokens)
-            closers = self._tokens - {self.tokenizer.bos_token} | {eos}
+            self.tokens |= {marker[0]} if marker else set()
+            self.control = _any_of(self.tokens)
+            closers = self.tokens - {self.tokenizer.bos_token} | {eos}
         return ends, closers
 
     def end_of_turn(self, literal: str) -> tuple[int, int] | None:

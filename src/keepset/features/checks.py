@@ -34,6 +34,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from keepset import attention, head, packing
 from keepset.errors import ModelError
 from keepset.features.losses import row_losses
+from keepset.model_kind import UNMASKED
 from keepset.packing import Engine
 
 log = logging.getLogger(__name__)
@@ -167,10 +168,7 @@ class _Truth:
                 hook.remove()
         # Rows that share a beginning: what follows must not change it.
         if not all(_close(other, beginnings[0], tolerance(inner.dtype)) for other in beginnings[1:SHARING]):
-            raise ModelError(
-                f"{_name(inner)}: a token's logits depend on the tokens after it, so this is no causal language model"
-                " (BERT and its kin need is_decoder: true in config.json)"
-            )
+            raise ModelError(f"{_name(inner)}: {type(inner).__name__} is not causal: {UNMASKED}")
         self.states = {k: v for k, v in self.states.items() if len(v) == len(rows) and all(x is not None for x in v)}
 
 
