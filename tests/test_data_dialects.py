@@ -76,7 +76,7 @@ SFT_CASES: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
     "completion that is indented": ({"prompt": "q", "completion": "    return 1\n"}, [U("q"), A("    return 1\n")]),
     "prompt in messages": ({"prompt": [S("s"), U("q")], "completion": [A("a")]}, [S("s"), U("q"), A("a")]),
     "prompt in messages, completion text": ({"prompt": [U("q")], "completion": "a"}, [U("q"), A("a")]),
-    "unpaired KTO": ({"prompt": "q", "completion": "a", "label": False}, [U("q"), A("a")]),
+    "unpaired KTO": ({"prompt": "q", "completion": "a", "label": True}, [U("q"), A("a")]),
     "wrapped prompt": (
         {"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:", "completion": " b\n"},
         [U("q"), A("a"), U("r"), A("b")],

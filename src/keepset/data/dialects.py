@@ -1,9 +1,11 @@
 """Dialects: which columns mean what. Each function turns one raw row into turns, or into (prompt, chosen, rejected).
 
+What other columns do to a row (`system`, `tools`, `label` …) is the table of `fields.py`, held against every row first.
 Rules that are ours to state: Alpaca's prompt is `instruction`, a newline, `input` (as LLaMA-Factory joins them). A text
 completion loses the one leading space that joined it to its prompt. A prompt of the form
-`\\n\\nHuman: … \\n\\nAssistant:` is split into messages. A pool reads a pair as prompt + chosen; a target reads an
-SFT row as its last answer and what stands before it. SHP keeps every pair, whatever its score ratio.
+`\\n\\nHuman: … \\n\\nAssistant:` is split into messages. A chat may be written as JSON or Python text (`written.py`).
+A pool reads a pair as prompt + chosen; a target reads an SFT row as its last answer and what stands before it. SHP keeps
+every pair, whatever its score ratio.
 """
 
 from __future__ import annotations
@@ -11,19 +13,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from keepset.data.fields import PROMPTS, SYSTEM, check_row, empty, prompt_column
 from keepset.data.reasons import RowProblem
-from keepset.data.turns import Turn, check_chat, looks_hh, read_turns, split_hh, type_name
+from keepset.data.turns import CONTEXT, Turn, check_chat, looks_hh, read_turns, split_hh, type_name
+from keepset.data.written import spoken
 from keepset.errors import DataError, did_you_mean
 
 Row = dict[str, Any]
 Pair = tuple[list[Turn], list[Turn], list[Turn] | None]
 
 
-def text_field(row: Row, *names: str, empty: str | None = None) -> str:
+def text_field(row: Row, *names: str, blank: str | None = None) -> str:
     """Return the first of these columns that is there, as text.
 
     Raises:
-        RowProblem: `missing-column`, `null-field`, `wrong-type`, or the code `empty` if it is blank.
+        RowProblem: `missing-column`, `null-field`, `wrong-type`, `chat-as-text`, or the code `blank` if it is blank.
     """
     for name in names:
         if name in row:
@@ -32,8 +36,10 @@ def text_field(row: Row, *names: str, empty: str | None = None) -> str:
                 if value is None:
                     raise RowProblem("null-field", f"'{name}' is null")
                 raise RowProblem("wrong-type", f"'{name}' is {type_name(value)}, not text")
-            if empty is not None and (not value or value.isspace()):
-                raise RowProblem(empty, f"'{name}' is empty")
+            if blank is not None and (not value or value.isspace()):
+                raise RowProblem(blank, f"'{name}' is empty")
+            if spoken(name, value) is not value:
+                raise RowProblem("chat-as-text", f"'{name}' is text that holds a chat: write it as `messages`")
             return value
     raise RowProblem("missing-column", f"no column '{names[0]}'")
 
@@ -43,21 +49,15 @@ def _need(row: Row, *names: str) -> tuple[str, Any]:
         if name in row:
             if row[name] is None:
                 raise RowProblem("null-field", f"'{name}' is null")
-            return name, row[name]
+            return name, spoken(name, row[name])
     raise RowProblem("missing-column", f"no column '{names[0]}'")
-
-
-def _no_tools(row: Row) -> None:
-    tools = row.get("tools")
-    if tools and tools != "[]":
-        raise RowProblem("tool-calls", "the row has tool definitions in 'tools'")
 
 
 def _prompt(name: str, value: Any) -> list[Turn]:
     """Read a prompt that is text or messages."""
     if type(value) is list:
         return read_turns(value, name)
-    text = text_field({name: value}, name, empty="empty-prompt")
+    text = text_field({name: value}, name, blank="empty-prompt")
     return split_hh(text, prompt=True) if looks_hh(text) else [("user", text)]
 
 
@@ -67,7 +67,7 @@ def _completion(name: str, value: Any, *, strip: bool = False) -> list[Turn]:
         return read_turns(value, name)
     if type(value) is dict:
         return read_turns([value], name)
-    text = text_field({name: value}, name, empty="empty-completion")
+    text = text_field({name: value}, name, blank="empty-completion")
     if strip:
         return [("assistant", text.strip())]
     return [("assistant", text[1:] if text[0] == " " and text[1:2] != " " else text)]
@@ -82,109 +82,167 @@ def _was_hh(value: Any) -> bool:
 
 def messages(row: Row) -> list[Turn]:
     """OpenAI / ChatML: `messages`, a list of {role, content}."""
-    if row.get("tools"):
-        _no_tools(row)
     return check_chat(read_turns(_need(row, "messages")[1], "messages"))
 
 
 def sharegpt(row: Row) -> list[Turn]:
-    """ShareGPT: `conversations`, a list of {from, value}; a `system` column leads."""
-    _no_tools(row)
+    """ShareGPT: `conversations`, a list of {from, value}."""
     name, value = _need(row, "conversations", "conversation")
-    turns = read_turns(value, name)
-    system = row.get("system")
-    if type(system) is str and system and turns[0][0] != "system":
-        turns.insert(0, ("system", system))
-    return check_chat(turns)
+    return check_chat(read_turns(value, name))
 
 
 def prompt_completion(row: Row) -> list[Turn]:
     """TRL: `prompt` and `completion` (or `response`), each text or messages."""
     name, value = _need(row, "prompt")
-    prompt = _prompt(name, value)
+    prompt = _with_history(row, _prompt(name, value))
     completion = _completion(*_need(row, "completion", "response"), strip=_was_hh(value))
+    _one_prompt(row, "prompt", prompt)
     return check_chat(prompt + completion)
 
 
 def alpaca(row: Row) -> list[Turn]:
-    """Alpaca and Dolly: `instruction`, `input` (or `context`), `output` (or `response`), `system`, `history`."""
-    instruction = row.get("instruction")
-    given = row.get("input") if "input" in row else row.get("context")
-    output = row.get("output") if "output" in row else row.get("response")
-    if type(instruction) is not str:
-        instruction = text_field(row, "instruction")
-    if given is None:
-        given = ""
-    elif type(given) is not str:
-        raise RowProblem("wrong-type", f"'input' is {type_name(given)}, not text")
-    if type(output) is not str:
-        output = text_field(row, "output", "response")
-    if given and not given.isspace():
-        prompt = f"{instruction}\n{given}" if instruction and not instruction.isspace() else given
-    else:
-        prompt = instruction
-    if not prompt or prompt.isspace():
-        raise RowProblem("empty-prompt", "'instruction' and 'input' are both empty")
-    if not output or output.isspace():
-        raise RowProblem("empty-completion", "'output' is empty")
-    turns = [("user", prompt), ("assistant", output)]
-    if row.get("history"):
-        turns[:0] = _history(row["history"])
-    system = row.get("system")
-    if system:
-        turns.insert(0, ("system", text_field(row, "system")))
+    """Alpaca and Dolly: `instruction`, `input` (or `context`), `output` (or `response`)."""
+    asked = [("user", _instruction(row))]
+    answer = text_field(row, "output", "response", blank="empty-completion")
+    _one_prompt(row, "instruction", asked)
+    turns = [*_with_history(row, asked), ("assistant", answer)]
     return check_chat(turns) if len(turns) > 2 else turns
 
 
-def _history(value: Any) -> list[Turn]:
+def _instruction(row: Row) -> str:
+    """Join `instruction` and `input` (or `context`) by a line break; either may be empty, not both."""
+    instruction = text_field(row, "instruction")
+    name = "input" if "input" in row else "context"
+    given = "" if row.get(name) is None else text_field(row, name)
+    if not given or given.isspace():
+        given, instruction = instruction, ""
+    prompt = f"{instruction}\n{given}" if instruction and not instruction.isspace() else given
+    if not prompt or prompt.isspace():
+        raise RowProblem("empty-prompt", "'instruction' and 'input' are both empty")
+    return prompt
+
+
+def _with_history(row: Row, prompt: list[Turn]) -> list[Turn]:
+    """Put LLaMA-Factory's `history` (pairs of texts) before a prompt of one text."""
+    if empty(row.get("history")):
+        return prompt
+    value = spoken("history", row["history"])
+    if [role for role, _ in prompt] != ["user"]:
+        raise RowProblem("unused-field", "'history' stands beside a prompt that is a chat itself: put it into the chat")
     turns: list[Turn] = []
     for k, pair in enumerate(value if type(value) is list else [None]):
         if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
             raise RowProblem("wrong-type", f"'history[{k}]' is not a pair of texts")
         turns += [("user", pair[0]), ("assistant", pair[1])]
-    return turns
+    return turns + prompt
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _one_prompt(row: Row, used: str, prompt: list[Turn]) -> None:
+    """Refuse a row with a second prompt-like column whose text the prompt neither holds nor stands in.
+
+    `user` is not looked at: beside a prompt it is mostly somebody's name.
+    """
+    whole = _folded("\n".join(content for _, content in prompt))
+    for name in (*PROMPTS, "context"):
+        value = row.get(name)
+        if name in (used, "user") or type(value) is not str or empty(value):
+            continue
+        if used == "instruction" and (_folded(row["instruction"]) or whole) in _folded(value):
+            continue
+        if _folded(value) not in whole and whole not in _folded(value):
+            raise RowProblem(
+                "two-prompts", f"'{name}' is not in the prompt ('{used}') and would be lost: join them, or take it out"
+            )
 
 
 def question_answer(row: Row) -> list[Turn]:
     """GSM8K: `question` (or `query`), `answer` (or `response`)."""
-    question = text_field(row, "question", "query", empty="empty-prompt")
-    return [("user", question), ("assistant", text_field(row, "answer", "response", empty="empty-completion"))]
+    question = [("user", text_field(row, "question", "query", blank="empty-prompt"))]
+    answer = text_field(row, "answer", "response", blank="empty-completion")
+    _one_prompt(row, "question" if "question" in row else "query", question)
+    turns = [*_with_history(row, question), ("assistant", answer)]
+    return check_chat(turns) if len(turns) > 2 else turns
 
 
 def text(row: Row) -> list[Turn]:
     """Plain `text`: the single turn of the internal role "text", every token after the first supervised."""
-    return [("text", text_field(row, "text", empty="empty-completion"))]
+    return [("text", text_field(row, "text", blank="empty-completion"))]
 
 
 # -------------------------------------------------------------------------------------------------- pair dialects
 
 
 def preference(row: Row) -> Pair:
-    """`chosen` and `rejected`, with a `prompt` or with one that both share, as text or as messages."""
+    """`chosen` and `rejected` with a `prompt`, `question`, `instruction` (+ `input`) …, or one that both share.
+
+    Where `chosen` and `rejected` are whole dialogues, a prompt column must be how they begin. The shared beginning of
+    two texts is the prompt only where no column holds one.
+    """
     name, chosen = _need(row, "chosen")
     _, rejected = _need(row, "rejected")
     _check_scores(
         row.get("score_chosen", row.get("chosen_score")), row.get("score_rejected", row.get("rejected_score"))
     )
-    if row.get("prompt") is None and "prompt" in row:
+    if "prompt" in row and row["prompt"] is None:
         raise RowProblem("null-field", "'prompt' is null")
-    whole_chat = type(chosen) is list and _starts_with_prompt(chosen)
-    if "prompt" in row and not whole_chat:
-        strip = _was_hh(row["prompt"])
-        return _pair(
-            _prompt("prompt", row["prompt"]),
-            _completion(name, chosen, strip=strip),
-            _completion("rejected", rejected, strip=strip),
-        )
-    if type(chosen) is str and type(rejected) is str:
-        return _shared_text(chosen, rejected)
-    return _shared_turns(read_turns(chosen, "chosen"), read_turns(rejected, "rejected"))
+    column = prompt_column(row)
+    whole = type(chosen) is list and _starts_with_prompt(chosen)
+    texts = type(chosen) is str and type(rejected) is str
+    if whole or column is None or (texts and looks_hh(chosen) and looks_hh(rejected)):
+        sides = (chosen, rejected) if texts else (read_turns(chosen, "chosen"), read_turns(rejected, "rejected"))
+        prompt, chosen, rejected = _shared_text(*sides) if texts else _shared_turns(*sides)
+        return _led(row, column, prompt), chosen, rejected
+    value = _instruction(row) if column == "instruction" else spoken(column, row[column])
+    strip = _was_hh(value)
+    prompt = _prompt(column, value)
+    _one_prompt(row, column, prompt)
+    _not_repeated(value, chosen, rejected)
+    return _pair(
+        _with_history(row, prompt),
+        _completion(name, chosen, strip=strip),
+        _completion("rejected", rejected, strip=strip),
+    )
+
+
+def _led(row: Row, column: str | None, prompt: list[Turn]) -> list[Turn]:
+    """Return the prompt that two whole dialogues share, held against the column that says it; its system turn leads.
+
+    Raises:
+        RowProblem: `different-prompts`: a `prompt` that the dialogues don't begin with. Other columns are not looked
+            at, the chat being whole.
+    """
+    if column != "prompt" or empty(row["prompt"]):
+        return prompt
+    said = _prompt("prompt", spoken("prompt", row["prompt"]))
+    if len(said) == 1 and said[0][0] == "user":  # a text, which may quote the first question or the whole prompt
+        whole = _folded("\n".join(content for _, content in prompt))
+        if _folded(said[0][1]) in whole or whole in _folded(said[0][1]):
+            return prompt
+    elif said[0][0] == "system" and prompt[0][0] != "system":
+        prompt = said[:1] + prompt
+    if said != prompt[: len(said)]:
+        raise RowProblem("different-prompts", "'prompt' is not how 'chosen' and 'rejected' begin")
+    return prompt
+
+
+def _not_repeated(prompt: Any, *sides: Any) -> None:
+    """Refuse texts that look like prompt and answer in one, beside the prompt: the prompt would stand twice."""
+    if type(prompt) is not str or not all(type(side) is str for side in sides):
+        return
+    start = prompt.strip()
+    rests = [side.strip()[len(start) :] for side in sides if start and side.strip().startswith(start)]
+    if len(rests) == len(sides) and (len(start.split()) >= 5 or all(rest[:1] == "\n" for rest in rests)):
+        raise RowProblem("two-prompts", "'chosen' and 'rejected' both begin with the whole prompt: take it off them")
 
 
 def hh_rlhf(row: Row) -> Pair:
     """HH-RLHF native: `chosen` and `rejected` dialogues of `\\n\\nHuman:` and `\\n\\nAssistant:` turns."""
-    chosen = text_field(row, "chosen", empty="empty-completion")
-    rejected = text_field(row, "rejected", empty="empty-completion")
+    chosen = text_field(row, "chosen", blank="empty-completion")
+    rejected = text_field(row, "rejected", blank="empty-completion")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not looks_hh(side):
             raise RowProblem("wrong-type", f"'{name}' is not a dialogue of Human: and Assistant: turns")
@@ -193,9 +251,9 @@ def hh_rlhf(row: Row) -> Pair:
 
 def shp(row: Row) -> Pair:
     """SHP native: `history`, `human_ref_A`, `human_ref_B`, `labels` (1: A is preferred), `score_A`, `score_B`."""
-    history = text_field(row, "history", empty="empty-prompt")
-    a = text_field(row, "human_ref_A", empty="empty-completion")
-    b = text_field(row, "human_ref_B", empty="empty-completion")
+    history = text_field(row, "history", blank="empty-prompt")
+    a = text_field(row, "human_ref_A", blank="empty-completion")
+    b = text_field(row, "human_ref_B", blank="empty-completion")
     _, label = _need(row, "labels", "label")
     if label not in (0, 1, "0", "1") or label is True or label is False:
         raise RowProblem("wrong-type", f"'labels' is {str(label)[:40]}, neither 0 nor 1")
@@ -207,17 +265,13 @@ def shp(row: Row) -> Pair:
 
 def llamafactory_preference(row: Row) -> Pair:
     """LLaMA-Factory's ranking form: `conversations` is the prompt, `chosen` and `rejected` are one message each."""
-    _no_tools(row)
     name, value = _need(row, "conversations")
-    prompt = read_turns(value, name)
-    if type(row.get("system")) is str and row["system"] and prompt[0][0] != "system":
-        prompt.insert(0, ("system", row["system"]))
-    return _pair(prompt, _completion(*_need(row, "chosen")), _completion(*_need(row, "rejected")))
+    return _pair(read_turns(value, name), _completion(*_need(row, "chosen")), _completion(*_need(row, "rejected")))
 
 
 def stack_exchange(row: Row) -> Pair:
     """Stack Exchange: `title`, a blank line, `body` is the prompt; `chosen` and `rejected` are answers."""
-    prompt = text_field(row, "title", empty="empty-prompt") + "\n\n" + text_field(row, "body")
+    prompt = text_field(row, "title", blank="empty-prompt") + "\n\n" + text_field(row, "body")
     _check_scores(row.get("chosen_score"), row.get("rejected_score"))
     return _pair([("user", prompt.strip())], _completion(*_need(row, "chosen")), _completion(*_need(row, "rejected")))
 
@@ -270,7 +324,7 @@ def _shared_turns(chosen: list[Turn], rejected: list[Turn]) -> Pair:
         cut += 1
     if not cut or (len(chosen) > cut and len(rejected) > cut and chosen[cut][0] != rejected[cut][0]):
         raise RowProblem("different-prompts", "'chosen' and 'rejected' do not start with the same messages")
-    if chosen[cut][0] != "assistant":
+    if chosen[cut][0] not in ("assistant", CONTEXT):
         raise RowProblem("different-prompts", f"message {cut + 1} differs and is not an assistant's answer")
     return _pair(chosen[:cut], chosen[cut:], rejected[cut:])
 
@@ -349,12 +403,9 @@ def _pair_dialect(row: Row) -> str | None:
         return None
     if "conversations" in row:
         return "llamafactory-preference"
-    if "prompt" in row:
-        return "preference"
-    if "title" in row and "body" in row:
+    if "prompt" not in row and "title" in row and "body" in row:
         return "stack-exchange"
-    chosen = row["chosen"]
-    return "hh-rlhf" if type(chosen) is str and looks_hh(chosen) else "preference"
+    return "hh-rlhf" if "prompt" not in row and _was_hh(row["chosen"]) else "preference"
 
 
 def detect(row: Row, *, pairs_first: bool) -> str | None:
@@ -369,26 +420,61 @@ def detect(row: Row, *, pairs_first: bool) -> str | None:
 
 
 def as_sft(dialect: str) -> Callable[[Row], list[Turn]]:
-    """Return the function from a raw row of this dialect to the turns of one SFT row (a pair gives prompt + chosen)."""
-    if dialect in SFT:
-        return SFT[dialect]
-    convert = PAIRS[dialect]
+    """Return the function from a raw row of this dialect to the turns of one SFT row (a pair gives prompt + chosen).
 
-    def chosen_side(row: Row) -> list[Turn]:
-        prompt, chosen, _ = convert(row)
-        return prompt + chosen
+    What it returns raises `RowProblem`, as that of `as_pair` does.
+    """
+    if dialect in PAIRS:
+        pair = as_pair(dialect)
 
-    return chosen_side
+        def chosen_side(row: Row) -> list[Turn]:
+            prompt, chosen, _ = pair(row)
+            return prompt + chosen
+
+        return chosen_side
+    convert = SFT[dialect]
+
+    def turns(row: Row) -> list[Turn]:
+        check_row(row, dialect)
+        return _with_system(row, convert(row))
+
+    return turns
 
 
 def as_pair(dialect: str) -> Callable[[Row], Pair]:
     """Return the function from a raw row to (prompt, chosen, rejected); an SFT row gives its last answer and None."""
     if dialect in PAIRS:
-        return PAIRS[dialect]
-    convert = SFT[dialect]
+        convert = PAIRS[dialect]
+
+        def pair(row: Row) -> Pair:
+            check_row(row, dialect)
+            prompt, chosen, rejected = convert(row)
+            return _with_system(row, prompt), chosen, rejected
+
+        return pair
+    sft = as_sft(dialect)
 
     def last_answer(row: Row) -> Pair:
-        turns = convert(row)
+        turns = sft(row)
+        if turns[-1][0] == CONTEXT:
+            raise RowProblem("not-trained", "the last answer is marked as not trained on")
         return turns[:-1], turns[-1:], None
 
     return last_answer
+
+
+def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """Put the text of a system column in front; plain text must hold it already."""
+    for name in SYSTEM:
+        if empty(row.get(name)):
+            continue
+        text = text_field(row, name)
+        role, first = turns[0]
+        if role == "text":
+            if _folded(text) not in _folded(first):
+                raise RowProblem("two-system-texts", f"'{name}' is not in 'text', and would be lost")
+        elif role != "system":
+            turns = [("system", text), *turns]
+        elif first.strip() != text.strip():
+            raise RowProblem("two-system-texts", f"'{name}' is not the chat's own system message")
+    return turns
