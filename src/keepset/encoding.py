@@ -310,11 +310,8 @@ class Encoder:
                 raise RowRefused(
                     "special-token-in-text", f"message {i + 1} ({message['role']}) holds the special token {fake[0]}"
                 )
-        wanted = [
-            i
-            for i, m in enumerate(messages)
-            if i >= n_prompt and m["role"] == "assistant" and m.get("train") is not False
-        ]
+        wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= n_prompt]
+        wanted = [i for i in wanted if messages[i].get("train", True)]
         if self.spec.supervise == "last":
             wanted = wanted[-1:]
         if not any(messages[i]["content"].strip() for i in wanted):

@@ -4,8 +4,8 @@ What other columns do to a row (`system`, `tools`, `label` …) is the table of 
 Rules that are ours to state: Alpaca's prompt is `instruction`, a newline, `input` (as LLaMA-Factory joins them). A text
 completion loses the one leading space that joined it to its prompt. A prompt of the form
 `\\n\\nHuman: … \\n\\nAssistant:` is split into messages. A chat may be written as JSON or Python text (`written.py`).
-A pool reads a pair as prompt + chosen; a target reads an SFT row as its last answer and what stands before it. SHP keeps
-every pair, whatever its score ratio.
+A pool reads a pair as prompt + chosen; a target reads an SFT row as its last answer and what stands before it.
+SHP keeps every pair, whatever its score ratio.
 """
 
 from __future__ import annotations
@@ -13,68 +13,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from keepset.data.fields import PROMPTS, SYSTEM, check_row, empty, prompt_column
+from keepset.data.fields import check_row, empty, prompt_column
+from keepset.data.parts import (
+    Row,
+    folded,
+    input_column,
+    instruction_text,
+    is_hh,
+    need,
+    not_repeated,
+    one_prompt,
+    read_completion,
+    read_prompt,
+    text_field,
+    with_history,
+    with_system,
+)
 from keepset.data.reasons import RowProblem
-from keepset.data.turns import CONTEXT, Turn, check_chat, looks_hh, read_turns, split_hh, type_name
+from keepset.data.turns import CONTEXT, Turn, check_chat, looks_hh, read_turns, split_hh
 from keepset.data.written import spoken
 from keepset.errors import DataError, did_you_mean
 
-Row = dict[str, Any]
 Pair = tuple[list[Turn], list[Turn], list[Turn] | None]
-
-
-def text_field(row: Row, *names: str, blank: str | None = None) -> str:
-    """Return the first of these columns that is there, as text.
-
-    Raises:
-        RowProblem: `missing-column`, `null-field`, `wrong-type`, `chat-as-text`, or the code `blank` if it is blank.
-    """
-    for name in names:
-        if name in row:
-            value = row[name]
-            if type(value) is not str:
-                if value is None:
-                    raise RowProblem("null-field", f"'{name}' is null")
-                raise RowProblem("wrong-type", f"'{name}' is {type_name(value)}, not text")
-            if blank is not None and (not value or value.isspace()):
-                raise RowProblem(blank, f"'{name}' is empty")
-            if spoken(name, value) is not value:
-                raise RowProblem("chat-as-text", f"'{name}' is text that holds a chat: write it as `messages`")
-            return value
-    raise RowProblem("missing-column", f"no column '{names[0]}'")
-
-
-def _need(row: Row, *names: str) -> tuple[str, Any]:
-    for name in names:
-        if name in row:
-            if row[name] is None:
-                raise RowProblem("null-field", f"'{name}' is null")
-            return name, spoken(name, row[name])
-    raise RowProblem("missing-column", f"no column '{names[0]}'")
-
-
-def _prompt(name: str, value: Any) -> list[Turn]:
-    """Read a prompt that is text or messages."""
-    if type(value) is list:
-        return read_turns(value, name)
-    text = text_field({name: value}, name, blank="empty-prompt")
-    return split_hh(text, prompt=True) if looks_hh(text) else [("user", text)]
-
-
-def _completion(name: str, value: Any, *, strip: bool = False) -> list[Turn]:
-    """Read a completion that is text, one message or messages."""
-    if type(value) is list:
-        return read_turns(value, name)
-    if type(value) is dict:
-        return read_turns([value], name)
-    text = text_field({name: value}, name, blank="empty-completion")
-    if strip:
-        return [("assistant", text.strip())]
-    return [("assistant", text[1:] if text[0] == " " and text[1:2] != " " else text)]
-
-
-def _was_hh(value: Any) -> bool:
-    return type(value) is str and looks_hh(value)
 
 
 # --------------------------------------------------------------------------------------------------- SFT dialects
@@ -82,89 +42,39 @@ def _was_hh(value: Any) -> bool:
 
 def messages(row: Row) -> list[Turn]:
     """OpenAI / ChatML: `messages`, a list of {role, content}."""
-    return check_chat(read_turns(_need(row, "messages")[1], "messages"))
+    return check_chat(read_turns(need(row, "messages")[1], "messages"))
 
 
 def sharegpt(row: Row) -> list[Turn]:
     """ShareGPT: `conversations`, a list of {from, value}."""
-    name, value = _need(row, "conversations", "conversation")
+    name, value = need(row, "conversations", "conversation")
     return check_chat(read_turns(value, name))
 
 
 def prompt_completion(row: Row) -> list[Turn]:
     """TRL: `prompt` and `completion` (or `response`), each text or messages."""
-    name, value = _need(row, "prompt")
-    prompt = _with_history(row, _prompt(name, value))
-    completion = _completion(*_need(row, "completion", "response"), strip=_was_hh(value))
-    _one_prompt(row, "prompt", prompt)
+    name, value = need(row, "prompt")
+    prompt = with_history(row, read_prompt(name, value))
+    completion = read_completion(*need(row, "completion", "response"), strip=is_hh(value))
+    one_prompt(row, prompt, "prompt")
     return check_chat(prompt + completion)
 
 
 def alpaca(row: Row) -> list[Turn]:
     """Alpaca and Dolly: `instruction`, `input` (or `context`), `output` (or `response`)."""
-    asked = [("user", _instruction(row))]
+    asked = [("user", instruction_text(row))]
     answer = text_field(row, "output", "response", blank="empty-completion")
-    _one_prompt(row, "instruction", asked)
-    turns = [*_with_history(row, asked), ("assistant", answer)]
+    one_prompt(row, asked, "instruction", input_column(row))
+    turns = [*with_history(row, asked), ("assistant", answer)]
     return check_chat(turns) if len(turns) > 2 else turns
-
-
-def _instruction(row: Row) -> str:
-    """Join `instruction` and `input` (or `context`) by a line break; either may be empty, not both."""
-    instruction = text_field(row, "instruction")
-    name = "input" if "input" in row else "context"
-    given = "" if row.get(name) is None else text_field(row, name)
-    if not given or given.isspace():
-        given, instruction = instruction, ""
-    prompt = f"{instruction}\n{given}" if instruction and not instruction.isspace() else given
-    if not prompt or prompt.isspace():
-        raise RowProblem("empty-prompt", "'instruction' and 'input' are both empty")
-    return prompt
-
-
-def _with_history(row: Row, prompt: list[Turn]) -> list[Turn]:
-    """Put LLaMA-Factory's `history` (pairs of texts) before a prompt of one text."""
-    if empty(row.get("history")):
-        return prompt
-    value = spoken("history", row["history"])
-    if [role for role, _ in prompt] != ["user"]:
-        raise RowProblem("unused-field", "'history' stands beside a prompt that is a chat itself: put it into the chat")
-    turns: list[Turn] = []
-    for k, pair in enumerate(value if type(value) is list else [None]):
-        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
-            raise RowProblem("wrong-type", f"'history[{k}]' is not a pair of texts")
-        turns += [("user", pair[0]), ("assistant", pair[1])]
-    return turns + prompt
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _one_prompt(row: Row, used: str, prompt: list[Turn]) -> None:
-    """Refuse a row with a second prompt-like column whose text the prompt neither holds nor stands in.
-
-    `user` is not looked at: beside a prompt it is mostly somebody's name.
-    """
-    whole = _folded("\n".join(content for _, content in prompt))
-    for name in (*PROMPTS, "context"):
-        value = row.get(name)
-        if name in (used, "user") or type(value) is not str or empty(value):
-            continue
-        if used == "instruction" and (_folded(row["instruction"]) or whole) in _folded(value):
-            continue
-        if _folded(value) not in whole and whole not in _folded(value):
-            raise RowProblem(
-                "two-prompts", f"'{name}' is not in the prompt ('{used}') and would be lost: join them, or take it out"
-            )
 
 
 def question_answer(row: Row) -> list[Turn]:
     """GSM8K: `question` (or `query`), `answer` (or `response`)."""
     question = [("user", text_field(row, "question", "query", blank="empty-prompt"))]
     answer = text_field(row, "answer", "response", blank="empty-completion")
-    _one_prompt(row, "question" if "question" in row else "query", question)
-    turns = [*_with_history(row, question), ("assistant", answer)]
+    one_prompt(row, question, "question" if "question" in row else "query")
+    turns = [*with_history(row, question), ("assistant", answer)]
     return check_chat(turns) if len(turns) > 2 else turns
 
 
@@ -182,8 +92,8 @@ def preference(row: Row) -> Pair:
     Where `chosen` and `rejected` are whole dialogues, a prompt column must be how they begin. The shared beginning of
     two texts is the prompt only where no column holds one.
     """
-    name, chosen = _need(row, "chosen")
-    _, rejected = _need(row, "rejected")
+    name, chosen = need(row, "chosen")
+    _, rejected = need(row, "rejected")
     _check_scores(
         row.get("score_chosen", row.get("chosen_score")), row.get("score_rejected", row.get("rejected_score"))
     )
@@ -194,17 +104,18 @@ def preference(row: Row) -> Pair:
     texts = type(chosen) is str and type(rejected) is str
     if whole or column is None or (texts and looks_hh(chosen) and looks_hh(rejected)):
         sides = (chosen, rejected) if texts else (read_turns(chosen, "chosen"), read_turns(rejected, "rejected"))
+        with_history(row, [])
         prompt, chosen, rejected = _shared_text(*sides) if texts else _shared_turns(*sides)
         return _led(row, column, prompt), chosen, rejected
-    value = _instruction(row) if column == "instruction" else spoken(column, row[column])
-    strip = _was_hh(value)
-    prompt = _prompt(column, value)
-    _one_prompt(row, column, prompt)
-    _not_repeated(value, chosen, rejected)
+    value = instruction_text(row) if column == "instruction" else spoken(column, row[column])
+    strip = is_hh(value)
+    prompt = read_prompt(column, value)
+    one_prompt(row, prompt, column, *([input_column(row)] if column == "instruction" else []))
+    not_repeated(value, chosen, rejected)
     return _pair(
-        _with_history(row, prompt),
-        _completion(name, chosen, strip=strip),
-        _completion("rejected", rejected, strip=strip),
+        with_history(row, prompt),
+        read_completion(name, chosen, strip=strip),
+        read_completion("rejected", rejected, strip=strip),
     )
 
 
@@ -217,26 +128,16 @@ def _led(row: Row, column: str | None, prompt: list[Turn]) -> list[Turn]:
     """
     if column != "prompt" or empty(row["prompt"]):
         return prompt
-    said = _prompt("prompt", spoken("prompt", row["prompt"]))
+    said = read_prompt("prompt", spoken("prompt", row["prompt"]))
     if len(said) == 1 and said[0][0] == "user":  # a text, which may quote the first question or the whole prompt
-        whole = _folded("\n".join(content for _, content in prompt))
-        if _folded(said[0][1]) in whole or whole in _folded(said[0][1]):
+        whole = folded("\n".join(content for _, content in prompt))
+        if folded(said[0][1]) in whole or whole in folded(said[0][1]):
             return prompt
     elif said[0][0] == "system" and prompt[0][0] != "system":
         prompt = said[:1] + prompt
     if said != prompt[: len(said)]:
         raise RowProblem("different-prompts", "'prompt' is not how 'chosen' and 'rejected' begin")
     return prompt
-
-
-def _not_repeated(prompt: Any, *sides: Any) -> None:
-    """Refuse texts that look like prompt and answer in one, beside the prompt: the prompt would stand twice."""
-    if type(prompt) is not str or not all(type(side) is str for side in sides):
-        return
-    start = prompt.strip()
-    rests = [side.strip()[len(start) :] for side in sides if start and side.strip().startswith(start)]
-    if len(rests) == len(sides) and (len(start.split()) >= 5 or all(rest[:1] == "\n" for rest in rests)):
-        raise RowProblem("two-prompts", "'chosen' and 'rejected' both begin with the whole prompt: take it off them")
 
 
 def hh_rlhf(row: Row) -> Pair:
@@ -254,7 +155,7 @@ def shp(row: Row) -> Pair:
     history = text_field(row, "history", blank="empty-prompt")
     a = text_field(row, "human_ref_A", blank="empty-completion")
     b = text_field(row, "human_ref_B", blank="empty-completion")
-    _, label = _need(row, "labels", "label")
+    _, label = need(row, "labels", "label")
     if label not in (0, 1, "0", "1") or label is True or label is False:
         raise RowProblem("wrong-type", f"'labels' is {str(label)[:40]}, neither 0 nor 1")
     better, worse = ("A", "B") if int(label) == 1 else ("B", "A")
@@ -265,15 +166,19 @@ def shp(row: Row) -> Pair:
 
 def llamafactory_preference(row: Row) -> Pair:
     """LLaMA-Factory's ranking form: `conversations` is the prompt, `chosen` and `rejected` are one message each."""
-    name, value = _need(row, "conversations")
-    return _pair(read_turns(value, name), _completion(*_need(row, "chosen")), _completion(*_need(row, "rejected")))
+    name, value = need(row, "conversations")
+    return _pair(
+        read_turns(value, name), read_completion(*need(row, "chosen")), read_completion(*need(row, "rejected"))
+    )
 
 
 def stack_exchange(row: Row) -> Pair:
     """Stack Exchange: `title`, a blank line, `body` is the prompt; `chosen` and `rejected` are answers."""
     prompt = text_field(row, "title", blank="empty-prompt") + "\n\n" + text_field(row, "body")
     _check_scores(row.get("chosen_score"), row.get("rejected_score"))
-    return _pair([("user", prompt.strip())], _completion(*_need(row, "chosen")), _completion(*_need(row, "rejected")))
+    return _pair(
+        [("user", prompt.strip())], read_completion(*need(row, "chosen")), read_completion(*need(row, "rejected"))
+    )
 
 
 def _check_scores(better: Any, worse: Any) -> None:
@@ -405,7 +310,7 @@ def _pair_dialect(row: Row) -> str | None:
         return "llamafactory-preference"
     if "prompt" not in row and "title" in row and "body" in row:
         return "stack-exchange"
-    return "hh-rlhf" if "prompt" not in row and _was_hh(row["chosen"]) else "preference"
+    return "hh-rlhf" if "prompt" not in row and is_hh(row["chosen"]) else "preference"
 
 
 def detect(row: Row, *, pairs_first: bool) -> str | None:
@@ -436,7 +341,7 @@ def as_sft(dialect: str) -> Callable[[Row], list[Turn]]:
 
     def turns(row: Row) -> list[Turn]:
         check_row(row, dialect)
-        return _with_system(row, convert(row))
+        return with_system(row, convert(row))
 
     return turns
 
@@ -449,7 +354,7 @@ def as_pair(dialect: str) -> Callable[[Row], Pair]:
         def pair(row: Row) -> Pair:
             check_row(row, dialect)
             prompt, chosen, rejected = convert(row)
-            return _with_system(row, prompt), chosen, rejected
+            return with_system(row, prompt), chosen, rejected
 
         return pair
     sft = as_sft(dialect)
@@ -461,20 +366,3 @@ def as_pair(dialect: str) -> Callable[[Row], Pair]:
         return turns[:-1], turns[-1:], None
 
     return last_answer
-
-
-def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """Put the text of a system column in front; plain text must hold it already."""
-    for name in SYSTEM:
-        if empty(row.get(name)):
-            continue
-        text = text_field(row, name)
-        role, first = turns[0]
-        if role == "text":
-            if _folded(text) not in _folded(first):
-                raise RowProblem("two-system-texts", f"'{name}' is not in 'text', and would be lost")
-        elif role != "system":
-            turns = [("system", text), *turns]
-        elif first.strip() != text.strip():
-            raise RowProblem("two-system-texts", f"'{name}' is not the chat's own system message")
-    return turns

@@ -135,7 +135,7 @@ FIELDS: tuple[Field, ...] = (
     Field(("history",), "row", TEXT_PROMPTS, "honoured", "pairs of texts before the prompt; other forms: refused",
           _honoured),
     Field(("history",), "row", ("messages", "sharegpt", "hh-rlhf", "llamafactory-preference", "stack-exchange"),
-          "refused", "refused: the chat has its own history",
+          "refused", "unless empty: the chat has its own history",
           _refused("unused-field", "would be dropped; put it into the chat")),
     Field(PROMPTS, "row", ("preference",), "honoured",
           "the first that is given is the prompt (`instruction` with `input`); another that holds other text: refused",
@@ -145,32 +145,35 @@ FIELDS: tuple[Field, ...] = (
           "a text that is not in the prompt: refused", _honoured),
     Field(("context",), "row", ("preference",), "honoured", "joined to `instruction`; beside others: refused if not "
           "in the prompt", _honoured),
-    Field(("tools", "functions"), "row", TEMPLATED, "refused", "refused unless empty", _TOOLS),
+    Field(("tools", "functions"), "row", TEMPLATED, "refused", "unless empty", _TOOLS),
     Field(("image", "images", "video", "videos", "audio", "audios", "pixel_values"), "row", EVERY, "refused",
-          "refused unless empty; `<image>` in a text alone is text", _MEDIA),
-    Field(("label", "kto_tag"), "row", CHATS, "refused", "false or 0: an undesirable answer, refused; true or 1: kept; "
-          "anything else is carried along",
+          "unless empty; `<image>` in a text alone is text", _MEDIA),
+    Field(("label", "kto_tag"), "row", CHATS, "refused",
+          "where false or 0: an answer that is not wanted; other values than these and true, 1 are carried along",
           _false_is_refused("undesirable", "an answer that is not wanted (unpaired preference data)", numbers=True)),
-    Field(("label", "kto_tag"), "row", ("text",), "refused", "false: refused; numbers are carried along (classes)",
+    Field(("label", "kto_tag"), "row", ("text",), "refused", "where false; numbers are carried along (classes)",
           _false_is_refused("undesirable", "an answer that is not wanted (unpaired preference data)", numbers=False)),
-    Field(("weight", "sample_weight", "loss_weight", "loss_scale"), "row", EVERY, "refused",
-          "0 and fractions: refused; 1: kept", _weight),
+    Field(("weight", "sample_weight", "loss_weight", "loss_scale"), "row", EVERY, "refused", "unless 1", _weight),
     Field(("train", "training", "trainable"), "row", EVERY, "refused",
-          "false or 0: refused; anything else is carried along",
+          "where false or 0; texts are carried along",
           _false_is_refused("not-trained", "the row is not to be trained on", numbers=True)),
-    Field(("loss",), "row", EVERY, "refused", "false: refused; a number is carried along",
+    Field(("loss",), "row", EVERY, "refused", "where false; numbers are carried along",
           _false_is_refused("not-trained", "the row is not to be trained on", numbers=False)),
-    Field(("masked",), "row", EVERY, "refused", "true or 1: refused", _true_is_refused),
-    Field(("mask",), "row", EVERY, "refused", "NeMo's `User`: kept; anything else: refused", _row_mask),
+    Field(("masked",), "row", EVERY, "refused", "where true or 1", _true_is_refused),
+    Field(("mask",), "row", EVERY, "refused", "unless null or NeMo's `User`", _row_mask),
     Field(("input_ids", "completion_mask", "assistant_masks", "loss_mask"), "row", EVERY, "refused",
-          "a list: refused", _list_is_refused),
-    Field(("labels",), "row", tuple(d for d in EVERY if d != "shp"), "refused", "a list: refused", _list_is_refused),
-    Field(("chat_template_kwargs",), "row", TEMPLATED, "refused", "refused unless empty",
+          "where it is a list", _list_is_refused),
+    Field(("labels",), "row", tuple(d for d in EVERY if d != "shp"), "refused", "where it is a list", _list_is_refused),
+    Field(("chat_template_kwargs",), "row", TEMPLATED, "refused", "unless empty",
           _refused("unused-field", "changes how the row is rendered, which is not followed")),
     Field(("chosen_score", "rejected_score", "score_chosen", "score_rejected"), "row",
           ("preference", "stack-exchange"), "honoured", "a tie, or rejected above chosen: refused", _honoured),
     Field(("split",), "row", EVERY, "carried", "no row is left out for it: filter the file", _carried),
-    Field(("margin", "score", "rejected_response"), "row", EVERY, "carried", "not used", _carried),
+    Field(("reasoning_content", "reasoning", "thinking", "thought"), "row", EVERY, "carried",
+          "not rendered: put it into the answer if it is to be learnt", _carried),
+    Field(("rejected_response", "rejected_messages"), "row", EVERY, "carried", "the row is not read as a pair",
+          _carried),
+    Field(("margin", "score"), "row", EVERY, "carried", "not used", _carried),
     # --- keys of a message; whether an assistant's message is trained on is read by `trained`
     Field(("weight", "loss_scale", "step_loss_mask"), "message", (), "honoured",
           "0: the assistant's message is context, not trained on; fractions: refused", _honoured),
@@ -178,21 +181,21 @@ FIELDS: tuple[Field, ...] = (
           "false or 0: the assistant's message is context; true on another speaker: refused", _honoured),
     Field(("masked",), "message", (), "honoured",
           "true: the assistant's message is context; false on another speaker: refused", _honoured),
-    Field(("mask",), "message", (), "refused", "refused unless null: it can mean either side", _mask),
+    Field(("mask",), "message", (), "refused", "unless null: it can mean either side", _mask),
     Field(("train_detail", "training_detail", "train_details", "training_details"), "message", (), "refused",
-          "refused unless empty", _refused("unused-field", "marks parts of a message, and whole ones are followed")),
+          "unless empty", _refused("unused-field", "marks parts of a message, and whole ones are followed")),
     Field(("reasoning_content", "reasoning", "thinking", "thought", "thoughts"), "message", (), "refused",
-          "refused unless empty", _refused("reasoning-field", "holds reasoning beside the content; put it into the "
-                                           "content as your model's template writes it (<think>…</think>)")),
-    Field(("tool_calls", "function_call"), "message", (), "refused", "refused unless empty",
+          "unless empty", _refused("reasoning-field", "holds reasoning beside the content; put it into the content as "
+                                   "your model's template writes it (<think>…</think>)")),
+    Field(("tool_calls", "function_call"), "message", (), "refused", "unless empty",
           _refused("tool-calls", "holds structured tool calls")),
-    Field(("image", "images", "video", "videos", "audio", "audios"), "message", (), "refused", "refused unless empty",
+    Field(("image", "images", "video", "videos", "audio", "audios"), "message", (), "refused", "unless empty",
           _MEDIA),
-    Field(("refusal",), "message", (), "refused", "refused unless empty",
+    Field(("refusal",), "message", (), "refused", "unless empty",
           _refused("unused-field", "is a text beside the content")),
-    Field(("channel", "recipient"), "message", (), "refused", "refused unless empty (Harmony)",
+    Field(("channel", "recipient"), "message", (), "refused", "unless empty (Harmony)",
           _refused("unused-field", "changes how the message is rendered, which is not followed")),
-    Field(("replies",), "message", (), "refused", "refused unless empty (OASST)",
+    Field(("replies",), "message", (), "refused", "unless empty (OASST)",
           _refused("message-tree", "is a tree of answers; write each path through it as `messages`")),
     Field(("name", "tool_call_id"), "message", (), "carried", "not rendered", _carried),
 )  # fmt: skip
@@ -240,14 +243,17 @@ def check_row(row: Mapping[str, Any], dialect: str) -> None:
             "message-tree", "the row is a message of a tree (OASST); write each path through it as `messages`"
         )
     rules = ROW_RULES[dialect]
-    for name in rules.keys() & row.keys():
-        rules[name](name, row[name])
+    for name in row:
+        if name in rules:
+            rules[name](name, row[name])
 
 
 def is_tree(row: Mapping[str, Any]) -> bool:
     """Tell OASST's rows: one message with its parent's id, or a `prompt` with `replies`."""
     prompt = row.get("prompt")
-    return {"message_id", "parent_id", "text"} <= row.keys() or (isinstance(prompt, dict) and "replies" in prompt)
+    if type(prompt) is dict:
+        return "replies" in prompt
+    return "parent_id" in row and "message_id" in row and "text" in row
 
 
 def prompt_column(row: Mapping[str, Any]) -> str | None:
@@ -266,7 +272,7 @@ def trained(message: Mapping[str, Any], role: str, place: str) -> bool:
     told: dict[str, bool] = {}
     for key, value in message.items():
         rule = MESSAGE_RULES.get(key)
-        if rule is None or key in PLAIN:
+        if rule is None:
             continue
         if key not in FLAGS:
             rule(f"{place}.{key}", value)
@@ -309,18 +315,16 @@ def carried_keys(message: Mapping[str, Any]) -> list[str]:
 
 def table() -> str:
     """Return `FIELDS` as the two tables of `docs/data.md`."""
-    groups = {EVERY: "every", TEMPLATED: "every but text", CHATS: "messages, sharegpt, prompt-completion, alpaca, "
-              "question-answer"}  # fmt: skip
+    groups = {EVERY: "every", TEMPLATED: "every but text"}
+    words = {"honoured": "honoured: ", "refused": "refused ", "carried": "carried along: "}
+    heads = {"row": "| column | dialects | |\n|---|---|---|", "message": "| key of a message | |\n|---|---|"}
     out = []
-    for where, head in (
-        ("row", "| column | dialects | |\n|---|---|---|"),
-        ("message", "| key of a message | |\n|---|---|"),
-    ):
+    for where, head in heads.items():
         lines = [head]
         for f in FIELDS:
             if f.where == where:
                 names = ", ".join(f"`{name}`" for name in f.names)
                 cells = [names, groups.get(f.dialects, ", ".join(f.dialects))] if where == "row" else [names]
-                lines.append(f"| {' | '.join([*cells, f'{f.what}: {f.told}'])} |")
+                lines.append(f"| {' | '.join([*cells, words[f.what] + f.told])} |")
         out.append("\n".join(lines))
     return "\n\n".join(out) + "\n"
