@@ -97,6 +97,7 @@ SFT_CASES: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
     "alpaca with output and response": ({"instruction": "i", "response": "r", "output": "a"}, [U("i"), A("a")]),
     "dolly": ({"instruction": "i", "context": "x", "response": "a", "category": "qa"}, [U("i\nx"), A("a")]),
     "question and answer": ({"question": "q", "answer": "a\n#### 4"}, [U("q"), A("a\n#### 4")]),
+    "OpenOrca": ({"id": "1", "system_prompt": "s", "question": "q", "response": "a"}, [S("s"), U("q"), A("a")]),
     "query and response": ({"query": "q", "response": "a", "type": "x"}, [U("q"), A("a")]),
     "text": ({"text": " as it is \n"}, [{"role": "text", "content": " as it is \n"}]),
     "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [U("q"), A("a")]),

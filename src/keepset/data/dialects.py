@@ -70,7 +70,7 @@ def alpaca(row: Row) -> list[Turn]:
 
 
 def question_answer(row: Row) -> list[Turn]:
-    """GSM8K: `question` (or `query`), `answer` (or `response`)."""
+    """GSM8K and OpenOrca: `question` (or `query`), `answer` (or `response`)."""
     question = [("user", text_field(row, "question", "query", blank="empty-prompt"))]
     answer = text_field(row, "answer", "response", blank="empty-completion")
     one_prompt(row, question, "question" if "question" in row else "query")
@@ -296,7 +296,7 @@ def _sft_dialect(row: Row) -> str | None:
         return "prompt-completion"
     if "instruction" in row and ("output" in row or "response" in row):
         return "alpaca"
-    if ("question" in row and "answer" in row) or ("query" in row and "response" in row):
+    if ("question" in row or "query" in row) and ("answer" in row or "response" in row):
         return "question-answer"
     return "text" if "text" in row else None
 

@@ -48,7 +48,7 @@ def clipped(messages: list[Message], limit: int) -> list[list[str]]:
         text = message["content"]
         if len(text) > room:
             text = f"{text[:room]}… ({len(text) - room:,} more characters)"
-        out.append([message["role"], text])
+        out.append([message["role"] + ("" if message.get("train", True) else ", not trained on"), text])
     return out
 
 
