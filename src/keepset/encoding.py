@@ -188,7 +188,7 @@ class Encoder:
         """Render a row and find its supervised spans.
 
         Args:
-            messages: {"role", "content"} in order; or one message of role `text`.
+            messages: {"role", "content"} in order, an answer with `train: False` being context; or one of role `text`.
             n_prompt: the first n_prompt messages are never supervised.
 
         Raises:
@@ -203,6 +203,7 @@ class Encoder:
                     "special-token-in-text", f"message {i + 1} ({message['role']}) holds the special token {fake[0]}"
                 )
         wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= n_prompt]
+        wanted = [i for i in wanted if messages[i].get("train", True)]
         if self.spec.supervise == "last":
             wanted = wanted[-1:]
         if not any(messages[i]["content"].strip() for i in wanted):

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keepset.data.fields import NOTES
+
 EXAMPLE_CHARACTERS = 900
 
 
@@ -21,6 +23,12 @@ def print_inspection(facts: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     console.print(f"columns: {', '.join(facts['columns'])}", highlight=False, markup=False)
+    for kind, found in facts["carried"].items():
+        if found:
+            told = ", ".join(
+                f"{name} ({n} rows{'; ' + NOTES[name] if name in NOTES else ''})" for name, n in found.items()
+            )
+            console.print(f"{kind.replace('_', ' ')} carried along, not used: {told}", highlight=False, markup=False)
     for name in ("roles", "sources", "categories"):
         if facts[name]:
             shown = " · ".join(f"{key} {n}" for key, n in facts[name].items())

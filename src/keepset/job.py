@@ -13,6 +13,7 @@ from rich.console import Console
 
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.data.pool import Message
+from keepset.data.turns import is_learnt
 from keepset.errors import DataError, RecipeError
 from keepset.files import canonical, write_atomic
 from keepset.methods.text import words
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from keepset.model import Loaded
 
     Pair = tuple[Encoded, Encoded | None]
-
-ANSWERS = {"assistant", "text"}  # roles whose content is learnt
 
 
 class Job:
@@ -196,7 +195,7 @@ class Job:
         rows: Iterable[list[Message]] = self.pool.all_messages()
         if self.pool.has_pairs:
             rows = (chosen + rejected for _, chosen, rejected in self.pool.all_pairs())
-        return np.array([sum(len(words(m["content"])) for m in row if m["role"] in ANSWERS) for row in rows])
+        return np.array([sum(len(words(m["content"])) for m in row if is_learnt(m)) for row in rows])
 
     def texts(self) -> list[str]:
         """The usable rows as plain text, all messages joined by line breaks."""
