@@ -108,7 +108,6 @@ def test_damaged_target_gradients_are_made_again(tiny_run, tmp_path):
 def test_experts_count_by_the_share_a_token_sees() -> None:
     """Mixtral: 4 experts of three 32 x 48 matrices, 2 a token, beside attention and the router."""
     from architectures import tiny_model as tiny
-
     from keepset.cost import matrix_weights
 
     blocks, head = matrix_weights(tiny("mixtral"))

@@ -58,8 +58,8 @@ def inspect_data(
 
     Returns:
         JSON-ready facts: `format`, `container`, `columns`, `carried` (columns and message keys that are not used),
-        `rows_in` = `rows` + `quarantined`, `duplicates`, `near_duplicates`, `reasons`, `drops` (lines: the thinking that
-        the model's template drops), `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`, `examples`,
+        `rows_in` = `rows` + `quarantined`, `duplicates`, `near_duplicates`, `reasons`, `drops` (lines: the thinking
+        that the model's template drops), `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`, `examples`,
         `leakage`, `advice`.
 
     Raises:
