@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from data_rows import good, lines, write_lines, write_rows
-from keepset.data import FileRefused, load_pool, load_target
+from keepset.data import FileRefused, load_pool, load_target, write_subset
 from keepset.errors import DataError
 from keepset.recipe import DataSpec
 
@@ -412,11 +412,21 @@ class _FakeHub:
 
 def test_hub_name_goes_through_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    hub = _FakeHub([good("alpaca", k) for k in range(3)])
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        dict.fromkeys(("instruction", "input", "output"), datasets.Value("string"))
+        | {"image": datasets.Image(), "score": datasets.Value("float16")}
+    )
+    image = {"bytes": b"no image at all", "path": "a.png"}
+    rows = [{"instruction": f"q{k}", "input": "", "output": f"a{k}", "image": image, "score": 0.5} for k in range(3)]
+    hub = _FakeHub(datasets.Dataset.from_list(rows, features=features))
     monkeypatch.setitem(sys.modules, "datasets", hub)
     pool = load_pool("owner/some-name:main")
     assert len(pool) == 3 and hub.asked == ("owner/some-name", "main", "train")
     assert pool.files[0].container == "hub" and set(pool.sources()) == {"some-name"}
+    write_subset(pool, [2, 0], tmp_path / "out.parquet")  # nothing was decoded, so the image's bytes are its own
+    again = pq.read_table(tmp_path / "out.parquet")
+    assert again.to_pylist() == [rows[2], rows[0]] and again.schema.equals(features.arrow_schema)
 
 
 def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -269,3 +269,9 @@ def test_records_are_json_with_their_checksum(tmp_path):
     sweep(tmp_path)
     record = json.loads((stage_folder(tmp_path) / "00000.json").read_text())
     assert record["rows"] == 16 and len(record["sha256"]) == 64
+
+
+def test_json_that_is_written_is_json(tmp_path):
+    Run(tmp_path).save_json("a.json", {"x": [1.5, float("nan"), (float("-inf"), "NaN")], "é": {"y": float("inf")}})
+    assert '"é"' in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert Run(tmp_path).load_json("a.json") == {"x": [1.5, None, [None, "NaN"]], "é": {"y": None}}

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
-from keepset.files import canonical, digest, file_digest, misfits, write_atomic
+from keepset.files import canonical, digest, file_digest, json_text, misfits, write_atomic
 from keepset.meter import Meter
 from keepset.recipe import Recipe
 from keepset.shards import Arrays, gather, plan_shards, read_shard, write_shard
@@ -190,8 +190,8 @@ class Run:
             )
 
     def save_json(self, name: str, value: Any) -> Path:
-        """Write a JSON file (see `save`)."""
-        return self.save(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        """Write a JSON file (see `save`); NaN and infinities are null."""
+        return self.save(name, (json_text(value, indent=1) + "\n").encode())
 
     def load_json(self, name: str, default: Any = None) -> Any:
         """Read a JSON file of the folder, or return `default` if there is none.
