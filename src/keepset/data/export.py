@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -281,7 +282,9 @@ def _write_csv(texts: Iterable[str], out: Any, lost: _Lost, delimiter: str = ","
     rows = [json.loads(text) for text in texts]
     names = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, delimiter=delimiter, lineterminator="\n")
+    # before Python 3.13 a CR is quoted only where it belongs to the line's end
+    lines = SimpleNamespace(write=lambda line: buffer.write(line.removesuffix("\r\n") + "\n"))
+    writer = csv.writer(lines, delimiter=delimiter, lineterminator="\r\n")
     writer.writerow(names)
     for row in rows:
         writer.writerow([_cell(row.get(name), name, lost) for name in names])

@@ -64,18 +64,21 @@ def read_csv(stream: io.BufferedReader, file: str) -> Iterator[RawRow | Quaranti
     A cell of a chat column (`messages`, `conversations`, and `prompt`, `completion`, `chosen`, `rejected` when it
     starts with `[` or `{`) is read as JSON, since CSV has no lists.
 
+    A first column without a name (pandas' index) is kept under the name it has, which is empty.
+
     Raises:
-        FileRefused: no header, or a header with empty or repeated names.
+        FileRefused: no header, a header with empty or repeated names, or one that another separator divides.
     """
     skip_bom(stream)
     csv.field_size_limit(MAX_ROW)
     # surrogateescape keeps one bad byte from costing the whole file: the row that holds it is quarantined
-    lines = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    lines = _Lines(io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=""))
     separator = "\t" if ".tsv" in file.lower() else ","
     reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
+        lines.row_starts, lines.marked = True, False
         try:
             cells = next(reader)
         except StopIteration:
@@ -90,16 +93,61 @@ def read_csv(stream: io.BufferedReader, file: str) -> Iterator[RawRow | Quaranti
             continue
         if header is None:
             header = cells
-            if any("\udc80" <= c <= "\udcff" or c == "\0" for c in "".join(cells)):
-                raise FileRefused(
-                    file, "no-header", "the header line holds bytes that are not UTF-8, or NUL", line=line
-                )
-            if len(set(cells)) != len(cells) or not all(c.strip() for c in cells):
-                raise FileRefused(file, "no-header", "the header line has empty or repeated column names", line=line)
+            problem = _header_problem(cells, separator)
+            if problem:
+                raise FileRefused(file, "no-header", problem, line=line)
             continue
+        if lines.marked:
+            if cells != header:
+                detail = "a byte-order mark and other columns stand here: files were put together; give each by itself"
+                raise FileRefused(file, "no-header", detail, line=line)
+            continue  # the same header again
         yield _csv_row(file, line, header, cells)
     if header is None:
         raise FileRefused(file, "empty-file", "the file holds no rows")
+
+
+class _Lines:
+    """Lines of a CSV file; a byte-order mark where a row starts is taken off and noted (files put together)."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.lines, self.row_starts, self.marked = lines, False, False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        if self.row_starts and line.startswith("\ufeff"):
+            line, self.marked = line.lstrip("\ufeff"), True
+        self.row_starts = False
+        return line
+
+
+def _header_problem(cells: list[str], separator: str) -> str | None:
+    """Say what is wrong with a header line, and what to do."""
+    if any("\udc80" <= c <= "\udcff" or c == "\0" for c in "".join(cells)):
+        return "the header line holds bytes that are not UTF-8, or NUL"
+    unnamed = [k for k, c in enumerate(cells) if not c.strip()]
+    if unnamed and unnamed != [0]:
+        places = ", ".join(str(k + 1) for k in unnamed)
+        remedy = "name them in the header line, or leave them out (pandas' index: to_csv(..., index=False))"
+        return f"of {len(cells)} columns those at {places} have no name: {remedy}"
+    repeated = next((c for c in cells if cells.count(c) > 1), None)
+    if repeated is not None:
+        return f"two columns are named '{repeated[:40]}'; rename one in the header line"
+    if len(cells) > 1:
+        return None
+    other = next((c for c in ("\t", ";", ",", "|") if c != separator and c in cells[0]), None)
+    if other is None:
+        return None
+    shown, ours = ("a tab" if c == "\t" else f"'{c}'" for c in (other, separator))
+    remedy = "name the file .tsv" if other == "\t" else "name the file .csv" if other == "," else "write it anew"
+    return f"the columns are divided by {shown}, not by {ours}: {remedy}, or: {_convert(other, separator)}"
+
+
+def _convert(other: str, separator: str) -> str:
+    return f"pandas.read_csv(OLD, sep={other!r}).to_csv(NEW, sep={separator!r}, index=False)"
 
 
 _CHAT_COLUMNS = {"messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "history"}
