@@ -68,7 +68,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise KeepsetError(f"{path}: can't be written: {error.strerror}; free or choose another --run_dir") from None
+        raise KeepsetError(
+            f"{path}: can't be written: {error.strerror}; free space, or write to another folder"
+        ) from None
 
 
 def misfits(folder: Path, files: Mapping[str, str]) -> list[str]:

@@ -229,7 +229,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
     lines = []
     bad = sum(entry["rows"] for entry in facts["reasons"])
     if bad > 0.05 * max(1, facts["rows_in"]):
-        lines.append(f"{bad} of {facts['rows_in']} rows can't be used: see the reasons, or name the right --format")
+        lines.append(f"{bad} of {facts['rows_in']} rows can't be used: see the reasons, or name the pool's `format`")
     if facts["duplicates"]:
         lines.append(f"{facts['duplicates']} exact copies: set `select: {{dedup: exact}}`, so that none is kept twice")
     if facts["near_duplicates"] > facts["duplicates"] + 0.02 * facts["rows"]:
