@@ -93,7 +93,7 @@ def write_trainers(job: Job, subset: Subset) -> list[str]:
         label=subset.label,
         kind="plain `text`" if all(plain) else "`messages`",
         notes=notes(model, args, kind),
-        folder=shlex.quote(str(job.run.path.absolute())),
+        folder=shlex.quote(str(job.run.path.resolve())),
     )
     for name, text in files.items():
         write_atomic(job.run.path / FOLDER / name, text.encode("utf-8", "surrogatepass"))
