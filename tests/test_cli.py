@@ -206,3 +206,8 @@ def test_the_command_page_is_current():
     code = "import runpy; print(runpy.run_path('docs/make_cli.py')['page'](), end='')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout == (root / "docs/cli.md").read_text(), "run python docs/make_cli.py"
+
+
+def test_init_makes_the_folder_it_writes_into(tmp_path):
+    assert core("init", tmp_path / "new" / "recipe.yaml").returncode == 0
+    assert (tmp_path / "new" / "recipe.yaml").is_file()

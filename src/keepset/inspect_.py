@@ -59,8 +59,8 @@ def inspect_data(
     Returns:
         JSON-ready facts: `format`, `container`, `columns`, `carried` (columns and message keys that are not used),
         `rows_in` = `rows` + `quarantined`, `duplicates`, `near_duplicates`, `reasons`, `drops` (lines: the thinking
-        that the model's template drops), `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`, `examples`,
-        `leakage`, `advice`.
+        that the model's template drops), `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`,
+        `examples`, `leakage`, `advice`.
 
     Raises:
         DataError: a file that is refused as a whole.
@@ -254,7 +254,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
     lines = []
     bad = sum(entry["rows"] for entry in facts["reasons"])
     if bad > 0.05 * max(1, facts["rows_in"]):
-        lines.append(f"{bad} of {facts['rows_in']} rows can't be used: see the reasons, or name the right --format")
+        lines.append(f"{bad} of {facts['rows_in']} rows can't be used: see the reasons, or name the pool's `format`")
     if facts["duplicates"]:
         lines.append(f"{facts['duplicates']} exact copies: set `select: {{dedup: exact}}`, so that none is kept twice")
     if facts["near_duplicates"] > facts["duplicates"] + 0.02 * facts["rows"]:
