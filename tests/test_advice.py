@@ -28,8 +28,9 @@ FLAGS = (
     "--no-deps --config --config_file --model --model_args --tasks --batch_size --output_path --include_path".split()
 )
 FLAGS += "--name --num_train_epochs --learning_rate".split()  # `train` takes any argument of TRL's configurations
-WORDS = """attention_dropout modules_to_save report_to adamw_torch assistant_only_loss safe_serialization build_store
-resize_token_embeddings run_rows weighted_mean tmc_shapley n_tokens loss_ini loss_ref in_batch""".split()  # ... or of our own functions
+WORDS = """attention_dropout modules_to_save report_to adamw_torch assistant_only_loss safe_serialization
+build_store resize_token_embeddings run_rows weighted_mean tmc_shapley n_tokens loss_ini
+loss_ref in_batch""".split()  # ... or of our own functions
 
 OTHER = ("yaml", "jsonl", "py", "json", "safetensors", "safetensors.index.json", "eval", "language_model")
 """What follows `model.`, `train.` and the like in file names and in torch's own."""
