@@ -17,7 +17,8 @@ from keepset.methods.noise import gumbel_by_id, uniform_by_id
 from keepset.methods.rds import rds
 from keepset.methods.text import chunks, hash_tokens, ngram_vectors, ngrams, segment_sums, words
 
-TEXT = st.text(alphabet=st.sampled_from("aAbz9_ .,\n\té²ßΣς中İ—\x00\U0001f600\u0301"), max_size=40)
+# scripts with spaces, no combining marks: the rest is in test_words.py
+TEXT = st.text(alphabet=st.sampled_from("aAbz9_ .,\n\té²ßΣς—\x00\U0001f600"), max_size=40)
 TEXTS = st.lists(TEXT, min_size=1, max_size=8)
 WORDY = st.lists(st.lists(st.sampled_from("the cat dog sat 42 ran on".split()), max_size=12).map(" ".join), min_size=1)
 
