@@ -14,6 +14,7 @@ Answer: {"exit": code or null, "signal": number or null}
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -164,6 +165,8 @@ def main() -> None:
         if not module.name.endswith("__main__"):  # which runs the command line
             importlib.import_module(module.name)
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # children neither copy nor search what is imported
     assert threading.active_count() == 1
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

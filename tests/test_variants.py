@@ -19,6 +19,7 @@ from keepset.recipe import parse_recipe, set_key
 from keepset.reference_check import OtherRows, held_out_finding
 from keepset.run import Run
 from test_pipeline import TRAIN, data, model_folder, quiet, recipe  # noqa: F401  (fixtures)
+from tolerance import FORWARD
 
 FAST = {"target": [], "methods": ["davir", "loss"], "budget": ["10%", "25%"], "evaluate": {}}
 CONTROLS = {"random_seeds": [0], "longest": False, "base": False}
@@ -244,5 +245,5 @@ def test_kept_token_losses_are_read_instead_of_running_the_models(model_folder, 
             patch.setattr(models, "load", None)
             facts = token_changes(job.run.path, scores["id"][3])
         assert len(facts["tokens"]) == scores["n_tokens"][3]
-        assert facts["before"] == pytest.approx(scores["loss_ini"][3], rel=1e-5)
-        assert facts["after"] == pytest.approx(scores["loss_ref"][3], rel=1e-5)
+        assert facts["before"] == pytest.approx(scores["loss_ini"][3], rel=4 * FORWARD)
+        assert facts["after"] == pytest.approx(scores["loss_ref"][3], rel=4 * FORWARD)
