@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from lean import lean
 
 if TYPE_CHECKING:  # torch and transformers only where a test asks for a model
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -40,11 +41,10 @@ _imported = 0
 
 
 def pytest_runtest_teardown() -> None:
-    """Take what has been imported out of the garbage collector's sight: each training asks for a full collection."""
+    """Once heavy packages have come in, see to it that they cost less."""
     global _imported
     if len(sys.modules) > _imported + 100:
-        gc.collect()
-        gc.freeze()
+        lean()
         _imported = len(sys.modules)
 
 

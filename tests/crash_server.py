@@ -14,7 +14,6 @@ Answer: {"exit": code or null, "signal": number or null}
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -29,6 +28,8 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from lean import lean
 
 HEX = re.compile(r"(?<![0-9a-f])(?:[0-9a-f]{16}|[0-9a-f]{8})(?![0-9a-f])")
 
@@ -165,8 +166,7 @@ def main() -> None:
         if not module.name.endswith("__main__"):  # which runs the command line
             importlib.import_module(module.name)
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # children neither copy nor search what is imported
+    lean()
     assert threading.active_count() == 1
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

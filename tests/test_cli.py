@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -200,14 +201,14 @@ def test_mistakes_are_one_line_with_an_exit_code(core, files, words, code, messa
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_quiet_leaves_results_and_mistakes_and_no_color_is_honoured(files, monkeypatch):
+def test_quiet_leaves_results_and_mistakes_and_no_color_is_honoured(core, files, monkeypatch):
     words = ("score", "random", "--pool", files / "pool.jsonl", "--run_dir", files / "run")
     done = fresh_core(*words, "--quiet", "--json")
     assert done.returncode == 0 and done.stderr == "" and json.loads(done.stdout)["scored"] == 20
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert "\x1b[31m" in fresh_core("score", "nope", "-q", "--pool", files / "pool.jsonl").stderr
+    assert "\x1b[31m" in core("score", "nope", "-q", "--pool", files / "pool.jsonl").stderr
     monkeypatch.setenv("NO_COLOR", "1")
-    done = fresh_core("score", "nope", "-q", "--pool", files / "pool.jsonl")
+    done = core("score", "nope", "-q", "--pool", files / "pool.jsonl")
     assert done.returncode == 2 and "no method 'nope'" in done.stderr and "\x1b" not in done.stderr
 
 
@@ -259,6 +260,5 @@ def test_init_writes_a_recipe_that_loads(core, files):
 
 def test_the_command_page_is_current():
     root = Path(__file__).parents[1]
-    code = "import runpy; print(runpy.run_path('docs/make_cli.py')['page'](), end='')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout == (root / "docs/cli.md").read_text(), "run python docs/make_cli.py"
+    page = runpy.run_path(str(root / "docs/make_cli.py"))["page"]()
+    assert page == (root / "docs/cli.md").read_text(), "run python docs/make_cli.py"

@@ -167,11 +167,10 @@ def test_kronecker_bases_diagonalise_the_factors_of_plain_autograd(world) -> Non
     np.testing.assert_allclose(factors[1], outputs, atol=4 * BACKWARD * np.abs(outputs).max())
 
 
-@pytest.fixture(scope="module")
-def dense(world):
-    """30 short rows, their dense Gauss-Newton matrix, and the gradients of 40 others."""
+def dense(world, n):
+    """n short rows, their dense Gauss-Newton matrix, and the gradients of 40 others."""
     peft, _, target = world
-    rows = random_rows(30, seed=5, longest=12)
+    rows = random_rows(n, seed=5, longest=12)
     return (
         rows,
         gauss_newton(peft, rows, list(target.blocks)),
@@ -183,23 +182,24 @@ def correlation(a, b):
     return float(np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(a.T, b.T, strict=True)]))
 
 
-def test_drawn_labels_estimate_gauss_newton_without_bias(world, dense) -> None:
+def test_drawn_labels_estimate_gauss_newton_without_bias(world) -> None:
     peft, _, target = world
-    rows, ggn, _ = dense
+    rows, ggn, _ = dense(world, 12)
     sampled, v = [], torch.as_tensor(vectors(target))
     for seed in range(20):
         g = torch.cat(list(stacked_gradients(peft, rows, labels="sampled", seed=seed).values()), 1).double()
-        sampled.append([float(g.square().sum()) / 30, *((g @ v.T).square().mean(0).tolist())])
+        sampled.append([float(g.square().sum()) / len(rows), *((g @ v.T).square().mean(0).tolist())])
     want = [np.trace(ggn), *np.einsum("jp,pq,jq->j", v.numpy(), ggn, v.numpy())]
     error = np.std(sampled, axis=0) / np.sqrt(len(sampled))
     assert (np.abs(np.mean(sampled, axis=0) - want) < 3 * error).all()
     assert (error < 0.1 * np.array(want)).all()  # so that a bias of a third would have shown
 
 
-def test_solvers_come_near_the_dense_inverse_of_gauss_newton(world, dense) -> None:
+@pytest.mark.slow
+def test_solvers_come_near_the_dense_inverse_of_gauss_newton(world) -> None:
     """At a damping of one mean eigenvalue; EK-FAC against the blocks and dampings that are its own, too."""
     peft, _, target = world
-    rows, ggn, dots = dense
+    rows, ggn, dots = dense(world, 30)
     v, pool = vectors(target), random_rows(40, seed=9)
     exact = dots @ dense_solve(ggn, v, damping=np.trace(ggn) / len(ggn)).T
     found = {s: influence(peft, pool, solve_target(peft, target, rows, solver=s, damping=1.0), map="sgd").dots

@@ -2,7 +2,7 @@
 
 The points are taken in four rounds. In each round one run folder is killed at every fourth point in turn, each time by
 a session that went on where the killed one stopped, and then finished. So neighbouring points, whose damage a later
-kill might cover, are never in one round. The default suite takes one round and 4 random times, `make test-slow` all;
+kill might cover, are never in one round. The default suite takes one round and 2 random times, `make test-slow` all;
 `tests/soak.py` takes every point of a run on its own.
 """
 
@@ -84,7 +84,7 @@ def test_killed_at_named_points_and_resumed(tiny_run, tmp_path, number):
     assert tiny_run.resumed(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("least", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("least", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_times_and_resumed(tiny_run, tmp_path, least):
     draw, kills = random.Random(least), 0
     for folder in (tmp_path / f"run{k}" for k in range(40)):
