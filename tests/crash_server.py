@@ -14,6 +14,7 @@ Answer: {"exit": code or null, "signal": number or null}
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -137,6 +138,7 @@ def child(request: dict[str, Any]) -> int:
     sys.stderr.flush()
     if "events" in request:
         Path(request["events"]).write_text("\n".join(points.names))
+        Path(request["events"] + ".modules").write_text("\n".join(sys.modules))
     return code
 
 
@@ -150,7 +152,19 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         os.kill(pid, request.get("signal", signal.SIGKILL))  # a zombie at worst: it has not been waited for
     _, status = os.waitpid(pid, 0)
     killed = os.WIFSIGNALED(status)
+    if "events" in request and not killed:
+        learn(Path(request["events"] + ".modules"))
     return {"exit": None if killed else os.WEXITSTATUS(status), "signal": os.WTERMSIG(status) if killed else None}
+
+
+def learn(modules: Path) -> None:
+    """Import what an undisturbed child has imported as it went, so that the next ones needn't: half of their time."""
+    for name in modules.read_text().splitlines():
+        if name not in sys.modules:
+            with contextlib.suppress(ImportError, ValueError):  # names that a library made up
+                importlib.import_module(name)
+    lean()
+    assert threading.active_count() == 1
 
 
 def main() -> None:
