@@ -28,7 +28,7 @@ setup: .venv/.ready  ## the environment only
 demo: .venv/.model  ## ROSE, DavIR and Random on the small pool that ships: select, train, evaluate, compare (5 minutes)
 	$(BIN)/keepset demo
 
-test: .venv/.ready  ## the default test suite (under 10 minutes on 2 cores)
+test: .venv/.ready  ## the default test suite (8 minutes on 2 busy cores)
 	$(BIN)/python -m pytest -m "not slow and not real_model"
 
 test-other-cpu: .venv/.ready  ## the default test suite with the kernels of a processor without AVX
