@@ -1,6 +1,7 @@
 """How the cost of choosing grows with the pool: processor seconds, memory, disk and counted operations, 1K to 50K rows.
 
-Run `python benchmarks/growth.py` (about 25 minutes on one thread). Two pools of n rows:
+Run `python benchmarks/growth.py` (about 20 minutes on one thread). What the results file already holds is not measured
+again: `--out` names another, `--sizes` and `--methods` less. Two pools of n rows:
 
     text        60 words a row by Zipf's law (that of `text.py`), target 40 rows: the text methods, and the policies
     model       some 20 tokens a row for a 2-layer random Llama (hidden size 32): model methods, each from the start,
@@ -58,6 +59,7 @@ MODEL_METHODS = [
     "datainf", "ekfac", "in-run-shapley",
 ]  # fmt: skip
 POLICIES = ["top_k", "round_robin", "mmr", "facility_location", "dedup near"]
+TEXT = ["random", "length", "bm25", "dsir", *POLICIES]
 WORDS = ["the", "answer", "is", "user", "thing", "wants", "helpful", "assistant", "that"]
 
 
@@ -94,7 +96,10 @@ def measured(work: Callable[[], Any], folder: Path | None = None) -> dict[str, f
     return {k: round(v, 4) for k, v in found.items()}
 
 
-def text_costs(n: int, methods: list[str]) -> dict[str, dict[str, float]]:
+Note = Callable[[str, int, dict[str, float]], None]
+
+
+def text_costs(n: int, methods: list[str], note: Note) -> None:
     """Text methods and policies on n synthetic rows."""
     docs = [text for _, text in zip(range(n), synthetic(max(n, 1000), 0), strict=False)]
     goals = [text for _, text in zip(range(40), synthetic(1000, 1), strict=False)]
@@ -118,7 +123,8 @@ def text_costs(n: int, methods: list[str]) -> dict[str, dict[str, float]]:
         **{name: policy(name) for name in POLICIES},
     }
     bm25(docs[:10], goals[:1], ["x"])  # imports
-    return {name: measured(work) for name, work in works.items() if not methods or name in methods}
+    for name in methods:
+        note(name, n, measured(works[name]))
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -126,7 +132,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def model_costs(n: int, folder: Path, methods: list[str]) -> dict[str, dict[str, float]]:
+def model_costs(n: int, folder: Path, methods: list[str], note: Note) -> None:
     """Model methods on n rows of a tiny random model, each alone and from the start."""
     rng = np.random.default_rng(0)
 
@@ -164,18 +170,15 @@ def model_costs(n: int, folder: Path, methods: list[str]) -> dict[str, dict[str,
     import peft  # noqa: F401
     import trl  # noqa: F401
 
-    found: dict[str, dict[str, float]] = {}
     made = [job.run.path / name for name in ("work", "scores", "models")]
     for name in methods:
         spec = MethodSpec(name=name)
         one = measured(lambda spec=spec: score(job, spec), job.run.path)
         one["flops"] = sum(w.flops for w in selection_work(job, [spec]))
         one["tokens"] = float(sum(len(r.input_ids) for r in job.rows))
-        found[name] = one
-        print(f"{n} rows, {name}: {one}", flush=True)
+        note(name, n, one)
         for path in made:
             shutil.rmtree(path, ignore_errors=True)
-    return found
 
 
 def growth(costs: dict[int, dict[str, float]]) -> dict[str, Any]:
@@ -193,41 +196,69 @@ def growth(costs: dict[int, dict[str, float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 5000, 20_000, 50_000])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 5000, 50_000])
     parser.add_argument("--methods", nargs="+", default=[], help="some of the methods and policies; default: all")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "growth.json")
     args = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
-    some = [m for m in MODEL_METHODS if not args.methods or m in args.methods]
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in (*TEXT, *MODEL_METHODS)}
+    if args.out.exists():
+        for name, costs in json.loads(args.out.read_text())["details"].items():
+            found[name] = {int(n): cost for n, cost in costs.items()}
+
+    def note(name: str, n: int, one: dict[str, float]) -> None:
+        found[name][n] = one
+        print(f"{n} rows, {name}: {one}", flush=True)
+        write(args.out, found)
+
+    def missing(names: list[str], n: int) -> list[str]:
+        return [m for m in names if n not in found[m] and (not args.methods or m in args.methods)]
+
     for n in args.sizes:
-        for name, one in text_costs(n, args.methods).items():
-            found.setdefault(name, {})[n] = one
-            print(f"{n} rows, {name}: {one}", flush=True)
-        with tempfile.TemporaryDirectory() as name:
-            for method, one in (model_costs(n, Path(name), some) if some else {}).items():
-                found.setdefault(method, {})[n] = one
-    table = {name: growth(costs) for name, costs in found.items()}
-    print("| method | FLOP: exponent, a row | processor: exponent, ms a row | peak: exponent, KiB a row | "
-          "disk: exponent, bytes a row |")  # fmt: skip
-    print("|---|---|---|---|---|")
-    for name, one in table.items():
-        cells = []
-        for what, unit in (("flops", 1.0), ("cpu_seconds", 1e3), ("peak_mib", 2**10), ("disk_mib", 2**20)):
-            cells.append(f"{one[what]['exponent']}, {one[what]['a_row'] * unit:.3g}" if what in one else "–")
-        print(f"| `{name}` | " + " | ".join(cells) + " |")
+        if missing(TEXT, n):
+            text_costs(n, missing(TEXT, n), note)
+        if missing(MODEL_METHODS, n):
+            with tempfile.TemporaryDirectory() as folder:
+                model_costs(n, Path(folder), missing(MODEL_METHODS, n), note)
+    print_table(write(args.out, found))
+
+
+def write(path: Path, found: dict[str, dict[int, dict[str, float]]]) -> dict[str, Any]:
+    """Write what was measured so far; returns the growth of what has two sizes."""
+    table = {name: growth(costs) for name, costs in found.items() if len(costs) > 1}
     summary = {
         "growth": table,
         "command": "python benchmarks/growth.py",
         "date": datetime.date.today().isoformat(),
         "machine": {"cores": os.cpu_count(), "threads": 1, "python": platform.python_version()},
-        "details": found,
+        "details": {name: {n: costs[n] for n in sorted(costs)} for name, costs in found.items()},
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {args.out}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return table
+
+
+def print_table(table: dict[str, Any]) -> None:
+    """The rows of docs/theory.md, 7.4."""
+    columns = [("cpu_seconds", 1e3, "processor: exponent, ms a row"), ("flops", 1e-6, "counted: exponent, MFLOP"),
+               ("peak_mib", 1.0, "peak at the largest pool, MiB"), ("disk_mib", 2**20, "disk, bytes a row")]  # fmt: skip
+    print("| | rows | " + " | ".join(title for _, _, title in columns) + " |")
+    print("|---" * (len(columns) + 2) + "|")
+    for name, one in table.items():
+        cells = []
+        for what, unit, _ in columns:
+            part = one.get(what, {})
+            if not part:
+                cells.append("–")
+            elif what == "peak_mib":
+                cells.append(f"{part['at_largest']:.0f}")
+            elif what == "disk_mib":
+                cells.append(f"{part['a_row'] * unit:.0f}")
+            else:
+                cells.append(f"{part['exponent']:.2f}, {part['a_row'] * unit:.2g}")
+        print(f"| `{name}` | {one['from']:,} to {one['to']:,} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -462,6 +462,8 @@ def test_4_5_the_shared_term_bounds_the_score_and_orders_rows_further_apart_than
         angle = np.arccos(np.clip(found.momentum, -1, 1))
         slack = 2e-3  # arccos near 1 takes the root of float32's error
         assert (np.abs(np.arccos(np.clip(score, -1, 1)) - angle) <= alpha + slack).all()
+        own = np.sin(angle) * np.sin(alpha)
+        assert (np.abs(score - np.cos(angle) * np.cos(alpha)) <= own + slack).all()
         apart = angle[None] - angle[:, None] > 2 * alpha + 2 * slack
         assert (score[:, None] > score[None])[apart].all()
         assert apart.any() == (noise < 0.1)  # a target far from the shared term is not decided by it
