@@ -242,8 +242,12 @@ def write(path: Path, found: dict[str, dict[int, dict[str, float]]]) -> dict[str
 
 def print_table(table: dict[str, Any]) -> None:
     """The rows of docs/theory.md, 7.4."""
-    columns = [("cpu_seconds", 1e3, "processor: exponent, ms a row"), ("flops", 1e-6, "counted: exponent, MFLOP"),
-               ("peak_mib", 1.0, "peak at the largest pool, MiB"), ("disk_mib", 2**20, "disk, bytes a row")]  # fmt: skip
+    columns = [
+        ("cpu_seconds", 1e3, "processor: exponent, ms a row"),
+        ("flops", 1e-6, "counted: exponent, MFLOP a row"),
+        ("peak_mib", 1.0, "peak at the largest pool, MiB"),
+        ("disk_mib", 2**20, "disk, bytes a row"),
+    ]
     print("| | rows | " + " | ".join(title for _, _, title in columns) + " |")
     print("|---" * (len(columns) + 2) + "|")
     for name, one in table.items():

@@ -17,12 +17,17 @@ pytest.importorskip("trl")
 
 from safetensors.numpy import load_file
 
+from conftest import random_rows, tiny_lora, tiny_model
 from keepset.counts import selection_work
+from keepset.features.curvature import kronecker_factors
 from keepset.features.gradient_store import GradientStore
+from keepset.features.influence import Reducer
+from keepset.features.targets import concatenate, target_vectors
 from keepset.job import Job
 from keepset.recipe import MethodSpec
 from keepset.scoring import score
 from keepset.train.warmup import pick_subset
+from slow_gradients import random_state
 from test_pipeline import model_folder, quiet, recipe, write_lines  # noqa: F401 - a fixture among them
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +159,24 @@ def test_7_2_a_store_takes_two_bytes_a_number_and_57_a_row(tmp_path):
     store.append([f"{i:032x}" for i in range(n)], np.ones((n, dim), np.float32), np.ones(n), np.zeros(n))
     files = sum((tmp_path / "store" / name).stat().st_size for name in ("rows.bin", "rows.meta", "ids.txt"))
     assert files == n * (2 * dim + 24 + 33)
+
+
+def test_7_2_what_a_gradient_pass_and_ekfac_hold():
+    peft, rows = tiny_lora(tiny_model("llama"), r=2), random_rows(6)
+    pairs = [(row, None) for row in rows[:TASKS]]
+    target = target_vectors(peft, pairs, np.arange(TASKS), loss="sft", reference="none")
+    shapes = {n: tuple(b.shape[1:]) for n, b in target.blocks.items()}
+    state, both = random_state(shapes), concatenate([target])
+    sink = Reducer(shapes, both, state, "adam", next(peft.parameters()).device)
+    held = [*target.blocks.values(), *both.blocks.values(), *state.exp_avg.values(), *state.exp_avg_sq.values()]
+    held += [t for m in sink.maps.values() for t in (m.shift, m.base)] + list(sink.shared.values())
+    held += list(sink.vectors.values())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    assert sum(storages.values()) == 4 * P * (2 * TASKS + 5)
+    assert sink.buffer.nbytes + sink.scratch.nbytes == 8 * 2**20
+    factors = kronecker_factors(peft, rows, token_budget=256, labels="data", seed=0)
+    squares = sum(a * a + b * b for a, b in shapes.values())
+    assert sum(f.nbytes for pair in factors.values() for f in pair) == 8 * squares  # then 8 of bases, 4 turned
 
 
 def test_7_3_choosing_opens_no_connection(scored):
