@@ -410,17 +410,21 @@ def test_4_2_one_pairs_direction_is_free_of_beta_and_of_the_reference(peft, pair
 
 
 def test_4_3_a_tasks_mean_weighs_a_pair_by_its_weight_and_length(peft, pairs):
-    """Per pair all count alike; per task by β·σ(−βΔ)·‖u‖: small β gives Σ u, large β the pair least won."""
+    """Per pair all count alike; per task by β·σ(−βΔ)·‖u‖: small β gives Σ u, large β the lost or least won."""
     each = [target_vectors(peft, [p], np.zeros(1), loss="margin") for p in pairs]
     directions, norms = np.array([vectors_of(t)[0] for t in each]), np.array([t.norms[0] for t in each])
     np.testing.assert_allclose(aim(peft, pairs, loss="dpo"), directions.mean(axis=0), atol=1e-6)
     plain = unit(norms @ directions)
     np.testing.assert_allclose(aim(peft, pairs, loss="margin", normalise="task"), plain, atol=1e-6)
     np.testing.assert_allclose(aim(peft, pairs, beta=1e-7, normalise="task"), plain, atol=1e-5)
-    sure = target_vectors(peft, pairs, np.zeros(3), beta=50.0, reference="none", normalise="task")
-    hardest = int(np.argmin(sure.margin))
-    assert vectors_of(sure)[0] @ directions[hardest] > 0.999
-    assert sure.log_weight[hardest] == max(sure.log_weight)
+    margins = np.array([t.margin[0] for t in each])  # Δ, as there is no reference
+    least = int(np.argmin(np.abs(margins)))
+    for sign in (1, -1):
+        turned = [p if sign * m > 0 else p[::-1] for p, m in zip(pairs, margins, strict=True)]  # all won, or all lost
+        flips = np.where(sign * margins > 0, 1, -1)
+        wanted = flips[least] * directions[least] if sign > 0 else unit((norms * flips) @ directions)
+        found = aim(peft, turned, beta=50.0, reference="none", normalise="task")
+        assert found @ wanted > 0.999
 
 
 def test_4_4_summed_log_probabilities_see_length(peft):
