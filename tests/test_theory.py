@@ -537,6 +537,9 @@ def test_5_3_dividing_turns_the_tie_to_length_round_if_the_drop_has_the_larger_f
     pools = [p["scores"] for p in measured.values() if "rho-sum" in p["scores"]]
     assert len(pools) >= 6
     assert all(p["rho-sum"]["spearman"] > 0 > p["davir"]["spearman"] for p in pools)
+    fit = json.loads((ROOT / "experiments/davir-length/results/affine.json").read_text())["alpaca"]
+    assert fit["c1"] > 0 and fit["c0"] / fit["c1"] - fit["l0"] / fit["l1"] == pytest.approx(fit["gap"], rel=0.01)
+    assert fit["gap_low"] > 0  # the condition itself, on our rows
 
 
 def test_5_4_noise_of_the_ratio_grows_as_one_over_the_base_loss():

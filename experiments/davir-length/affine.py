@@ -32,7 +32,12 @@ def main() -> None:
         names = ("c0", "c1", "l0", "l1", "gap")
         found = {k: round(float(v), 4) for k, v in zip(names, fit(np.arange(len(n))), strict=True)}
         low, high = np.percentile(draws[:, 4], [2.5, 97.5])
-        results[Path(folder).name] = {"rows": len(n), **found, "gap_low": round(low, 2), "gap_high": round(high, 2)}
+        results[Path(folder).name] = {
+            "rows": len(n),
+            **found,
+            "gap_low": round(float(low), 2),
+            "gap_high": round(float(high), 2),
+        }
         print(Path(folder).name, results[Path(folder).name])
     out = Path(__file__).parent / "results" / "affine.json"
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
