@@ -519,9 +519,10 @@ def test_5_2_sum_and_mean_agree_both_denominators_rank_alike_and_rho_does_neithe
     assert spearman(rho(ini, ref), rho(ini, ref, tokens, form="mean")) < 0.9
     two = np.array([10.0, 100.0]), np.array([5.0, 80.0]), np.array([10, 100])  # counterexample of two rows
     assert np.argmax(rho(two[0], two[1])) == 1 and np.argmax(rho(*two, form="mean")) == 0
-    ini, ref, eps = np.array([0.10, 1.00]), np.array([0.02, 0.21]), 0.05  # an ε breaks it
-    assert np.argmax((ini - ref) / (ini + eps)) == 1 and np.argmax((ini - ref) / (ref + eps)) == 1
-    assert np.argmax(davir(ini, ref)) == np.argmax(davir_ref(ini, ref)) == 0
+    mean, t, eps = np.array([[0.10, 1.00], [0.02, 0.21]]), np.array([100, 1]), 0.05  # two rows, under ini and ref
+    for (ini, ref), first in ((mean * t, 0), (mean, 1)):  # an ε makes sum and mean differ, not the denominators
+        assert np.argmax((ini - ref) / (ini + eps)) == np.argmax((ini - ref) / (ref + eps)) == first
+        assert np.argmax(davir(ini, ref)) == np.argmax(davir_ref(ini, ref)) == 0
 
 
 def test_5_3_dividing_turns_the_tie_to_length_round_if_the_drop_has_the_larger_fixed_part():
