@@ -17,13 +17,14 @@ for the size. docs/theory.md, section 7, holds the formulas.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
+import gc
 import io
 import json
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import socket
 import sys
@@ -67,17 +68,25 @@ def refuse(*_: Any) -> None:
     raise ConnectionError("choosing must not need a network")
 
 
+def resident(what: str) -> float:
+    """This process's memory now (VmRSS) or at its peak (VmHWM), MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
+
+
 def measured(work: Callable[[], Any], folder: Path | None = None) -> dict[str, float]:
     """Run `work` in a fork: processor seconds, peak MiB above what the fork started with, MiB left under `folder`."""
 
     def child(pipe: Any) -> None:
         socket.socket.connect = refuse  # type: ignore[method-assign]
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        before, start = pages * resource.getpagesize(), time.process_time()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else what the pool's reading freed would be used without being counted
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before, start = resident("VmRSS"), time.process_time()
         work()
         seconds = time.process_time() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        pipe.send({"cpu_seconds": seconds, "peak_mib": max(0.0, peak) / 2**20})
+        peak = resident("VmHWM") - before
+        pipe.send({"cpu_seconds": seconds, "peak_mib": max(0.0, peak)})
         pipe.close()
 
     context = multiprocessing.get_context("fork")
