@@ -113,7 +113,7 @@ class Job:
 
     @cached_property
     def sides(self) -> tuple[np.ndarray, list[tuple[Encoded, ...]]]:
-        """Indices (n,) of the pool's usable rows and the tokens of their sides; refused rows go to quarantine.jsonl.
+        """Indices (n,) of the pool's usable rows and the tokens of their sides.
 
         A row has one side; of a pool of pairs two, chosen and rejected, and both must be usable.
 
@@ -121,22 +121,27 @@ class Job:
             DataError: no row is usable.
             RecipeError: a section trains on pairs and the pool has none.
         """
+        rows, refused = self.encoded
+        usable = [i for i, row in enumerate(rows) if row is not None]
+        cut = sum(any(side.truncated for side in rows[i] or ()) for i in usable)
+        note = f", {cut} of them cut at max_length {self.recipe.model.max_length}" if cut else ""
+        self.say(f"tokens: {len(rows)} rows = {len(usable)} usable + {len(refused)} quarantined{note}")
+        if refused and self.recipe.strict:
+            first = refused[0]
+            raise DataError(f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}")
+        if not usable:
+            raise DataError(f"no row of the pool is usable: {refused[0]['reason']}: {refused[0]['detail']}")
+        return np.array(usable), [rows[i] for i in usable]  # type: ignore[misc]
+
+    @cached_property
+    def encoded(self) -> tuple[list[tuple[Encoded, ...] | None], list[dict[str, Any]]]:
+        """The sides of each of the pool's rows as tokens, None where one is refused, and the refusals."""
         for name in ("train", "reference", "warmup"):
             loss = getattr(self.recipe, name).loss
             if loss != "sft" and not self.pool.has_pairs:
                 raise RecipeError(f"{name}.loss: {loss} trains on pairs; set `pairs: true` on the pool")
         rows, refused = encode_pool(self.pool, self.encoder)
-        usable = [i for i, row in enumerate(rows) if row is not None]
-        self.save_quarantine([self.refusal(index, reason, detail) for index, reason, detail in refused])
-        cut = sum(any(side.truncated for side in rows[i] or ()) for i in usable)
-        note = f", {cut} of them cut at max_length {self.recipe.model.max_length}" if cut else ""
-        self.say(f"tokens: {len(rows)} rows = {len(usable)} usable + {len(refused)} quarantined{note}")
-        if refused and self.recipe.strict:
-            first = self.refusal(*refused[0])
-            raise DataError(f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}")
-        if not usable:
-            raise DataError(f"no row of the pool is usable: {refused[0][1]}: {refused[0][2]}")
-        return np.array(usable), [rows[i] for i in usable]  # type: ignore[misc]
+        return rows, [self.refusal(index, reason, detail) for index, reason, detail in refused]
 
     @cached_property
     def tokens(self) -> tuple[np.ndarray, list[Encoded]]:
@@ -154,9 +159,12 @@ class Job:
         return {"file": row["file"], "line": row["line"], "reason": reason, "detail": detail,
                 "excerpt": row["raw"][:200], "id": row["id"]}  # fmt: skip
 
-    def save_quarantine(self, refused: list[dict[str, Any]]) -> None:
-        """Write `quarantine.jsonl`: every row that was read but not used, with file, line and reason."""
-        entries = [asdict(q) for q in self.pool.quarantine] + refused
+    def save_quarantine(self) -> None:
+        """Write `quarantine.jsonl`: every row that was read but not used, with file, line and reason.
+
+        Call with the run folder locked.
+        """
+        entries = [asdict(q) for q in self.pool.quarantine] + ([] if self.text_only else self.encoded[1])
         write_atomic(
             self.run.path / "quarantine.jsonl", "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
         )

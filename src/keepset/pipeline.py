@@ -80,6 +80,7 @@ def scored(job: Job, spec: MethodSpec) -> None:
 
 def choose_all(job: Job) -> list[Subset]:
     """Score by every method and control, and select at every budget."""
+    job.save_quarantine()
     _ = job.tokens  # the rows that every method and control share
     subsets: list[Subset] = []
     wanted: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
@@ -215,8 +216,9 @@ def made_files(job: Job) -> dict[str, str]:
     run = job.run
     files = {f"scores/{p.name}": file_digest(p) for p in sorted((run.path / "scores").glob("*.parquet"))}
     files |= {entry["file"]: entry["sha256"] for entry in run.load_json("subsets.json", {}).values()}
-    for done in sorted([*run.path.glob("models/*/done.json"), *run.path.glob("evaluation/*/done.json")]):
+    for done in sorted(p for kind in ("models", "evaluation", "epochs") for p in run.path.glob(f"{kind}/*/done.json")):
         folder = str(done.parent.relative_to(run.path))
         made = (run.done(folder) or {"files": {}})["files"]
-        files |= {f"{folder}/{name}": sha for name, sha in sorted(made.items()) if name.endswith(".safetensors")}
+        kept = (".safetensors", "points.json")  # others hold seconds
+        files |= {f"{folder}/{name}": sha for name, sha in sorted(made.items()) if name.endswith(kept)}
     return files

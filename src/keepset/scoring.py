@@ -446,6 +446,7 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
         RecipeError: unknown method or option.
     """
     check_options(spec)
+    job.save_quarantine()
     with job.run.timed(f"score {spec.label}") as spent:
         found = METHODS[spec.name].score(job if spec.shots is None else job.with_shots(spec.shots), **spec.options)
         spent["rows"] = len(found.score)
