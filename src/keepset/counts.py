@@ -101,13 +101,10 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
             found.append(forward(job, "losses of the rejected sides", both, job.rejected, logged, times=2))
     trained = ", ".join(m.label for m in methods if {"warmup", "gradients"} & set(METHODS[m.name].needs))
     if trained and not recipe.warmup.path:
-        from keepset.train.warmup import pick_subset
+        from keepset.stages import warmup_rows
 
-        spec = recipe.warmup
-        seed = recipe.seed if spec.seed is None else spec.seed
-        picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
-        sides = [job.sides[1][i] for i in picked]
-        found.append(training(job, "warm-up", trained, sides, spec, "train models/warmup"))
+        sides = [job.sides[1][i] for i in warmup_rows(job)[0]]
+        found.append(training(job, "warm-up", trained, sides, recipe.warmup, "train models/warmup"))
     if users("checkpoint-losses"):
         found.append(
             forward(job, "losses at the checkpoints", users("checkpoint-losses"), job.rows,

@@ -28,7 +28,8 @@ from keepset.job import Job
 from keepset.recipe import MethodSpec, Recipe
 from keepset.reference_check import check_reference
 from keepset.report import write_report
-from keepset.scoring import check_options, score, score_key
+from keepset.score_key import score_key
+from keepset.scoring import check_options, score
 from keepset.subsets import Kind, Subset, choose, choose_mix, control_methods, direct_subset, full_subset, stored_subset
 from keepset.variants import run_variants
 

@@ -316,16 +316,24 @@ class SubJob:
         return getattr(self.job, name)
 
 
+def warmup_rows(job: Job) -> tuple[np.ndarray, int]:
+    """Indices of the rows that the warm-up is trained on, and its seed."""
+    from keepset.train.warmup import pick_subset
+
+    spec = job.recipe.warmup
+    seed = job.recipe.seed if spec.seed is None else spec.seed
+    return pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows), seed
+
+
 def warmup_checkpoints(job: Job) -> list[Checkpoint]:
     """The warm-up run's checkpoints, trained once and then reused."""
-    from keepset.train.warmup import list_checkpoints, pick_subset, warmup
+    from keepset.train.warmup import list_checkpoints, warmup
 
     spec = job.recipe.warmup
     if spec.path:
         checkpoints = list_checkpoints(Path(spec.path))
         return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
-    seed = job.recipe.seed if spec.seed is None else spec.seed
-    picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
+    picked, seed = warmup_rows(job)
     picked = picked[id_order(job.ids[picked])]
     sides = [job.sides[1][i] for i in picked]
 
@@ -367,14 +375,18 @@ def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]
     return out[name]["state"], job.run.once(f"queries-{pooling}", key, queries)["state"]
 
 
+def embedding_weights(name: str) -> list[str]:
+    """Checksums of an embedding model's weights; the name of one on the hub."""
+    folder = Path(name).expanduser()
+    return weights_of(folder) if folder.is_dir() else [name]
+
+
 def embeddings(job: Job, name: str) -> tuple[np.ndarray, np.ndarray]:
     """An embedding model's vectors of the pool's texts (n, d) and of the target's prompts + chosen answers (m, d)."""
     from keepset.features.embeddings import TextEncoder
 
     texts, goals = job.texts(), job.target_texts(with_chosen=True)
-    folder = Path(name).expanduser()
-    made = [file_digest(p) for p in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [name]
-    key = {"version": VERSION, "pool": job.pool.fingerprint(), "encoder": made}
+    key = {"version": VERSION, "pool": job.pool.fingerprint(), "encoder": embedding_weights(name)}
     encoder: list[TextEncoder] = []  # loaded when the first vector is missing
 
     def vectors(some: list[str]) -> Arrays:

@@ -211,8 +211,7 @@ def retraining_values(job: Job, spec: Retrain) -> tuple[np.ndarray, np.ndarray, 
     key = {
         "version": VERSION, **job.data_key(), "tasks": names, "target": job.target.fingerprint(),
         "players": [[str(i) for i in sorted(job.ids[rows])] for _, rows in players],
-        "lora": job.recipe.lora.model_dump(), "seed": spec.seed,
-        "args": [args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size],
+        "seed": spec.seed, **retraining_args(job),
     }  # fmt: skip
     name = f"work/retraining-{digest(key)[:16]}.json"
     known: dict[str, float] = known_utilities(job, name)
@@ -241,6 +240,15 @@ def retraining_values(job: Job, spec: Retrain) -> tuple[np.ndarray, np.ndarray, 
     for (rows, _), v, e in zip(players, estimate.values, estimate.standard_errors, strict=True):
         value[rows], error[rows] = v / len(rows), e / len(rows)
     return value, error, estimate
+
+
+def retraining_args(job: Job) -> dict[str, Any]:
+    """What of the recipe those trainings follow."""
+    args = job.recipe.train
+    return {
+        "lora": job.recipe.lora.model_dump(),
+        "args": [args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size],
+    }
 
 
 def known_utilities(job: Job, name: str) -> dict[str, float]:
