@@ -70,7 +70,7 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
     "gradients.store_sample": [],
     "gradients.last_layers": [(1, GRADIENTS)],
     "gradients.max_completion_tokens": [(3, GRADIENTS)],
-    "reference.path": [("ADAPTER", REFERENCE)],
+    "reference.path": [],  # see below
     "reference.folds": [(2, REFERENCE)],
     "warmup.path": [],  # see below
     "warmup.fraction": [(0.5, WARM)],
@@ -176,6 +176,16 @@ def test_what_a_store_holds(field, value, base, tmp_path):
     assert all(first[name] != other[name] for name in GRADIENTS)
     place = keys(with_field(stored, "gradients.store", str(tmp_path / "moved"), tmp_path / "c"), GRADIENTS)
     assert place == first
+
+
+def test_a_reference_from_elsewhere_is_its_weights(base, tmp_path):
+    made, before, places = base
+    given = parse_recipe(made | {"run_dir": str(tmp_path), "reference": {"path": places["ADAPTER"]}})
+    after = keys(given)
+    assert {name for name in ALL if after[name] != before[name]} == REFERENCE
+    weights = Path(places["ADAPTER"]) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert {name for name, key in keys(given).items() if key != after[name]} == REFERENCE
 
 
 def test_a_warm_up_from_elsewhere_is_its_checkpoints(base, tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from keepset.errors import RecipeError, did_you_mean
+from keepset.idle import refuse_idle_options
 from keepset.methods.bm25 import bm25
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
@@ -413,7 +414,7 @@ def check_options(spec: MethodSpec) -> None:
     """Check a method's options before anything runs.
 
     Raises:
-        RecipeError: an unknown option, or a value that isn't one of its choices.
+        RecipeError: an unknown option, a value that isn't one of its choices, or an option that does nothing.
     """
     known = options_of(spec.name)
     for key, value in spec.options.items():
@@ -428,6 +429,10 @@ def check_options(spec: MethodSpec) -> None:
         number = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
         if not get_args(kind) and not number and not isinstance(value, kind):
             raise RecipeError(f"method {spec.name}: {key} must be {kind.__name__}, not '{value}'")
+    if spec.shots is not None and "target" not in METHODS[spec.name].needs:
+        raise RecipeError(f"method {spec.label}: shots does nothing here: {spec.name} looks at no target; remove it")
+    defaults = {key: default for key, (_, default) in known.items()}
+    refuse_idle_options(spec, {**defaults, **spec.options}, defaults)
 
 
 # -- scoring a job --------------------------------------------------------------------------------------------------

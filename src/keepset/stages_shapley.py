@@ -204,6 +204,8 @@ def retraining_values(job: Job, spec: Retrain) -> tuple[np.ndarray, np.ndarray, 
     from keepset.features.retraining import Retraining
     from keepset.model import apply_lora
 
+    if pair_gradients(job):
+        raise RecipeError("tmc-shapley trains on single rows, not on pairs; use rose, less or grad-cosine")
     players = players_of(job, spec)
     names, codes = job.task_codes()
     pairs, kept = job.target_pairs

@@ -85,8 +85,8 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
 def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stability | None:
     """The chosen rows that numerical noise might have left out, and the other way round.
 
-    None where the noise isn't known or can't decide (`stability.BANDS`), or the score alone doesn't: other policies than
-    top-k, dropped duplicates.
+    None where the noise isn't known or can't decide (`stability.BANDS`), or the score alone doesn't: other policies
+    than top-k, dropped duplicates.
     """
     spec = next((m for m in job.recipe.methods if m.label == label), None)
     plain = job.recipe.select.policy == "top_k" and job.recipe.select.dedup == "none"
