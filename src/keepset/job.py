@@ -79,6 +79,11 @@ class Job:
             raise DataError(f"{self.recipe.target[0].path}: no usable target row")
         return target
 
+    @property
+    def aim(self) -> str:
+        """How stages that aim at fewer shots than the recipe's target are told apart in `costs.jsonl`."""
+        return "" if self.shots is None else f", {self.shots} shots"
+
     def task_codes(self) -> tuple[list[str], np.ndarray]:
         """The target's task names (sorted) and each row's task as an index (m,)."""
         names, codes = np.unique(np.asarray(self.target.tasks, dtype=str), return_inverse=True)

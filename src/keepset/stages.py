@@ -165,10 +165,15 @@ def loss_sweep(
             keep_tokens(job.run.stage_folder(name, stages[name]), [names_of[id(row)] for row in some], tokens)
         return {name: {"nll": found.nll[k], "n_tokens": found.n_tokens} for k, name in enumerate(missing)}
 
-    names = " and ".join(name.removeprefix("losses-") for name in stages)
+    names = " and ".join(name.removeprefix("losses-") for name in stages) + of_loss(token_loss)
     with attached(job.loaded.model, adapter) if adapter is not None else nullcontext(job.loaded.model) as model:
         what = "error norms" if token_loss == "error-norm" else "losses"
         return sweep_rows(job, stages, f"{what} ({names})", batch, each=True)
+
+
+def of_loss(token_loss: str) -> str:
+    """How a sweep of another loss than the cross-entropy is told apart in `costs.jsonl`."""
+    return "" if token_loss in ("ce", "error-norm") else f", {token_loss}"
 
 
 def answer_losses(job: Job) -> Arrays:
@@ -216,7 +221,7 @@ def full_reference_losses(
         found = row_losses(model, some, token_budget=budget, adapters=(True,), token_loss=token_loss)
         return {name: {"nll": found.nll[0], "n_tokens": found.n_tokens}}
 
-    return sweep_rows(job, stages, f"losses ({name.removeprefix('losses-')})", batch)
+    return sweep_rows(job, stages, f"losses ({name.removeprefix('losses-')}{of_loss(token_loss)})", batch)
 
 
 # -- trained helpers: reference and warm-up -------------------------------------------------------------------------
@@ -369,7 +374,10 @@ def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]
 
     def queries() -> Arrays:
         chosen = [chosen for chosen, _ in job.target_pairs[0]]
-        return {"state": pool_states(model, chosen, token_budget=budget, pooling=pooling)}
+        with job.run.timed(f"target representations ({pooling}{job.aim})", rows=len(chosen)) as spent:
+            n_tokens, _ = count_tokens(chosen)
+            spent.update(tokens=n_tokens, flops=flops(model, n_tokens, 0))
+            return {"state": pool_states(model, chosen, token_budget=budget, pooling=pooling)}
 
     key = {"version": VERSION, **job.data_key(), "target": job.target.fingerprint()}
     return out[name]["state"], job.run.once(f"queries-{pooling}", key, queries)["state"]
@@ -384,23 +392,30 @@ def embedding_weights(name: str) -> list[str]:
 def embeddings(job: Job, name: str) -> tuple[np.ndarray, np.ndarray]:
     """An embedding model's vectors of the pool's texts (n, d) and of the target's prompts + chosen answers (m, d)."""
     from keepset.features.embeddings import TextEncoder
+    from keepset.model import pick_device
 
     texts, goals = job.texts(), job.target_texts(with_chosen=True)
     key = {"version": VERSION, "pool": job.pool.fingerprint(), "encoder": embedding_weights(name)}
     encoder: list[TextEncoder] = []  # loaded when the first vector is missing
 
-    def vectors(some: list[str]) -> Arrays:
+    def vectors(some: list[str], spent: dict[str, Any]) -> Arrays:
         if not encoder:
-            encoder.append(TextEncoder(name, device=job.loaded.model.device))
+            encoder.append(TextEncoder(name, device=pick_device(job.recipe.model.device)))
+        n_tokens, work = encoder[0].cost(some)
+        spent.update(
+            rows=spent["rows"] + len(some), tokens=spent["tokens"] + n_tokens, flops=spent["flops"] + work, skip=False
+        )
         return {"state": encoder[0](some, token_budget=job.recipe.batching.token_budget)}
 
     def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
-        return {"embeddings": vectors([texts[i] for i in indices])}
+        return {"embeddings": vectors([texts[i] for i in indices], spent)}
 
-    with job.run.timed(f"embeddings ({name})", rows=len(texts)) as spent, job.tracked("embeddings", len(texts)) as done:
+    nothing = {"rows": 0, "tokens": 0, "flops": 0.0, "skip": True}
+    with job.run.timed(f"embeddings ({name})", **nothing) as spent, job.tracked("embeddings", len(texts)) as done:
         out = job.run.sweep(
             {"embeddings": key}, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=done
         )
-        spent["skip"] = not encoder
     goal_key = {**key, "target": job.target.fingerprint()}
-    return out["embeddings"]["state"], job.run.once("queries-embeddings", goal_key, lambda: vectors(goals))["state"]
+    with job.run.timed(f"target embeddings ({name}{job.aim})", **nothing) as of_goals:
+        queries = job.run.once("queries-embeddings", goal_key, lambda: vectors(goals, of_goals))
+    return out["embeddings"]["state"], queries["state"]

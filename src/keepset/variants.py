@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from keepset.errors import RecipeError
 from keepset.idle import idle
 from keepset.job import Job
 from keepset.overlap import agreement, print_agreement
