@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict
 from functools import cached_property
@@ -14,10 +15,10 @@ from rich.console import Console
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.data.pool import Message
 from keepset.errors import DataError, RecipeError
-from keepset.files import canonical, write_atomic
+from keepset.files import canonical, free_memory, write_atomic
 from keepset.methods.text import words
 from keepset.progress import track
-from keepset.recipe import Recipe
+from keepset.recipe import ModelSpec, Recipe
 from keepset.run import Run
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Job:
         """
         self.recipe = recipe
         self.shots: int | None = None
+        self.held: dict[str, Loaded] = {}  # one for this job and its copies (`with_shots`)
         self.text_only = text_only
         self.console = console or Console(stderr=True)
         self.run = Run(recipe.run_dir)
@@ -100,13 +102,40 @@ class Job:
 
     # -- model and tokens ---------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def loaded(self) -> Loaded:
-        """The scoring model, without an adapter."""
+        """The scoring model, without an adapter; loaded again where it was released."""
         from keepset.model import load
 
-        self.say(f"model: {self.recipe.model.model_name_or_path}")
-        return load(self.recipe.model)
+        if "model" not in self.held:
+            self.say(f"model: {self.recipe.model.model_name_or_path}")
+            self.held["model"] = load(self.recipe.model)
+        return self.held["model"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The scoring model's (see `Loaded`), known also while it isn't in memory."""
+        return self.loaded.fingerprint
+
+    def release(self) -> None:
+        """Let the scoring model go: whoever trains, or runs another whole model, loads one of its own."""
+        if "model" in self.held:
+            _ = self.fingerprint
+        self.held.clear()
+        free_memory()
+
+    @contextmanager
+    def instead(self, spec: ModelSpec) -> Iterator[Loaded]:
+        """Hold another whole model of the same shape in the scoring model's place, so that one is in memory."""
+        from keepset.model import load
+
+        _ = self.fingerprint
+        self.release()
+        self.held["model"] = load(spec)
+        try:
+            yield self.held["model"]
+        finally:
+            self.release()
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -227,7 +256,7 @@ class Job:
 
     def data_key(self) -> dict[str, Any]:
         """What every feature's key holds: model, template and data."""
-        return {"model": self.loaded.fingerprint, "encoder": self.encoder.fingerprint, "pool": self.pool.fingerprint()}
+        return {"model": self.fingerprint, "encoder": self.encoder.fingerprint, "pool": self.pool.fingerprint()}
 
     def tracked(self, what: str, total: int, unit: str = "rows") -> Any:
         """A progress bar on this job's console."""

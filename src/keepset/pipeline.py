@@ -195,7 +195,7 @@ def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
     manifest: dict[str, Any] = {
         "recipe": job.recipe.model_dump(mode="json", exclude={"run_dir"}),
         "versions": versions(),
-        "model": None if job.text_only else {"fingerprint": job.loaded.fingerprint, "encoder": job.encoder.fingerprint},
+        "model": None if job.text_only else {"fingerprint": job.fingerprint, "encoder": job.encoder.fingerprint},
         "pool": {
             "rows_in": len(job.pool) + len(job.pool.quarantine),
             "usable": len(job.ids),

@@ -36,7 +36,7 @@ def score_key(job: Job, spec: MethodSpec) -> str:
     if options.get("embedding_model"):
         found["embedding_model"] = embedding_weights(options["embedding_model"])
     elif needs_model(spec.name):
-        found["model"] = job.loaded.fingerprint
+        found["model"] = job.fingerprint
     if "target" in needs:
         target = job.target if spec.shots is None else job.target.shots(spec.shots, job.recipe.seed)
         found["target"] = target.fingerprint()

@@ -206,22 +206,21 @@ def checkpoint_losses(job: Job) -> np.ndarray:
 def full_reference_losses(
     job: Job, path: Path, stages: dict[str, dict[str, Any]], token_loss: TokenLoss
 ) -> dict[str, Arrays]:
-    """Losses under a fully fine-tuned reference: a second model, loaded after the base is done."""
+    """Losses under a fully fine-tuned reference, which takes the base's place in memory."""
     from keepset.features.losses import row_losses
-    from keepset.model import load
 
     ((name, key),) = stages.items()
     shard_rows = job.recipe.batching.shard_rows
     if job.run.complete(name, key, job.ids, shard_rows):
         return job.run.sweep(stages, job.ids, lambda i, m: {}, shard_rows=shard_rows)
-    model = load(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})).model
     budget = job.recipe.batching.token_budget
 
     def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
-        found = row_losses(model, some, token_budget=budget, adapters=(True,), token_loss=token_loss)
+        found = row_losses(other.model, some, token_budget=budget, adapters=(True,), token_loss=token_loss)
         return {name: {"nll": found.nll[0], "n_tokens": found.n_tokens}}
 
-    return sweep_rows(job, stages, f"losses ({name.removeprefix('losses-')}{of_loss(token_loss)})", batch)
+    with job.instead(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})) as other:
+        return sweep_rows(job, stages, f"losses ({name.removeprefix('losses-')}{of_loss(token_loss)})", batch)
 
 
 # -- trained helpers: reference and warm-up -------------------------------------------------------------------------
@@ -231,7 +230,7 @@ def train_key(job: Job, args: TrainSpec, ids: np.ndarray, seed: int) -> dict[str
     """Everything a training run depends on."""
     return {
         "version": VERSION,
-        "model": job.loaded.fingerprint,
+        "model": job.fingerprint,
         "encoder": job.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(),
         "args": args.key(),
@@ -262,9 +261,10 @@ def train_rows(
         passes = 3 if args.full else 2
         with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
             job.say(f"training {folder}: {len(sides)} rows, {n_tokens} tokens, {args.num_train_epochs:g} epochs")
+            work = flops(job.loaded.model, n_tokens, n_head, passes=passes) * args.num_train_epochs
+            job.release()
             result = fit(job.recipe.model, job.recipe.lora, sides, path, args, seed=seed, console=job.console)
-            spent["tokens"] = int(n_tokens * args.num_train_epochs)
-            spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=passes) * args.num_train_epochs
+            spent.update(tokens=int(n_tokens * args.num_train_epochs), flops=work)
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(sides), "tokens": n_tokens,
                 "losses": result.losses}  # fmt: skip
 
@@ -346,9 +346,10 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
         n_tokens, n_head = count_tokens(trained_sides(sides, spec))
         with job.run.timed("train models/warmup", rows=len(sides)) as spent:
             job.say(f"warm-up: {len(sides)} rows, {n_tokens} tokens, {spec.num_train_epochs:g} epochs")
+            work = flops(job.loaded.model, n_tokens, n_head, passes=2) * spec.num_train_epochs
+            job.release()
             found = warmup(job.recipe.model, job.recipe.lora, sides, path, spec, seed=seed, console=job.console)
-            spent["tokens"] = int(n_tokens * spec.num_train_epochs)
-            spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=2) * spec.num_train_epochs
+            spent.update(tokens=int(n_tokens * spec.num_train_epochs), flops=work)
         return {"rows": len(sides), "checkpoints": [c.path.name for c in found]}
 
     job.run.step("models/warmup", train_key(job, spec, job.ids[picked], seed), work)

@@ -60,7 +60,7 @@ def stored_influence(
     spec, budget = job.recipe.gradients, job.recipe.batching.token_budget
     last_layers = spec.last_layers
     depends = {
-        "model": job.loaded.fingerprint,
+        "model": job.fingerprint,
         "encoder": job.encoder.fingerprint,
         "adapter": adapter,
         "last_layers": str(last_layers),
