@@ -8,25 +8,24 @@ import weakref
 import pytest
 from rich.console import Console
 
+import keepset.model
 from keepset.pipeline import run_recipe
 from test_pipeline import TRAIN, data, model_folder, recipe  # noqa: F401 - fixtures
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_no_second_model_is_in_memory(full, model_folder, data, tmp_path, monkeypatch):  # noqa: F811
-    from transformers import AutoModelForCausalLM
-
     alive: weakref.WeakSet = weakref.WeakSet()
-    counts, real = [], AutoModelForCausalLM.from_pretrained
+    counts, real = [], keepset.model.load
 
     def load(*args, **options):
-        model = real(*args, **options)
-        alive.add(model)
+        loaded = real(*args, **options)
+        alive.add(loaded.model)
         counts.append(len(alive))
-        return model
+        return loaded
 
     gc.collect()
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(keepset.model, "load", load)
     made = recipe(
         model_folder, data, tmp_path, methods=["davir", {"name": "less", "shots": 1}], budget=4,
         reference={**TRAIN, "full": full}, train={**TRAIN, "full": full},

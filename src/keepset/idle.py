@@ -112,7 +112,7 @@ def refuse_idle_options(spec: MethodSpec, options: dict[str, Any], defaults: dic
     Raises:
         RecipeError: one line with the option and why it does nothing.
     """
-    table = {
+    table: dict[str, list[tuple[bool, tuple[str, ...], str]]] = {
         "rds": [(bool(options.get("embedding_model")), ("pooling",), "an embedding model pools in its own way")],
         "dsir": [
             (not options.get("by_task"), ("reduce",), "there is one task; set `by_task: true`"),
