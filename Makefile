@@ -34,6 +34,9 @@ test: .venv/.ready  ## the default test suite (under 10 minutes on 2 cores)
 test-slow: .venv/.ready  ## the long tests too, with the real models
 	$(BIN)/python -m pytest -m "slow or real_model"
 
+architectures: .venv/.ready  ## every causal architecture of transformers: equal to 1e-4, or refused (6 minutes)
+	$(BIN)/python tests/architectures.py --out docs/architectures.md
+
 lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks experiments docs/make_cli.py docs/make_tour.py docs/site.py
 	$(BIN)/ruff format --check src tests benchmarks experiments docs/make_cli.py
@@ -79,4 +82,4 @@ KILLS ?= 300
 soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times: the same bytes every time
 	$(BIN)/python tests/soak.py $(KILLS)
 
-.PHONY: help setup demo test test-slow lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak
+.PHONY: help setup demo test test-slow architectures lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak

@@ -34,8 +34,9 @@ import numpy as np
 import torch
 import zstandard
 
+from keepset import packing
 from keepset.encoding import Encoded, encode_all
-from keepset.features.losses import plan, row_losses, sliding_window
+from keepset.features.losses import plan, row_losses
 from keepset.model import apply_lora, load
 from keepset.packing import bare, needed, plan_batches
 from keepset.recipe import LoraSpec, ModelSpec
@@ -232,7 +233,7 @@ def describe(model: Any, rows: list[Encoded]) -> dict[str, Any]:
     lengths = [len(r.input_ids) for r in rows]
     real = sum(lengths)
     plain = sum(len(b) * max(lengths[i] for i in b) for b in bucketed(lengths))
-    made = list(plan(rows, BUDGET, share=True, window=sliding_window(model)))
+    made = list(plan(rows, BUDGET, share=True, span=packing.full_span(model)))
     run = sum(p + sum(needed(rows[i]) - p for i in index) for index, p in made)
     return {
         "rows": len(rows),

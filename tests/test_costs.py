@@ -103,3 +103,13 @@ def test_damaged_target_gradients_are_made_again(tiny_run, tmp_path):
     record.unlink()
     assert tiny_run.resumed(run) == []
     assert path.read_bytes() == whole
+
+
+def test_experts_count_by_the_share_a_token_sees() -> None:
+    """Mixtral: 4 experts of three 32 x 48 matrices, 2 a token, beside attention and the router."""
+    from architectures import tiny_model as tiny
+    from keepset.cost import matrix_weights
+
+    blocks, head = matrix_weights(tiny("mixtral"))
+    attention = 32 * 32 * 2 + 32 * 16 * 2
+    assert (blocks, head) == (2 * (attention + 4 * 32 + 2 * 3 * 32 * 48), 400 * 32)

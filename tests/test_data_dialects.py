@@ -76,7 +76,7 @@ SFT_CASES: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
     "completion that is indented": ({"prompt": "q", "completion": "    return 1\n"}, [U("q"), A("    return 1\n")]),
     "prompt in messages": ({"prompt": [S("s"), U("q")], "completion": [A("a")]}, [S("s"), U("q"), A("a")]),
     "prompt in messages, completion text": ({"prompt": [U("q")], "completion": "a"}, [U("q"), A("a")]),
-    "unpaired KTO": ({"prompt": "q", "completion": "a", "label": False}, [U("q"), A("a")]),
+    "unpaired KTO": ({"prompt": "q", "completion": "a", "label": True}, [U("q"), A("a")]),
     "wrapped prompt": (
         {"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:", "completion": " b\n"},
         [U("q"), A("a"), U("r"), A("b")],
@@ -97,6 +97,7 @@ SFT_CASES: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
     "alpaca with output and response": ({"instruction": "i", "response": "r", "output": "a"}, [U("i"), A("a")]),
     "dolly": ({"instruction": "i", "context": "x", "response": "a", "category": "qa"}, [U("i\nx"), A("a")]),
     "question and answer": ({"question": "q", "answer": "a\n#### 4"}, [U("q"), A("a\n#### 4")]),
+    "OpenOrca": ({"id": "1", "system_prompt": "s", "question": "q", "response": "a"}, [S("s"), U("q"), A("a")]),
     "query and response": ({"query": "q", "response": "a", "type": "x"}, [U("q"), A("a")]),
     "text": ({"text": " as it is \n"}, [{"role": "text", "content": " as it is \n"}]),
     "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [U("q"), A("a")]),

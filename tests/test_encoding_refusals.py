@@ -172,11 +172,11 @@ GREEDY = [
 
 @pytest.fixture
 def tight(monkeypatch):
-    from keepset import encoding
+    from keepset import template
     from keepset.bounded import Bounds
 
     bounds = Bounds(seconds=0.3, memory=1 << 26)
-    monkeypatch.setattr(encoding, "LIMITS", bounds)
+    monkeypatch.setattr(template, "LIMITS", bounds)
     return bounds
 
 

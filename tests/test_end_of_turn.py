@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -24,7 +26,7 @@ from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixt
 def test_only_the_ends_of_turns_go(name):
     encoder, end = encoder_for(name, supervise="all"), TEMPLATES[name][2]
     row = encoder.encode(chat("the user", "the answer", "the thing", "is that"))
-    less = content_only(row, encoder.end_of_turn)
+    less = content_only(row)
     gone = row.supervised & ~less.supervised
     names = encoder.tokenizer.convert_ids_to_tokens(row.input_ids)
     assert [names[t] for t in np.flatnonzero(gone)] == [end, end]
@@ -33,11 +35,11 @@ def test_only_the_ends_of_turns_go(name):
 
 
 def test_a_row_of_nothing_else_is_not_passed_over():
-    encoder = encoder_for("chatml")
-    end = Encoded(np.array([5, encoder.end_of_turn], dtype=np.int32), np.array([False, True]))
+    end = Encoded(np.array([5, 2], dtype=np.int32), np.array([False, True]), ends=(1,))
     with pytest.raises(DataError, match="only supervised token ends its turn"):
-        content_only(end, encoder.end_of_turn)
-    assert content_only(end, None) is end  # a template that ends no turn
+        content_only(end)
+    unended = replace(end, ends=())  # a template that ends no turn
+    assert content_only(unended).supervised.tolist() == [False, True]
 
 
 def test_losses_are_those_of_one_row_at_a_time(model_folder, data, tmp_path):  # noqa: F811
@@ -50,7 +52,7 @@ def test_losses_are_those_of_one_row_at_a_time(model_folder, data, tmp_path):  #
     model = PeftModel.from_pretrained(base, str(tmp_path / "models/reference")).eval()
     place = {row_id: i for i, row_id in enumerate(tables["davir"]["id"])}
     for row_id, row in zip(job.ids, job.rows, strict=True):
-        kept = content_only(row, job.loaded.encoder.end_of_turn).supervised
+        kept = content_only(row).supervised
         ref = summed(model, row.input_ids, kept)
         with model.disable_adapter():
             ini = summed(model, row.input_ids, kept)

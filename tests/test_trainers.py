@@ -24,6 +24,10 @@ TURN = [{"role": "user", "content": "the thing"}, {"role": "assistant", "content
 POOLS = {
     "single": [{"messages": [{"role": "user", "content": f"q{i} the user"}, TURN[1]]} for i in range(5)],
     "multi": [{"messages": [*TURN, {"role": "user", "content": f"and {i}"}, TURN[1]]} for i in range(5)],
+    "context": [
+        {"messages": [TURN[0], {**TURN[1], "weight": 0}, {"role": "user", "content": f"and {i}"}, TURN[1]]}
+        for i in range(5)
+    ],
     "text": [{"text": f"the answer is {i} things"} for i in range(5)],
 }
 
@@ -97,9 +101,9 @@ for folder in sys.argv[1:]:
 
 
 def test_the_trl_config_trains_on_the_very_tokens_keepset_scored(model_folder, tmp_path):
-    """`trl sft --config` run to its end on three kinds of rows; the rows it trains on are looked at on the way."""
+    """`trl sft --config` run to its end on four kinds of rows; the rows it trains on are looked at on the way."""
     jobs = {}
-    for pool in ("single", "multi", "text"):
+    for pool in ("single", "multi", "context", "text"):
         (tmp_path / pool).mkdir()
         jobs[pool], configs = handed_over(model_folder, tmp_path / pool, pool)
         assert configs["trl_sft"].get("assistant_only_loss") == (True if pool == "multi" else None)
@@ -130,6 +134,21 @@ def test_the_last_turn_alone(model_folder, tmp_path):
     data = configs["axolotl"]["datasets"][0]
     assert data["roles_to_train"] == [] and data["message_field_training"] == "train"
     assert configs["llamafactory"]["mask_history"] is True
+
+
+def test_answers_that_are_context(model_folder, tmp_path):
+    """Before a last answer they are what `supervise: last` leaves out; elsewhere no trainer but axolotl can follow."""
+    job, configs = handed_over(model_folder, tmp_path, "context")
+    row = json.loads((job.run.path / "trainers/trl.jsonl").read_text().splitlines()[0])
+    assert len(row["prompt"]) == 3 and row["completion"] == [TURN[1]]
+    flags = json.loads((job.run.path / "trainers/rows.jsonl").read_text().splitlines()[0])["messages"]
+    assert [m["train"] for m in flags] == [False, False, False, True]
+    assert configs["axolotl"]["datasets"][0]["message_field_training"] == "train"
+    assert configs["llamafactory"]["mask_history"] is True
+    (tmp_path / "both").mkdir()
+    job, configs = handed_over(model_folder, tmp_path / "both", "context+multi")
+    assert not configs and not (job.run.path / "trainers").exists()
+    assert "not trained on" in job.console.file.getvalue()
 
 
 @pytest.mark.parametrize("pool", ["single", "text"])

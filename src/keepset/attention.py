@@ -223,9 +223,16 @@ def keepset_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    unknown = sorted(k for k, v in kwargs.items() if v is not None and v is not False and k not in HARMLESS)
+    if unknown:  # attention sinks, soft caps, biases: what is not understood is never left out
+        raise ValueError(f"packed attention does not know what to do with {', '.join(unknown)}")
     if dropout:
         raise ValueError("packed attention has no dropout: put the model in eval mode or set attention_dropout to 0")
     return packed_attention(query, key, value, keepset_segments, scale=scaling, window=sliding_window), None
+
+
+HARMLESS = frozenset(["position_ids", "use_cache", "cache_position", "layer_idx", "output_attentions", "is_causal"])
+"""What layers hand to an attention function beside what `keepset_attention` takes, without effect on its numbers."""
 
 
 AttentionInterface.register(NAME, keepset_attention)

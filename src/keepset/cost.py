@@ -2,7 +2,8 @@
 
 forward = 2 · (W · T + d · V · S): W = weights of the blocks' matrices, T = tokens, d = hidden size, V = vocabulary,
 S = positions at which the output head runs. A backward pass through frozen weights costs one more forward (gradients of
-the activations only), with trained weights two more. Attention scores, norms and LoRA's own matrices are left out: they
+the activations only), with trained weights two more. Experts count
+by the share of them that a token sees. Attention scores, norms and LoRA's own matrices are left out: they
 are a few per cent at the lengths of instruction data.
 """
 
@@ -16,13 +17,23 @@ if TYPE_CHECKING:
     from keepset.recipe import TrainSpec
 
 
-def matrix_weights(model: Any) -> tuple[int, int]:
-    """`(W, d·V)`: weights of the blocks' matrices, adapters left out, and of the output head."""
+EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""What configurations call the number of experts that a token sees."""
+
+
+def matrix_weights(model: Any) -> tuple[float, int]:
+    """`(W, d·V)`: weights of the blocks' matrices that a token meets, adapters left out, and of the output head."""
+    config = model.config.get_text_config()
     head = model.get_output_embeddings().weight.numel()
     seen = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
-    blocks = sum(
-        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in seen and "lora_" not in name
-    )
+    active = next((n for k in EXPERTS_A_TOKEN if (n := getattr(config, k, None))), 1)
+    blocks = 0.0
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or id(p) in seen or "lora_" in name:
+            continue
+        # transformers keeps all experts of a layer in one (experts, out, in) tensor
+        share = min(1.0, active / p.shape[0]) if p.ndim == 3 and "expert" in name else 1.0
+        blocks += p.numel() * share
     return blocks, head
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keepset.data.turns import is_learnt
 from keepset.errors import KeepsetError, did_you_mean
 from keepset.methods.text import ngram_vectors
 from keepset.report.run_data import RunData, read_run
@@ -199,7 +200,7 @@ def print_explanation(facts: dict[str, Any], console: Console) -> None:
     if facts["change"]:
         console.print(Text(facts["change"]))
     for message in facts["messages"]:
-        style = "green" if message["role"] in ("assistant", "text") else ""
+        style = "green" if is_learnt(message) else ""
         console.print(Text(f"{message['role']}: ", style="dim") + Text(clip(message["content"], 600), style=style))
     if facts["tasks"]:
         table = Table("task", "part", "rank in task", box=None, pad_edge=False)

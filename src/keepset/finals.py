@@ -91,7 +91,7 @@ class Learner:
     @cached_property
     def eval_rows(self) -> tuple[list[Encoded], np.ndarray, Pool] | None:
         """Held-out SFT rows as tokens, their sources, and the pool; None if the recipe names none."""
-        from keepset.encoding import encode_all
+        from keepset.encoding import encode_all, what_is_lost
 
         specs = self.job.recipe.evaluate.heldout
         if not specs:
@@ -103,6 +103,8 @@ class Learner:
             f"held-out rows: {len(pool) + len(pool.quarantine)} in = {len(usable)} used + "
             f"{len(refused) + len(pool.quarantine)} quarantined"
         )
+        for line in what_is_lost(row for row in rows if row is not None):
+            self.job.say(f"held-out rows: {line}")
         return [rows[i] for i in usable], np.asarray(pool.sources(), dtype=str)[usable], pool  # type: ignore[misc]
 
 

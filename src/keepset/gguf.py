@@ -109,10 +109,13 @@ def _dequantise(path: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
+    from keepset.weights import read
+
     if not path.is_file():
         raise OSError("no such file")
     # Without dequantize=True the model computes, but save_pretrained refuses it.
-    model = AutoModelForCausalLM.from_pretrained(
+    model = read(
+        AutoModelForCausalLM,
         str(path.parent),
         gguf_file=path.name,
         dtype=torch.float32,

@@ -11,12 +11,14 @@ on random logits over 262,144 words against float64, up to 3.8e-5; this one 6e-8
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CHUNK = 1 << 23
 """float32 logits held at once (32 MiB)."""
@@ -68,6 +70,16 @@ class HeadStats:
         """‖softmax(z) − onehot(y)‖₂ = √(Σ p² − 2·p_y + 1), in [0, √2]; needs `with_squares`."""
         squares = torch.exp(self.lse_twice - 2 * self.lse)
         return (squares - 2 * torch.exp(self.label - self.lse) + 1).clamp_(min=0).sqrt_()
+
+
+def stats_of_logits(logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, size: int) -> HeadStats:
+    """All of `HeadStats` from any function of hidden states to logits, `size` positions at a time; no gradient."""
+    parts: list[tuple[Tensor, ...]] = []
+    for i in range(0, len(labels), max(1, size)):
+        z, y = logits(hidden[i : i + max(1, size)]).float(), labels[i : i + max(1, size), None]
+        parts.append((z.logsumexp(1), z.gather(1, y)[:, 0], z.mean(1), (2 * z).logsumexp(1)))
+    empty = [(hidden.new_zeros(0, dtype=torch.float32),) * 4]
+    return HeadStats(*(torch.cat(column) for column in zip(*(parts or empty), strict=True)))
 
 
 def _blocks(vocabulary: int, positions: int, chunk: int) -> list[tuple[int, int]]:
@@ -178,10 +190,18 @@ def nll(
     if type(head) is nn.Linear:
         return _Nll.apply(hidden, head.weight, head.bias, labels, mapping, chunk)
 
-    def part(h: Tensor, y: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(mapping(head(h)), y, reduction="none")
+    return nll_in_parts(
+        lambda h: mapping(head(h)), hidden, labels, chunk // int(getattr(head, "out_features", 1 << 16))
+    )
 
-    size = max(1, chunk // int(getattr(head, "out_features", 1 << 16)))
+
+def nll_in_parts(logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, size: int) -> Tensor:
+    """The same from any function of hidden states (s, d) to logits (s, V), `size` positions at a time."""
+
+    def part(h: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits(h).float(), y, reduction="none")
+
+    size = max(1, size)
     pieces = [
         checkpoint(part, hidden[i : i + size], labels[i : i + size], use_reentrant=False)
         if torch.is_grad_enabled()
@@ -189,3 +209,34 @@ def nll(
         for i in range(0, len(labels), size)
     ]
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+
+class _Given(BaseModelOutputWithPast):
+    """What a decoder returns, with None for the fields of other architectures."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def after_decoder(model: Any, decoder: nn.Module, hidden: Tensor) -> Tensor:
+    """Run a causal LM's own code on given final hidden states: its decoder returns them in the place of its own.
+
+    So scaling, soft caps, multipliers and layers between decoder and logits are the model's, whatever they are.
+
+    Args:
+        model: the causal LM.
+        decoder: its module that makes the final hidden states.
+        hidden: (S, d).
+
+    Returns:
+        (S, V) logits.
+    """
+    given = _Given(last_hidden_state=hidden[None])
+    decoder.forward = lambda *args, **kwargs: given
+    try:
+        ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del decoder.forward

@@ -6,6 +6,7 @@ the model will see them, supervised tokens marked.
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,10 @@ import numpy as np
 
 from keepset.data import REASONS, Message, Pool, Quarantined, Target, find_leaks, load_pool, load_target
 from keepset.data.dialects import PAIRS
+from keepset.data.fields import COLUMNS, carried, carried_keys
 from keepset.data.target import LENGTH_MATCH
+from keepset.data.turns import is_learnt
+from keepset.data.written import spoken
 from keepset.inspect_print import print_inspection
 from keepset.near import near_copies, near_pairs
 from keepset.recipe import DataSpec, ModelSpec
@@ -31,6 +35,7 @@ TEMPLATE_REASONS = {
     "no-supervised-token": "no token of the row would be supervised",
     "template-refused": "the chat template raised an error, or its text could not be followed",
     "special-token-in-text": "a message holds one of the model's control tokens",
+    "token-beyond-embedding": "the row holds a token that the model's embedding has no row for",
 }
 
 
@@ -52,8 +57,9 @@ def inspect_data(
         near_threshold: Jaccard of word 5-grams from which on two rows count as near copies.
 
     Returns:
-        JSON-ready facts: `format`, `container`, `columns`, `rows_in` = `rows` + `quarantined`, `duplicates`,
-        `near_duplicates`, `reasons`, `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`, `examples`,
+        JSON-ready facts: `format`, `container`, `columns`, `carried` (columns and message keys that are not used),
+        `rows_in` = `rows` + `quarantined`, `duplicates`, `near_duplicates`, `reasons`, `drops` (lines: the thinking
+        that the model's template drops), `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`, `examples`,
         `leakage`, `advice`.
 
     Raises:
@@ -64,19 +70,21 @@ def inspect_data(
     pool = load_pool(spec, allow_empty=True)
     messages = list(pool.all_messages())
     texts = [answer_text(row) for row in messages]
-    encoder, encoded, refused = encode(model, messages) if model is not None else (None, None, [])
+    encoder, encoded, refused, drops = encode(model, messages) if model is not None else (None, None, [], [])
     counts = [len(text.split()) for text in texts] if encoded is None else [n for n in encoded if n]
     facts: dict[str, Any] = {
         "path": spec.path,
         "format": pool.dialect if len(pool) else "unknown",
         "container": sorted({info.container for info in pool.files}),
         "columns": sorted({column for info in pool.files for column in info.columns}),
+        "carried": carried_along(pool),
         "rows_in": pool.n_in,
         "rows": len(pool),
         "quarantined": len(pool.quarantine),
         "duplicates": pool.duplicates,
         "near_duplicates": near_copies([whole_text(row) for row in messages], near_threshold),
         "reasons": reasons(pool.quarantine, refused, pool),
+        "drops": drops,
         "roles": dict(Counter(" ".join(m["role"] for m in row[:6]) for row in messages).most_common(6)),
         "sources": dict(Counter(str(s) for s in pool.sources()).most_common(12)),
         "categories": dict(Counter(str(c) for c in pool.categories() if c is not None).most_common(12)),
@@ -93,9 +101,23 @@ def inspect_data(
     return facts
 
 
+def carried_along(pool: Pool) -> dict[str, dict[str, int]]:
+    """The usable rows' `columns` and `message_keys` that are not used, and in how many rows they are not null."""
+    dialects = {info.file: info.dialect for info in pool.files}
+    columns: Counter[str] = Counter()
+    keys: Counter[str] = Counter()
+    for raw, file in zip(pool.table["raw"].to_pylist(), pool.table["file"].to_pylist(), strict=True):
+        row, dialect = json.loads(raw), dialects[file]
+        columns.update(carried(row, dialect))
+        chats = (spoken(name, row.get(name)) for group in COLUMNS[dialect] for name in (*group, "prompt"))
+        messages = (m for chat in chats for m in (chat if isinstance(chat, list) else [chat]) if isinstance(m, dict))
+        keys.update({key for message in messages for key in carried_keys(message)})
+    return {"columns": dict(columns.most_common()), "message_keys": dict(keys.most_common())}
+
+
 def answer_text(messages: list[Message]) -> str:
-    """What would be supervised: the assistant turns (or the whole of a plain text)."""
-    return "\n".join(m["content"] for m in messages if m["role"] in ("assistant", "text"))
+    """What would be supervised: the assistant turns that are not context (or the whole of a plain text)."""
+    return "\n".join(m["content"] for m in messages if is_learnt(m))
 
 
 def whole_text(messages: list[Message]) -> str:
@@ -103,14 +125,17 @@ def whole_text(messages: list[Message]) -> str:
     return "\n".join(m["content"] for m in messages if m["role"] != "system")
 
 
-def encode(model: ModelSpec, messages: list[list[Message]]) -> tuple[Encoder, list[int], list[tuple[int, str, str]]]:
-    """The encoder, each row's supervised tokens (0 where refused) and the refusals (index, reason, detail)."""
-    from keepset.encoding import Encoder, encode_all
+def encode(
+    model: ModelSpec, messages: list[list[Message]]
+) -> tuple[Encoder, list[int], list[tuple[int, str, str]], list[str]]:
+    """The encoder, each row's supervised tokens (0: refused), refusals (index, reason, detail), dropped thinking."""
+    from keepset.encoding import Encoder, encode_all, what_is_lost
     from keepset.model import load_tokenizer
 
     encoder = Encoder(load_tokenizer(model), model)
     rows, refused = encode_all(encoder, messages)
-    return encoder, [0 if row is None else int(row.supervised.sum()) for row in rows], refused
+    drops = what_is_lost(row for row in rows if row is not None)
+    return encoder, [0 if row is None else int(row.supervised.sum()) for row in rows], refused, drops
 
 
 def reasons(quarantine: Sequence[Quarantined], refused: list[tuple[int, str, str]], pool: Pool) -> list[dict[str, Any]]:
@@ -208,7 +233,7 @@ def examples(
 def rendered(messages: list[Message], encoder: Encoder | None) -> dict[str, Any]:
     """One row as [text, supervised] pieces, or why it is refused."""
     if encoder is None:
-        parts = [([f"{m['role']}: ", False], [m["content"], m["role"] in ("assistant", "text")]) for m in messages]
+        parts = [([f"{m['role']}: ", False], [m["content"], is_learnt(m)]) for m in messages]
         return {"pieces": [piece for part in parts for piece in (*part, ["\n", False])]}
     from keepset.encoding import RowRefused
 

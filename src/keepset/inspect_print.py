@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keepset.data.fields import NOTES
+
 EXAMPLE_CHARACTERS = 900
 
 
@@ -21,6 +23,12 @@ def print_inspection(facts: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     console.print(f"columns: {', '.join(facts['columns'])}", highlight=False, markup=False)
+    for kind, found in facts["carried"].items():
+        if found:
+            told = ", ".join(
+                f"{name} ({n} rows{'; ' + NOTES[name] if name in NOTES else ''})" for name, n in found.items()
+            )
+            console.print(f"{kind.replace('_', ' ')} carried along, not used: {told}", highlight=False, markup=False)
     for name in ("roles", "sources", "categories"):
         if facts[name]:
             shown = " · ".join(f"{key} {n}" for key, n in facts[name].items())
@@ -34,6 +42,8 @@ def print_inspection(facts: dict[str, Any], console: Console) -> None:
         console.print(f"pairs: {p['pairs']} in {len(p['tasks'])} tasks ({tasks}){told}", highlight=False, markup=False)
     print_lengths(facts["lengths"], console)
     print_reasons(facts["reasons"], console)
+    for line in facts["drops"]:
+        console.print(line, highlight=False)
     for leak in facts["leakage"]:
         found = ", ".join(f"{kind} {n}" for kind, n in leak["exact"].items()) or "none"
         console.print(f"in the {leak['against']} as well ({leak['path']}): exact {found}; near {leak['near']}",

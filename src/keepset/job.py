@@ -14,6 +14,7 @@ from rich.console import Console
 
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.data.pool import Message
+from keepset.data.turns import is_learnt
 from keepset.errors import DataError, RecipeError
 from keepset.files import canonical, free_memory, write_atomic
 from keepset.methods.text import words
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from keepset.model import Loaded
 
     Pair = tuple[Encoded, Encoded | None]
-
-ANSWERS = {"assistant", "text"}  # roles whose content is learnt
 
 
 class Job:
@@ -155,11 +154,15 @@ class Job:
             DataError: no row is usable.
             RecipeError: a section trains on pairs and the pool has none.
         """
+        from keepset.encoding import what_is_lost
+
         rows, refused = self.encoded
         usable = [i for i, row in enumerate(rows) if row is not None]
         cut = sum(any(side.truncated for side in rows[i] or ()) for i in usable)
         note = f", {cut} of them cut at max_length {self.recipe.model.max_length}" if cut else ""
         self.say(f"tokens: {len(rows)} rows = {len(usable)} usable + {len(refused)} quarantined{note}")
+        for line in what_is_lost(side for i in usable for side in rows[i] or ()):
+            self.say(line)
         if refused and self.recipe.strict:
             first = refused[0]
             raise DataError(f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}")
@@ -234,7 +237,7 @@ class Job:
         rows: Iterable[list[Message]] = self.pool.all_messages()
         if self.pool.has_pairs:
             rows = (chosen + rejected for _, chosen, rejected in self.pool.all_pairs())
-        return np.array([sum(len(words(m["content"])) for m in row if m["role"] in ANSWERS) for row in rows])
+        return np.array([sum(len(words(m["content"])) for m in row if is_learnt(m)) for row in rows])
 
     def texts(self) -> list[str]:
         """The usable rows as plain text, all messages joined by line breaks."""
@@ -290,7 +293,7 @@ def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -
     Raises:
         DataError: none is left.
     """
-    from keepset.encoding import RowRefused
+    from keepset.encoding import RowRefused, what_is_lost
 
     pairs: list[Pair] = []
     kept = []
@@ -306,4 +309,6 @@ def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -
             say(f"quarantined {place['file']}:{place['line']}: {refused.reason}: {refused.detail}")
     if not pairs:
         raise DataError("no usable row in the target; raise model.max_length or set model.overlong: truncate")
+    for line in what_is_lost(side for pair in pairs for side in pair if side is not None):
+        say(f"target: {line}")
     return pairs, np.array(kept)

@@ -5,9 +5,8 @@ Weights are read from safetensors only: a pickle (`.bin`, `.pt`) can run any pro
 has nothing else is refused. Code from a model's repository runs only with `trust_remote_code` and a pinned
 `model_revision`.
 
-Models are loaded with keepset's attention, which packs rows without padding and is transformers' `sdpa` for every other
-call (`keepset.attention`). An architecture it can't serve says so and takes padded batches: the same numbers, more
-slowly.
+Every model is checked against transformers' own forward pass before it is used (`keepset.features.checks`): rows run
+packed under keepset's attention where that gives the same numbers, else padded under the model's own, else not at all.
 """
 
 from __future__ import annotations
@@ -23,17 +22,35 @@ from keepset.encoding import Encoder
 from keepset.errors import ModelError
 from keepset.files import file_digest
 from keepset.gguf import DEMO_MODELS, demo_folder, gguf_folder
+from keepset.model_kind import check_config, fit_tokenizer
 from keepset.recipe import LoraSpec, ModelSpec
+from keepset.weights import weight_files
 
 log = logging.getLogger(__name__)
 
 FUSED = {
-    "q_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv"),
-    "k_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv"),
-    "v_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv"),
-    "o_proj": ("attn.c_proj", "attention.dense", "self_attention.dense", "out_proj"),
+    "q_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "q_b_proj", "query"),
+    "k_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "kv_b_proj", "key"),
+    "v_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "kv_b_proj", "value"),
+    "o_proj": ("attn.c_proj", "attention.dense", "self_attention.dense", "out_proj", "attention.output.dense"),
 }
-"""What a LoRA target is called where Llama's name does not exist (GPT-2, Phi-3, GPT-NeoX, Falcon, MPT)."""
+"""What a LoRA target is called where Llama's name does not exist (GPT-2, Phi-3, GPT-NeoX, MPT, DeepSeek, BERT)."""
+
+
+_ENGINES: dict[tuple[Any, ...], Any] = {}
+"""What the check of a model found in this process: the same weights are not checked twice."""
+
+REMEDIES = {
+    "does not recognize this architecture": "upgrade transformers, or check model_type in config.json",
+    "trust_remote_code": "if you trust that code, set trust_remote_code: true and pin model_revision",
+    "quantiz": "or name the checkpoint that is not quantised",
+    "metadata": "the file is damaged or cut short: get it again",
+    "no file named model.safetensors": "get the whole model again",
+    "No such file or directory": "model.safetensors.index.json names it: get the whole model again",
+    "does not appear to have a file named model.safetensors": "weights are read from safetensors only",
+    "does not appear to have a file named config.json": "an adapter is no model: name its base model",
+}
+"""What to do about what transformers and safetensors say."""
 
 
 @dataclass
@@ -84,7 +101,9 @@ def _check_folder(path: Path) -> None:
         if (path / "adapter_config.json").is_file():
             raise ModelError(f"{path}: an adapter, not a model; name its base model and give this as the adapter")
         raise ModelError(f"{path}: no config.json, so not a model folder")
-    if not any(path.glob("*.safetensors")):
+    if not weight_files(path):
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(f"{path}: an adapter, not a model; name its base model and give this as the adapter")
         pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickled:
             raise ModelError(
@@ -94,33 +113,54 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"{path}: no .safetensors weights")
 
 
-def load_tokenizer(spec: ModelSpec) -> Any:
+def load_tokenizer(spec: ModelSpec, *, causal: bool = True) -> Any:
     """Return the model's fast tokenizer; padding is on the right and pad falls back to eos.
 
+    Args:
+        spec: which model.
+        causal: whether the model is to be run as a causal LM, rather than as a classifier.
+
     Raises:
-        ModelError: it can't be found or read.
+        ModelError: it can't be found or read, doesn't fit the model, or the model is no causal LM.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     source = resolve(spec)
     options: dict[str, Any] = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
-    with _one_line(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    with one_line(source):
         config = AutoConfig.from_pretrained(source, **options)
+        if causal:
+            check_config(config, source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.keepset_context = context_length(config)
+    fit_tokenizer(tokenizer, config, source)
     return tokenizer
+
+
+def adapter_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer that was saved beside an adapter, if one was.
+
+    Raises:
+        ModelError: it can't be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    with one_line(str(folder)):
+        return AutoTokenizer.from_pretrained(str(folder))
 
 
 def context_length(config: Any) -> int | None:
     """Return the longest input a model has positions for, if its config says so."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+    return int(length) if length and length > 0 else None
 
 
-class _one_line:
+class one_line:
     """Turn what transformers and safetensors raise while loading into a ModelError of one line."""
 
     def __init__(self, source: str) -> None:
@@ -134,7 +174,8 @@ class _one_line:
         # here.
         if isinstance(error, Exception) and not isinstance(error, ModelError):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise ModelError(f"{self.source}: can't be loaded: {lines[0][:300]}") from error
+            remedy = next((f"; {words}" for cause, words in REMEDIES.items() if cause in str(error)), "")
+            raise ModelError(f"{self.source}: can't be loaded: {lines[0][:300].rstrip('.')}{remedy}") from error
 
 
 def pick_device(name: str) -> str:
@@ -165,7 +206,8 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from keepset import attention, packing
+    from keepset import attention, weights
+    from keepset.features.checks import check
 
     source = resolve(spec)
     tokenizer = load_tokenizer(spec)
@@ -176,27 +218,26 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
         "dtype": getattr(torch, spec.dtype),
         "use_safetensors": True,
     }
-    attn = spec.attn_implementation or attention.NAME
-    with _one_line(source):
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attn, **options)
-        except (ValueError, ImportError):
-            if spec.attn_implementation is not None:
-                raise
-            # Loaded again below with the architecture's own default; if that fails too, its error is the one to show.
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
+    with one_line(source):
+        model: Any = weights.read(AutoModelForCausalLM, source, attn_implementation=spec.attn_implementation, **options)
     model = model.to(device).eval()
-    fingerprint = [_fingerprint(source, model), spec.dtype]
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-        fingerprint.append(file_digest(Path(adapter) / "adapter_model.safetensors"))
-        fingerprint.append(file_digest(Path(adapter) / "adapter_config.json"))
-    if attn == attention.NAME and not packing.supports_packing(model) and not packing.probe(model):
+    fingerprint = [weights.fingerprint(source, spec.model_revision, code=spec.trust_remote_code), spec.dtype]
+    checked = (*fingerprint, device, spec.attn_implementation)
+    if spec.attn_implementation is None and model._can_set_attn_implementation():
+        model.set_attn_implementation(attention.NAME)
+    engine = _ENGINES[checked] = check(model, _ENGINES.get(checked))
+    if engine.apart == 0:
+        log.warning("%s: rows run one at a time, since others in a batch would change their numbers", source)
+    elif not engine.packed and spec.attn_implementation is None:
         log.warning(
             "%s (%s) can't be run packed: padded batches instead, the same numbers more slowly",
             spec.model_name_or_path,
             model.config.model_type,
         )
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+        fingerprint.append(file_digest(Path(adapter) / "adapter_model.safetensors"))
+        fingerprint.append(file_digest(Path(adapter) / "adapter_config.json"))
     digest = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
     return Loaded(model, tokenizer, Encoder(tokenizer, spec), spec, digest)
 
@@ -209,7 +250,7 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) ->
     Raises:
         ModelError: no adapter there, a pickled one, or one made for another model.
     """
-    from peft import PeftModel
+    from keepset.weights import put_adapter
 
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file():
@@ -217,16 +258,8 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) ->
     if not (folder / "adapter_model.safetensors").is_file():
         what = "pickled weights" if (folder / "adapter_model.bin").exists() else "no weights"
         raise ModelError(f"{adapter}: {what}; an adapter needs adapter_model.safetensors")
-    with _one_line(str(adapter)):
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable).eval()
-
-
-def _fingerprint(source: str, model: Any) -> str:
-    folder = Path(source)
-    if not folder.is_dir():
-        return f"{source}@{getattr(model.config, '_commit_hash', None)}"
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return json.dumps([[p.name, file_digest(p)] for p in files])
+    with one_line(str(adapter)):
+        return put_adapter(model, folder, trainable=trainable).eval()
 
 
 def linear_names(model: Any) -> list[str]:

@@ -6,7 +6,9 @@ every row and attention stays inside it (`keepset.attention`). The output head r
 (`keepset.head`).
 
 A model whose attention can't be served that way takes the padded path: right padding, an attention mask made from the
-lengths (never from a pad id: for many models pad = eos), the same numbers to rounding.
+lengths (never from a pad id: for many models pad = eos), the same numbers to rounding. Which path a model takes is no
+list of names: `keepset.features.checks` runs it both ways when it is loaded and compares with the model's own forward
+pass (`Engine`).
 """
 
 from __future__ import annotations
@@ -14,21 +16,35 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from keepset import attention, head
 from keepset.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-PACKABLE = frozenset(
-    ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2"],
-)
-"""model_type of the architectures tested packed; another one is probed when its model is loaded (`probe`)."""
+
+@dataclass(frozen=True)
+class Engine:
+    """How a model's rows are run.
+
+    Attributes:
+        packed: rows stand in one sequence without padding, under keepset's attention; else padded, under the model's.
+        head: `linear`: logits are `LogitMap(W h + b)`, formed in blocks of the vocabulary; `own`: by the model's own
+            code after its decoder, run at the positions that are wanted.
+        decoder: name of the module that makes the final hidden states.
+        apart: a row of more tokens runs alone (0: every row does), since what stands beside it would change its
+            numbers; None: nothing does.
+    """
+
+    packed: bool
+    head: Literal["linear", "own"] = "linear"
+    decoder: str = "model"
+    apart: int | None = None
 
 
 class Row(Protocol):
@@ -57,6 +73,7 @@ class Batch:
         predict: (S,) int64 flat positions whose next token is supervised, in row order.
         labels: (S,) int64, that next token.
         row_of: (S,) int64 in 0..n-1.
+        full: tokens of each row before trimming, the shared prefix counted.
         segments: the division attention keeps to; None when padded.
     """
 
@@ -69,6 +86,7 @@ class Batch:
     predict: Tensor
     labels: Tensor
     row_of: Tensor
+    full: list[int]
     segments: attention.Segments | None = None
 
     @property
@@ -77,13 +95,18 @@ class Batch:
         return self.segments.prefix if self.segments is not None else 0
 
 
-def needed(row: Row) -> int:
-    """Tokens a row must be run for: those before its last supervised one, which is predicted and predicts nothing."""
+def needed(row: Row, apart: int | None = None) -> int:
+    """Tokens a row must be run for: those before its last supervised one, which is predicted and predicts nothing.
+
+    A row of more than `apart` tokens is run whole: its length decides its positions' angles.
+    """
+    if apart is not None and len(row.input_ids) > apart:
+        return len(row.input_ids)
     supervised = np.flatnonzero(row.supervised)
     return int(supervised[-1]) if len(supervised) else len(row.input_ids)
 
 
-def plan_batches(lengths: Sequence[int] | np.ndarray, token_budget: int) -> list[np.ndarray]:
+def plan_batches(lengths: Sequence[int] | np.ndarray, token_budget: int, apart: int | None = None) -> list[np.ndarray]:
     """Sort by length (ties by position) and fill batches greedily up to `token_budget` tokens.
 
     Every row stands in exactly one batch; a row longer than the budget gets its own. Longest first: memory trouble
@@ -92,6 +115,7 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, token_budget: int) -> list
     Args:
         lengths: (n,) tokens of each row.
         token_budget: most tokens a batch holds.
+        apart: a row of more tokens gets a batch of its own (`Engine.apart`).
 
     Returns:
         Arrays of positions in `lengths`.
@@ -101,7 +125,8 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, token_budget: int) -> list
     batches: list[np.ndarray] = []
     start, total = 0, 0
     for i, size in enumerate(sizes[order]):
-        if i > start and total + size > token_budget:
+        alone = apart is not None and i > start and int(sizes[order[i - 1]]) > apart
+        if i > start and (alone or total + size > token_budget):
             batches.append(order[start:i])
             start, total = i, 0
         total += int(size)
@@ -119,6 +144,7 @@ def pack(
     device: torch.device | str = "cpu",
     prefix: int = 0,
     trim: bool = False,
+    apart: int | None = None,
 ) -> Batch:
     """Build one batch of `rows[i] for i in indices`.
 
@@ -130,10 +156,11 @@ def pack(
         device: where the tensors go.
         prefix: packed only: the first `prefix` tokens are the same in every row, unsupervised, and computed once.
         trim: leave out what predicts nothing: a row's last supervised token and all after it (see `needed`).
+        apart: rows of more tokens are not trimmed.
     """
     index = np.asarray(indices, dtype=np.int64)
     chosen = [rows[int(i)] for i in index]
-    full = [needed(row) if trim else len(row.input_ids) for row in chosen]
+    full = [needed(row, apart) if trim else len(row.input_ids) for row in chosen]
     lengths = [n - prefix for n in full]
     ids = np.concatenate(
         [np.asarray(row.input_ids[prefix:n], dtype=np.int64) for row, n in zip(chosen, full, strict=True)]
@@ -177,6 +204,7 @@ def pack(
         predict=tensor(np.concatenate(predict)),
         labels=tensor(np.concatenate(labels)),
         row_of=tensor(np.concatenate(row_of)),
+        full=[len(row.input_ids) for row in chosen],
         segments=attention.Segments.of(lengths, prefix) if packed else None,
     )
 
@@ -194,37 +222,74 @@ def bare(model: Any) -> Any:
     return model
 
 
+def engine(model: Any) -> Engine:
+    """Return how the model's rows are run; a model that was never checked is checked now.
+
+    Raises:
+        ModelError: keepset can't give this architecture's own numbers (see `keepset.features.checks`).
+    """
+    found: Engine | None = getattr(bare(model), "keepset_engine", None)
+    if found is None:
+        from keepset.features.checks import check
+
+        found = check(model)
+    return found
+
+
 def supports_packing(model: Any) -> bool:
-    """Say whether `last_hidden` may be given packed batches: keepset's attention is set and the architecture served."""
-    inner = bare(model)
-    if getattr(inner.config, "_attn_implementation", None) != attention.NAME:
-        return False
-    text = inner.config.get_text_config()
-    if getattr(text, "use_bidirectional_attention", None) or getattr(text, "attn_logit_softcapping", None):
-        return False
-    return text.model_type in PACKABLE or bool(getattr(inner, "keepset_probed", False))
+    """Say whether `last_hidden` may be given packed batches."""
+    return engine(model).packed
+
+
+def full_span(model: Any) -> int | None:
+    """Return the longest row of which every layer sees all, in positions that no other row changes; None: any row."""
+    text = bare(model).config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    limits = [int(n) for n in (window, engine(model).apart) if n is not None]
+    return min(limits, default=None)
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the module that makes the final hidden states."""
+    return bare(model).get_submodule(engine(model).decoder)
 
 
 def last_hidden(model: Any, batch: Batch) -> Tensor:
     """Return the final-normed hidden states of a batch, flat (B*T, d); gradient flows if enabled."""
-    decoder: Any = bare(model).get_decoder()
-    if batch.segments is None:
-        out = decoder(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-    else:
-        # A 4-dimensional mask is passed on as it is, so transformers builds none; packed attention does not look at it.
-        out = decoder(
-            input_ids=batch.input_ids,
-            attention_mask=batch.input_ids.new_ones((1, 1, 1, 1)),
-            position_ids=batch.position_ids,
-            use_cache=False,
-            keepset_segments=batch.segments,
-        )
-    return out.last_hidden_state.flatten(0, 1)
+    apart = engine(model).apart
+    if apart is None or len(batch.lengths) == 1 or max(batch.full) <= apart:
+        return _states(model, batch.input_ids, batch.position_ids, batch.attention_mask, batch.segments).flatten(0, 1)
+    if batch.prefix:
+        raise ValueError("rows that run alone share no beginning")
+    parts = []
+    for offset, length in zip(batch.offsets, batch.lengths, strict=True):
+        ids = batch.input_ids.flatten()[offset : offset + length][None]
+        segments = None if batch.segments is None else attention.Segments.of([length])
+        states = _states(model, ids, torch.arange(length, device=ids.device)[None], None, segments)[0]
+        width = length if batch.segments is not None else batch.input_ids.shape[1]
+        parts.append(nn.functional.pad(states, (0, 0, 0, width - length)))
+    return torch.cat(parts)
+
+
+def _states(
+    model: Any, ids: Tensor, positions: Tensor, mask: Tensor | None, segments: attention.Segments | None
+) -> Tensor:
+    if segments is None:  # a model counts positions its own way; padding stands on the right, where it moves none
+        return decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    # A 4-dimensional mask is passed on as it is, so transformers builds none; packed attention does not look at it.
+    out = decoder_of(model)(
+        input_ids=ids,
+        attention_mask=ids.new_ones((1, 1, 1, 1)),
+        position_ids=positions,
+        use_cache=False,
+        keepset_segments=segments,
+    )
+    return out.last_hidden_state
+
+
+def own_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Return the logits (S, V) that the model's own code makes of final hidden states (S, d); differentiable."""
+    return head.after_decoder(bare(model), decoder_of(model), hidden)
 
 
 def token_nll(model: Any, batch: Batch, *, hidden: Tensor | None = None, chunk: int = head.CHUNK) -> Tensor:
@@ -237,50 +302,23 @@ def token_nll(model: Any, batch: Batch, *, hidden: Tensor | None = None, chunk: 
         chunk: float32 logits held at once.
     """
     hidden = last_hidden(model, batch) if hidden is None else hidden
+    return nll_at(model, hidden[batch.predict], batch.labels, chunk=chunk)
+
+
+def nll_at(model: Any, hidden: Tensor, labels: Tensor, *, chunk: int = head.CHUNK) -> Tensor:
+    """Return the loss of each label (S,) in nats from the final hidden states (S, d) that predict it."""
     inner = bare(model)
-    return head.nll(
-        hidden[batch.predict], batch.labels, inner.get_output_embeddings(), head.logit_map(inner.config), chunk=chunk
-    )
+    if engine(model).head == "own":
+        return head.nll_in_parts(lambda h: own_logits(model, h), hidden, labels, chunk // vocabulary(inner))
+    return head.nll(hidden, labels, inner.get_output_embeddings(), head.logit_map(inner.config), chunk=chunk)
+
+
+def vocabulary(model: Any) -> int:
+    """Return the number of rows of the input embedding."""
+    return int(bare(model).get_input_embeddings().weight.shape[0])
 
 
 def row_sums(values: Tensor, row_of: Tensor, n: int) -> Tensor:
     """Sum (S,) token values per row: (n,), in float64 unless a gradient is wanted."""
     values = values if values.requires_grad else values.double()
     return values.new_zeros(n).index_add(0, row_of, values)
-
-
-def probe(model: Any) -> bool:
-    """Try an architecture that is not in `PACKABLE`: two short rows packed against the model's own logits one by one.
-
-    Marks the model as served (`supports_packing`) when all log-probabilities agree to 1e-4, and returns whether it did.
-    Sliding windows can't be seen by short rows, so a model that has one is not served.
-    """
-    inner = bare(model)
-    text = inner.config.get_text_config()
-    if getattr(inner.config, "_attn_implementation", None) != attention.NAME or getattr(text, "sliding_window", None):
-        return False
-    rng = np.random.default_rng(0)
-    rows = [_Probe(rng.integers(0, text.vocab_size, n)) for n in (7, 5)]
-    device = next(inner.parameters()).device
-    try:
-        with torch.no_grad():
-            got = token_nll(model, pack(rows, [0, 1], packed=True, device=device))
-            want = []
-            for row in rows:
-                ids = torch.from_numpy(row.input_ids)[None].to(device)
-                z = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-                want.append(-z.gather(1, ids[0, 1:, None])[:, 0])
-        inner.keepset_probed = bool(torch.allclose(got, torch.cat(want), rtol=1e-4, atol=1e-4))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        log.debug("packing probe of %s failed: %s", text.model_type, error)
-        inner.keepset_probed = False
-    return bool(inner.keepset_probed)
-
-
-@dataclass(frozen=True)
-class _Probe:
-    input_ids: np.ndarray
-
-    @property
-    def supervised(self) -> np.ndarray:
-        return np.arange(len(self.input_ids)) > 0

@@ -207,8 +207,9 @@ def priced(work: Work, rates: Rates) -> Step:
 
 def disk_bytes(job: Job, steps: list[Step]) -> float:
     """Adapters (or full models), scores and shards."""
-    lora = sum(2 * job.recipe.lora.lora_r * 2 * job.loaded.model.config.hidden_size for _ in range(4))
-    adapter = 4 * lora * job.loaded.model.config.num_hidden_layers
+    config = job.loaded.model.config.get_text_config()
+    lora = sum(2 * job.recipe.lora.lora_r * 2 * config.hidden_size for _ in range(4))
+    adapter = 4 * lora * config.num_hidden_layers
     models = sum(1 for s in steps if s.stage.startswith(("train", "warm-up"))) * (len(job.recipe.methods) + 4)
     return float(adapter * models + len(job.rows) * 200 * (len(job.recipe.methods) + 4))
 

@@ -14,7 +14,7 @@ from keepset.files import digest
 from keepset.recipe import MethodSpec
 from keepset.scoring import METHODS, needs_model
 from keepset.scoring_gradients import with_defaults
-from keepset.stages import VERSION, embedding_weights, train_key, warmup_rows, weights_of
+from keepset.stages import VERSION, embedding_weights, reference_model, train_key, warmup_rows, weights_of
 from keepset.stages_gradients import gradient_key
 from keepset.stages_shapley import retraining_args
 
@@ -55,7 +55,7 @@ def reference_inputs(job: Job) -> Any:
     """What the reference is trained from, or its weights where it is from elsewhere."""
     spec = job.recipe.reference
     if spec.path:
-        return [spec.path, weights_of(Path(spec.path))]
+        return reference_model(job)[1]
     return train_key(job, spec, job.ids, job.recipe.seed)
 
 

@@ -19,6 +19,7 @@ from keepset.kept_tokens import keep_tokens
 from keepset.methods.cross_fit import fold_of
 from keepset.recipe import TrainSpec
 from keepset.shards import Arrays
+from keepset.weights import config_digests, fingerprint, weight_files
 
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
@@ -272,20 +273,35 @@ def train_rows(
 
 
 def reference_model(job: Job) -> tuple[Path, str, bool]:
-    """DavIR's reference: its folder, its fingerprint, and whether it is a full model rather than an adapter."""
+    """DavIR's reference: its folder, its fingerprint, and whether it is a full model rather than an adapter.
+
+    Raises:
+        ModelError: an existing one that reads other tokens than the scored model.
+    """
+    from keepset.model import adapter_tokenizer, load_tokenizer, resolve
+    from keepset.model_kind import check_same_tokens
+
     spec = job.recipe.reference
     if spec.path:
         path = Path(spec.path)
-        full = not (path / "adapter_config.json").exists()
-        return path, digest([spec.path, *sorted(weights_of(path))]), full
+        full = not (path / "adapter_config.json").exists() or bool(weight_files(path))
+        model = job.recipe.model.model_copy(update={"model_name_or_path": str(path)})
+        other = load_tokenizer(model) if full else adapter_tokenizer(path)
+        check_same_tokens(job.encoder.tokenizer, other, spec.path)
+        made = (
+            [fingerprint(resolve(model), model.model_revision, code=model.trust_remote_code)]
+            if full
+            else weights_of(path)
+        )
+        return path, digest([spec.path, *made]), full
     train_rows(job, "models/reference", job.sides[1], job.ids, spec, job.recipe.seed)
     path = job.run.path / "models/reference"
     return path, digest(weights_of(path)), spec.full
 
 
 def weights_of(path: Path) -> list[str]:
-    """Checksums of a folder's safetensors files."""
-    return [file_digest(p) for p in sorted(path.glob("*.safetensors"))]
+    """Checksums of a folder's safetensors files and of what its config says, whichever folder its base lies in."""
+    return [*(file_digest(p) for p in sorted(path.glob("*.safetensors"))), *config_digests(path)]
 
 
 def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
@@ -313,7 +329,7 @@ class SubJob:
         self.job = job
         self.rows = [job.sides[1][i][side] for i in indices]
         if not end_of_turn:
-            self.rows = [content_only(row, job.loaded.encoder.end_of_turn) for row in self.rows]
+            self.rows = [content_only(row) for row in self.rows]
         self.ids = job.ids[indices]
 
     def __getattr__(self, name: str) -> Any:
@@ -332,11 +348,15 @@ def warmup_rows(job: Job) -> tuple[np.ndarray, int]:
 
 def warmup_checkpoints(job: Job) -> list[Checkpoint]:
     """The warm-up run's checkpoints, trained once and then reused."""
+    from keepset.model import adapter_tokenizer
+    from keepset.model_kind import check_same_tokens
     from keepset.train.warmup import list_checkpoints, warmup
 
     spec = job.recipe.warmup
     if spec.path:
         checkpoints = list_checkpoints(Path(spec.path))
+        for checkpoint in checkpoints:
+            check_same_tokens(job.encoder.tokenizer, adapter_tokenizer(checkpoint.path), str(checkpoint.path))
         return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
     picked, seed = warmup_rows(job)
     picked = picked[id_order(job.ids[picked])]
@@ -385,9 +405,9 @@ def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]
 
 
 def embedding_weights(name: str) -> list[str]:
-    """Checksums of an embedding model's weights; the name of one on the hub."""
+    """Checksums of an embedding model's weights; the fingerprint of one on the hub."""
     folder = Path(name).expanduser()
-    return weights_of(folder) if folder.is_dir() else [name]
+    return weights_of(folder) if folder.is_dir() else [fingerprint(name)]
 
 
 def embeddings(job: Job, name: str) -> tuple[np.ndarray, np.ndarray]:

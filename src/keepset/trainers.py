@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from keepset.data.export import DIALECTS
+from keepset.data.turns import is_learnt
 from keepset.files import write_atomic
 from keepset.gguf import DEMO_MODELS
 
@@ -68,6 +69,13 @@ def write_trainers(job: Job, subset: Subset) -> list[str]:
         job.say(f"{FOLDER}/: not written, the subset mixes plain text with chats; export each by itself")
         return []
     spec = job.recipe.train_model or job.recipe.model
+    if any("train" in m for row in rows for m in row):
+        if any(is_learnt(m) != (k == len(row) - 1) for row in rows for k, m in enumerate(row) if m["role"] == ANSWER):
+            job.say(
+                f"{FOLDER}/: not written, rows mark answers as not trained on, which TRL and LLaMA-Factory can't do"
+            )
+            return []
+        spec = spec.model_copy(update={"supervise": "last"})  # what the rows' own marks say
     model = _Model(spec, None if job.text_only else template_of(job, spec))
     single = all(sum(m["role"] == ANSWER for m in row) == 1 for row in rows)
     kind = "text" if all(plain) else "prompt-completion" if single or spec.supervise == "last" else "messages"

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from json.encoder import encode_basestring
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from keepset.data.turns import Turn
+from keepset.data.turns import CONTEXT, Turn
+
+Message = dict[str, Any]
+"""`role` and `content`; `train: False` on an assistant's message that is context."""
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.large_string())]))
 CHUNK_ROWS = 32768
@@ -30,6 +35,22 @@ def pair_digest(prompt: Sequence[Turn], chosen: Sequence[Turn], rejected: Sequen
     """Return the 16 bytes whose hex is a pair's id; `rejected` may be absent (JSON null)."""
     other = "null" if rejected is None else canonical(rejected)
     return hashlib.sha256(f"[{canonical(prompt)},{canonical(chosen)},{other}]".encode()).digest()[:16]
+
+
+def marked(chat: list[Message] | None) -> Any:
+    """Return a stored chat as messages: the role of an answer that is context becomes `train: False`."""
+    for message in chat or ():
+        if message["role"] == CONTEXT:
+            message |= {"role": "assistant", "train": False}
+    return chat
+
+
+def chats(column: pa.ListArray) -> list[Any]:
+    """Return a column of chats (n,) as n lists of messages, or None where it is null."""
+    found: list[Any] = column.to_pylist()
+    if pc.any(pc.equal(column.flatten().field("role"), CONTEXT)).as_py():
+        found = [marked(chat) for chat in found]
+    return found
 
 
 class ChatColumn:

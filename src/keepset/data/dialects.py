@@ -1,9 +1,11 @@
 """Dialects: which columns mean what. Each function turns one raw row into turns, or into (prompt, chosen, rejected).
 
+What other columns do to a row (`system`, `tools`, `label` …) is the table of `fields.py`, held against every row first.
 Rules that are ours to state: Alpaca's prompt is `instruction`, a newline, `input` (as LLaMA-Factory joins them). A text
 completion loses the one leading space that joined it to its prompt. A prompt of the form
-`\\n\\nHuman: … \\n\\nAssistant:` is split into messages. A pool reads a pair as prompt + chosen; a target reads an
-SFT row as its last answer and what stands before it. SHP keeps every pair, whatever its score ratio.
+`\\n\\nHuman: … \\n\\nAssistant:` is split into messages. A chat may be written as JSON or Python text (`written.py`).
+A pool reads a pair as prompt + chosen; a target reads an SFT row as its last answer and what stands before it.
+SHP keeps every pair, whatever its score ratio.
 """
 
 from __future__ import annotations
@@ -11,70 +13,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from keepset.data.fields import check_row, empty, prompt_column
+from keepset.data.parts import (
+    Row,
+    folded,
+    input_column,
+    instruction_text,
+    is_hh,
+    need,
+    not_repeated,
+    one_prompt,
+    read_completion,
+    read_prompt,
+    text_field,
+    with_history,
+    with_system,
+)
 from keepset.data.reasons import RowProblem
-from keepset.data.turns import Turn, check_chat, looks_hh, read_turns, split_hh, type_name
+from keepset.data.turns import CONTEXT, Turn, check_chat, looks_hh, read_turns, split_hh
+from keepset.data.written import spoken
 from keepset.errors import DataError, did_you_mean
 
-Row = dict[str, Any]
 Pair = tuple[list[Turn], list[Turn], list[Turn] | None]
-
-
-def text_field(row: Row, *names: str, empty: str | None = None) -> str:
-    """Return the first of these columns that is there, as text.
-
-    Raises:
-        RowProblem: `missing-column`, `null-field`, `wrong-type`, or the code `empty` if it is blank.
-    """
-    for name in names:
-        if name in row:
-            value = row[name]
-            if type(value) is not str:
-                if value is None:
-                    raise RowProblem("null-field", f"'{name}' is null")
-                raise RowProblem("wrong-type", f"'{name}' is {type_name(value)}, not text")
-            if empty is not None and (not value or value.isspace()):
-                raise RowProblem(empty, f"'{name}' is empty")
-            return value
-    raise RowProblem("missing-column", f"no column '{names[0]}'")
-
-
-def _need(row: Row, *names: str) -> tuple[str, Any]:
-    for name in names:
-        if name in row:
-            if row[name] is None:
-                raise RowProblem("null-field", f"'{name}' is null")
-            return name, row[name]
-    raise RowProblem("missing-column", f"no column '{names[0]}'")
-
-
-def _no_tools(row: Row) -> None:
-    tools = row.get("tools")
-    if tools and tools != "[]":
-        raise RowProblem("tool-calls", "the row has tool definitions in 'tools'")
-
-
-def _prompt(name: str, value: Any) -> list[Turn]:
-    """Read a prompt that is text or messages."""
-    if type(value) is list:
-        return read_turns(value, name)
-    text = text_field({name: value}, name, empty="empty-prompt")
-    return split_hh(text, prompt=True) if looks_hh(text) else [("user", text)]
-
-
-def _completion(name: str, value: Any, *, strip: bool = False) -> list[Turn]:
-    """Read a completion that is text, one message or messages."""
-    if type(value) is list:
-        return read_turns(value, name)
-    if type(value) is dict:
-        return read_turns([value], name)
-    text = text_field({name: value}, name, empty="empty-completion")
-    if strip:
-        return [("assistant", text.strip())]
-    return [("assistant", text[1:] if text[0] == " " and text[1:2] != " " else text)]
-
-
-def _was_hh(value: Any) -> bool:
-    return type(value) is str and looks_hh(value)
 
 
 # --------------------------------------------------------------------------------------------------- SFT dialects
@@ -82,109 +42,108 @@ def _was_hh(value: Any) -> bool:
 
 def messages(row: Row) -> list[Turn]:
     """OpenAI / ChatML: `messages`, a list of {role, content}."""
-    if row.get("tools"):
-        _no_tools(row)
-    return check_chat(read_turns(_need(row, "messages")[1], "messages"))
+    return check_chat(read_turns(need(row, "messages")[1], "messages"))
 
 
 def sharegpt(row: Row) -> list[Turn]:
-    """ShareGPT: `conversations`, a list of {from, value}; a `system` column leads."""
-    _no_tools(row)
-    name, value = _need(row, "conversations", "conversation")
-    turns = read_turns(value, name)
-    system = row.get("system")
-    if type(system) is str and system and turns[0][0] != "system":
-        turns.insert(0, ("system", system))
-    return check_chat(turns)
+    """ShareGPT: `conversations`, a list of {from, value}."""
+    name, value = need(row, "conversations", "conversation")
+    return check_chat(read_turns(value, name))
 
 
 def prompt_completion(row: Row) -> list[Turn]:
     """TRL: `prompt` and `completion` (or `response`), each text or messages."""
-    name, value = _need(row, "prompt")
-    prompt = _prompt(name, value)
-    completion = _completion(*_need(row, "completion", "response"), strip=_was_hh(value))
+    name, value = need(row, "prompt")
+    prompt = with_history(row, read_prompt(name, value))
+    completion = read_completion(*need(row, "completion", "response"), strip=is_hh(value))
+    one_prompt(row, prompt, "prompt")
     return check_chat(prompt + completion)
 
 
 def alpaca(row: Row) -> list[Turn]:
-    """Alpaca and Dolly: `instruction`, `input` (or `context`), `output` (or `response`), `system`, `history`."""
-    instruction = row.get("instruction")
-    given = row.get("input") if "input" in row else row.get("context")
-    output = row.get("output") if "output" in row else row.get("response")
-    if type(instruction) is not str:
-        instruction = text_field(row, "instruction")
-    if given is None:
-        given = ""
-    elif type(given) is not str:
-        raise RowProblem("wrong-type", f"'input' is {type_name(given)}, not text")
-    if type(output) is not str:
-        output = text_field(row, "output", "response")
-    if given and not given.isspace():
-        prompt = f"{instruction}\n{given}" if instruction and not instruction.isspace() else given
-    else:
-        prompt = instruction
-    if not prompt or prompt.isspace():
-        raise RowProblem("empty-prompt", "'instruction' and 'input' are both empty")
-    if not output or output.isspace():
-        raise RowProblem("empty-completion", "'output' is empty")
-    turns = [("user", prompt), ("assistant", output)]
-    if row.get("history"):
-        turns[:0] = _history(row["history"])
-    system = row.get("system")
-    if system:
-        turns.insert(0, ("system", text_field(row, "system")))
+    """Alpaca and Dolly: `instruction`, `input` (or `context`), `output` (or `response`)."""
+    asked = [("user", instruction_text(row))]
+    answer = text_field(row, "output", "response", blank="empty-completion")
+    one_prompt(row, asked, "instruction", input_column(row))
+    turns = [*with_history(row, asked), ("assistant", answer)]
     return check_chat(turns) if len(turns) > 2 else turns
 
 
-def _history(value: Any) -> list[Turn]:
-    turns: list[Turn] = []
-    for k, pair in enumerate(value if type(value) is list else [None]):
-        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
-            raise RowProblem("wrong-type", f"'history[{k}]' is not a pair of texts")
-        turns += [("user", pair[0]), ("assistant", pair[1])]
-    return turns
-
-
 def question_answer(row: Row) -> list[Turn]:
-    """GSM8K: `question` (or `query`), `answer` (or `response`)."""
-    question = text_field(row, "question", "query", empty="empty-prompt")
-    return [("user", question), ("assistant", text_field(row, "answer", "response", empty="empty-completion"))]
+    """GSM8K and OpenOrca: `question` (or `query`), `answer` (or `response`)."""
+    question = [("user", text_field(row, "question", "query", blank="empty-prompt"))]
+    answer = text_field(row, "answer", "response", blank="empty-completion")
+    one_prompt(row, question, "question" if "question" in row else "query")
+    turns = [*with_history(row, question), ("assistant", answer)]
+    return check_chat(turns) if len(turns) > 2 else turns
 
 
 def text(row: Row) -> list[Turn]:
     """Plain `text`: the single turn of the internal role "text", every token after the first supervised."""
-    return [("text", text_field(row, "text", empty="empty-completion"))]
+    return [("text", text_field(row, "text", blank="empty-completion"))]
 
 
 # -------------------------------------------------------------------------------------------------- pair dialects
 
 
 def preference(row: Row) -> Pair:
-    """`chosen` and `rejected`, with a `prompt` or with one that both share, as text or as messages."""
-    name, chosen = _need(row, "chosen")
-    _, rejected = _need(row, "rejected")
+    """`chosen` and `rejected` with a `prompt`, `question`, `instruction` (+ `input`) …, or one that both share.
+
+    Where `chosen` and `rejected` are whole dialogues, a prompt column must be how they begin. The shared beginning of
+    two texts is the prompt only where no column holds one.
+    """
+    name, chosen = need(row, "chosen")
+    _, rejected = need(row, "rejected")
     _check_scores(
         row.get("score_chosen", row.get("chosen_score")), row.get("score_rejected", row.get("rejected_score"))
     )
-    if row.get("prompt") is None and "prompt" in row:
+    if "prompt" in row and row["prompt"] is None:
         raise RowProblem("null-field", "'prompt' is null")
-    whole_chat = type(chosen) is list and _starts_with_prompt(chosen)
-    if "prompt" in row and not whole_chat:
-        strip = _was_hh(row["prompt"])
-        return _pair(
-            _prompt("prompt", row["prompt"]),
-            _completion(name, chosen, strip=strip),
-            _completion("rejected", rejected, strip=strip),
-        )
-    if type(chosen) is str and type(rejected) is str:
-        return _shared_text(chosen, rejected)
-    return _shared_turns(read_turns(chosen, "chosen"), read_turns(rejected, "rejected"))
+    column = prompt_column(row)
+    whole = type(chosen) is list and _starts_with_prompt(chosen)
+    texts = type(chosen) is str and type(rejected) is str
+    if whole or column is None or (texts and looks_hh(chosen) and looks_hh(rejected)):
+        sides = (chosen, rejected) if texts else (read_turns(chosen, "chosen"), read_turns(rejected, "rejected"))
+        with_history(row, [])
+        prompt, chosen, rejected = _shared_text(*sides) if texts else _shared_turns(*sides)
+        return _led(row, column, prompt), chosen, rejected
+    value = instruction_text(row) if column == "instruction" else spoken(column, row[column])
+    strip = is_hh(value)
+    prompt = read_prompt(column, value)
+    one_prompt(row, prompt, column, *([input_column(row)] if column == "instruction" else []))
+    not_repeated(value, chosen, rejected)
+    return _pair(
+        with_history(row, prompt),
+        read_completion(name, chosen, strip=strip),
+        read_completion("rejected", rejected, strip=strip),
+    )
+
+
+def _led(row: Row, column: str | None, prompt: list[Turn]) -> list[Turn]:
+    """Return the prompt that two whole dialogues share, held against the column that says it; its system turn leads.
+
+    Raises:
+        RowProblem: `different-prompts`: a `prompt` that the dialogues don't begin with. Other columns are not looked
+            at, the chat being whole.
+    """
+    if column != "prompt" or empty(row["prompt"]):
+        return prompt
+    said = read_prompt("prompt", spoken("prompt", row["prompt"]))
+    if len(said) == 1 and said[0][0] == "user":  # a text, which may quote the first question or the whole prompt
+        whole = folded("\n".join(content for _, content in prompt))
+        if folded(said[0][1]) in whole or whole in folded(said[0][1]):
+            return prompt
+    elif said[0][0] == "system" and prompt[0][0] != "system":
+        prompt = said[:1] + prompt
+    if said != prompt[: len(said)]:
+        raise RowProblem("different-prompts", "'prompt' is not how 'chosen' and 'rejected' begin")
+    return prompt
 
 
 def hh_rlhf(row: Row) -> Pair:
     """HH-RLHF native: `chosen` and `rejected` dialogues of `\\n\\nHuman:` and `\\n\\nAssistant:` turns."""
-    chosen = text_field(row, "chosen", empty="empty-completion")
-    rejected = text_field(row, "rejected", empty="empty-completion")
+    chosen = text_field(row, "chosen", blank="empty-completion")
+    rejected = text_field(row, "rejected", blank="empty-completion")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not looks_hh(side):
             raise RowProblem("wrong-type", f"'{name}' is not a dialogue of Human: and Assistant: turns")
@@ -193,10 +152,10 @@ def hh_rlhf(row: Row) -> Pair:
 
 def shp(row: Row) -> Pair:
     """SHP native: `history`, `human_ref_A`, `human_ref_B`, `labels` (1: A is preferred), `score_A`, `score_B`."""
-    history = text_field(row, "history", empty="empty-prompt")
-    a = text_field(row, "human_ref_A", empty="empty-completion")
-    b = text_field(row, "human_ref_B", empty="empty-completion")
-    _, label = _need(row, "labels", "label")
+    history = text_field(row, "history", blank="empty-prompt")
+    a = text_field(row, "human_ref_A", blank="empty-completion")
+    b = text_field(row, "human_ref_B", blank="empty-completion")
+    _, label = need(row, "labels", "label")
     if label not in (0, 1, "0", "1") or label is True or label is False:
         raise RowProblem("wrong-type", f"'labels' is {str(label)[:40]}, neither 0 nor 1")
     better, worse = ("A", "B") if int(label) == 1 else ("B", "A")
@@ -207,19 +166,19 @@ def shp(row: Row) -> Pair:
 
 def llamafactory_preference(row: Row) -> Pair:
     """LLaMA-Factory's ranking form: `conversations` is the prompt, `chosen` and `rejected` are one message each."""
-    _no_tools(row)
-    name, value = _need(row, "conversations")
-    prompt = read_turns(value, name)
-    if type(row.get("system")) is str and row["system"] and prompt[0][0] != "system":
-        prompt.insert(0, ("system", row["system"]))
-    return _pair(prompt, _completion(*_need(row, "chosen")), _completion(*_need(row, "rejected")))
+    name, value = need(row, "conversations")
+    return _pair(
+        read_turns(value, name), read_completion(*need(row, "chosen")), read_completion(*need(row, "rejected"))
+    )
 
 
 def stack_exchange(row: Row) -> Pair:
     """Stack Exchange: `title`, a blank line, `body` is the prompt; `chosen` and `rejected` are answers."""
-    prompt = text_field(row, "title", empty="empty-prompt") + "\n\n" + text_field(row, "body")
+    prompt = text_field(row, "title", blank="empty-prompt") + "\n\n" + text_field(row, "body")
     _check_scores(row.get("chosen_score"), row.get("rejected_score"))
-    return _pair([("user", prompt.strip())], _completion(*_need(row, "chosen")), _completion(*_need(row, "rejected")))
+    return _pair(
+        [("user", prompt.strip())], read_completion(*need(row, "chosen")), read_completion(*need(row, "rejected"))
+    )
 
 
 def _check_scores(better: Any, worse: Any) -> None:
@@ -270,7 +229,7 @@ def _shared_turns(chosen: list[Turn], rejected: list[Turn]) -> Pair:
         cut += 1
     if not cut or (len(chosen) > cut and len(rejected) > cut and chosen[cut][0] != rejected[cut][0]):
         raise RowProblem("different-prompts", "'chosen' and 'rejected' do not start with the same messages")
-    if chosen[cut][0] != "assistant":
+    if chosen[cut][0] not in ("assistant", CONTEXT):
         raise RowProblem("different-prompts", f"message {cut + 1} differs and is not an assistant's answer")
     return _pair(chosen[:cut], chosen[cut:], rejected[cut:])
 
@@ -337,7 +296,7 @@ def _sft_dialect(row: Row) -> str | None:
         return "prompt-completion"
     if "instruction" in row and ("output" in row or "response" in row):
         return "alpaca"
-    if ("question" in row and "answer" in row) or ("query" in row and "response" in row):
+    if ("question" in row or "query" in row) and ("answer" in row or "response" in row):
         return "question-answer"
     return "text" if "text" in row else None
 
@@ -349,12 +308,9 @@ def _pair_dialect(row: Row) -> str | None:
         return None
     if "conversations" in row:
         return "llamafactory-preference"
-    if "prompt" in row:
-        return "preference"
-    if "title" in row and "body" in row:
+    if "prompt" not in row and "title" in row and "body" in row:
         return "stack-exchange"
-    chosen = row["chosen"]
-    return "hh-rlhf" if type(chosen) is str and looks_hh(chosen) else "preference"
+    return "hh-rlhf" if "prompt" not in row and is_hh(row["chosen"]) else "preference"
 
 
 def detect(row: Row, *, pairs_first: bool) -> str | None:
@@ -369,26 +325,44 @@ def detect(row: Row, *, pairs_first: bool) -> str | None:
 
 
 def as_sft(dialect: str) -> Callable[[Row], list[Turn]]:
-    """Return the function from a raw row of this dialect to the turns of one SFT row (a pair gives prompt + chosen)."""
-    if dialect in SFT:
-        return SFT[dialect]
-    convert = PAIRS[dialect]
+    """Return the function from a raw row of this dialect to the turns of one SFT row (a pair gives prompt + chosen).
 
-    def chosen_side(row: Row) -> list[Turn]:
-        prompt, chosen, _ = convert(row)
-        return prompt + chosen
+    What it returns raises `RowProblem`, as that of `as_pair` does.
+    """
+    if dialect in PAIRS:
+        pair = as_pair(dialect)
 
-    return chosen_side
+        def chosen_side(row: Row) -> list[Turn]:
+            prompt, chosen, _ = pair(row)
+            return prompt + chosen
+
+        return chosen_side
+    convert = SFT[dialect]
+
+    def turns(row: Row) -> list[Turn]:
+        check_row(row, dialect)
+        return with_system(row, convert(row))
+
+    return turns
 
 
 def as_pair(dialect: str) -> Callable[[Row], Pair]:
     """Return the function from a raw row to (prompt, chosen, rejected); an SFT row gives its last answer and None."""
     if dialect in PAIRS:
-        return PAIRS[dialect]
-    convert = SFT[dialect]
+        convert = PAIRS[dialect]
+
+        def pair(row: Row) -> Pair:
+            check_row(row, dialect)
+            prompt, chosen, rejected = convert(row)
+            return with_system(row, prompt), chosen, rejected
+
+        return pair
+    sft = as_sft(dialect)
 
     def last_answer(row: Row) -> Pair:
-        turns = convert(row)
+        turns = sft(row)
+        if turns[-1][0] == CONTEXT:
+            raise RowProblem("not-trained", "the last answer is marked as not trained on")
         return turns[:-1], turns[-1:], None
 
     return last_answer

@@ -130,11 +130,18 @@ _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "o
 
 
 def _as_sharegpt(messages: list[Message]) -> dict[str, Any]:
-    return {"conversations": [{"from": _SHAREGPT[m["role"]], "value": m["content"]} for m in _chat(messages)]}
+    return {
+        "conversations": [
+            {"from": _SHAREGPT[m["role"]], "value": m["content"]} | ({"train": False} if "train" in m else {})
+            for m in _chat(messages)
+        ]
+    }
 
 
 def _as_prompt_completion(messages: list[Message]) -> dict[str, Any]:
-    return {"prompt": _chat(messages)[:-1], "completion": messages[-1:]}
+    if "train" in _chat(messages)[-1]:
+        raise ValueError("its last answer is marked as not trained on")
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def _as_alpaca(messages: list[Message]) -> dict[str, Any]:
@@ -144,6 +151,8 @@ def _as_alpaca(messages: list[Message]) -> dict[str, Any]:
     roles = [m["role"] for m in messages]
     if roles != ["user", "assistant"] * (len(messages) // 2) or not roles:
         raise ValueError("Alpaca rows are user and assistant in turn")
+    if any("train" in m for m in messages):
+        raise ValueError("Alpaca rows can't mark an answer as not trained on")
     texts = [m["content"] for m in messages]
     row: dict[str, Any] = {"instruction": texts[-2], "input": "", "output": texts[-1]}
     if system:

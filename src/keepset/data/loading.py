@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from keepset.data.dialects import PAIRS, SFT, detect, known_format
+from keepset.data.fields import is_tree
 from keepset.data.jsonfiles import RawRow
 from keepset.data.readers import OpenFile, open_all, stem
 from keepset.data.reasons import FileRefused, Quarantined, excerpt
@@ -120,6 +121,9 @@ def _dialect_of(opened: OpenFile, objects: list[dict[str, Any]], *, pairs_first:
         return votes.most_common(1)[0][0]
     if not objects:
         return "unknown"
+    if any(is_tree(row) for row in objects):
+        detail = "the rows are trees of messages (OASST): write each path through one as a row of `messages`"
+        raise FileRefused(opened.file, "message-tree", detail)
     columns = ", ".join(dict.fromkeys(str(k)[:40] for k in list(objects[0])[:12])) or "(none)"
     known = ", ".join([*SFT, *PAIRS])
     detail = f"the columns {columns} fit no known dialect; rename them, or name the dialect with `format`: {known}"

@@ -17,7 +17,10 @@ from keepset.data.columns import (
     CHUNK_ROWS,
     MESSAGES,
     ChatColumn,
+    Message,
+    chats,
     content_digest,
+    marked,
     pair_digest,
     unique_ids,
 )
@@ -38,8 +41,6 @@ from keepset.data.turns import Turn
 from keepset.errors import DataError
 
 log = logging.getLogger(__name__)
-
-Message = dict[str, str]
 
 POOL_SCHEMA = pa.schema(
     [
@@ -107,19 +108,24 @@ class Pool:
 
     def messages(self, index: int) -> list[Message]:
         """Return one row's messages."""
-        found: list[Message] = self.table["messages"][int(index)].as_py()
+        found: list[Message] = marked(self.table["messages"][int(index)].as_py())
         return found
 
     def all_messages(self) -> Iterator[list[Message]]:
         """Yield every row's messages in order; much faster than `messages(i)` in a loop, a batch held at a time."""
         for batch in self.table.select(["messages"]).to_batches(max_chunksize=4096):
-            yield from batch.column(0).to_pylist()
+            yield from chats(batch.column(0))
 
     def all_pairs(self) -> Iterator[tuple[list[Message], list[Message], list[Message]]]:
         """Yield every row's prompt, chosen and rejected messages; only for a pool of pairs."""
         for batch in self.table.select(["messages", "n_prompt", "rejected"]).to_batches(max_chunksize=4096):
-            for row in batch.to_pylist():
-                yield row["messages"][: row["n_prompt"]], row["messages"][row["n_prompt"] :], row["rejected"]
+            sides = (
+                chats(batch.column("messages")),
+                batch.column("n_prompt").to_pylist(),
+                chats(batch.column("rejected")),
+            )
+            for messages, n, rejected in zip(*sides, strict=True):
+                yield messages[:n], messages[n:], rejected
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Pool:
         """Return these rows, in this order; the quarantine and the count of copies belong to the whole and are left."""

@@ -57,6 +57,17 @@ REASONS: dict[str, str] = {
     "system-not-first": "a system message stands after the first message",
     "tool-calls": "the row carries structured tool calls or tool definitions, which would be lost in rendering",
     "non-text-content": "a message holds an image, sound or other part that is not text",
+    "chat-as-text": "a text holds a chat as JSON or Python text that can't be read as one",
+    "message-tree": "the row is a message, or a tree, of OASST's; write each path through it as `messages`",
+    # --- fields that change what a row means (docs/data.md)
+    "two-system-texts": "a system column says something else than the chat's own system message",
+    "two-prompts": "two columns hold different prompts",
+    "not-trained": "the row, or every answer in it, is marked as not to be trained on",
+    "trained-prompt": "a message that is not the assistant's is marked as trained on",
+    "fractional-weight": "a weight is neither 0 nor 1",
+    "undesirable": "the row is an answer that is not wanted (`label: false` of unpaired preference data)",
+    "reasoning-field": "a message holds reasoning beside its content, which not every template renders",
+    "unused-field": "a field changes what is trained or rendered in a way that keepset doesn't follow",
     # --- pairs
     "identical-pair": "chosen and rejected are the same",
     "different-prompts": "chosen and rejected do not start from the same prompt",

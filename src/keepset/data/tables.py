@@ -17,7 +17,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from keepset.data.jsonfiles import RawRow
-from keepset.data.jsontext import MAX_DEPTH, check_escapes, depth, parse_row
+from keepset.data.jsontext import MAX_DEPTH, check_escapes, depth
 from keepset.data.reasons import FileRefused, Quarantined, RowProblem, excerpt
 from keepset.data.streams import MAX_ROW, StreamDamaged, skip_bom
 
@@ -59,8 +59,7 @@ def object_row(line: int, row: dict[str, Any], file: str) -> RawRow | Quarantine
 def read_csv(stream: io.BufferedReader, file: str) -> Iterator[RawRow | Quarantined]:
     """Yield the rows of a CSV (or, named .tsv, tab-separated) file with a header line; `line` is where a row starts.
 
-    A cell of a chat column (`messages`, `conversations`, and `prompt`, `completion`, `chosen`, `rejected` when it
-    starts with `[` or `{`) is read as JSON, since CSV has no lists.
+    Every cell is text; chats in it are JSON, which the dialects read.
 
     Raises:
         FileRefused: no header, or a header with empty or repeated names.
@@ -100,9 +99,6 @@ def read_csv(stream: io.BufferedReader, file: str) -> Iterator[RawRow | Quaranti
         raise FileRefused(file, "empty-file", "the file holds no rows")
 
 
-_CHAT_COLUMNS = {"messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "history"}
-
-
 def _csv_row(file: str, line: int, header: list[str], cells: list[str]) -> RawRow | Quarantined:
     whole = ",".join(cells)
     if len(cells) != len(header):
@@ -121,15 +117,6 @@ def _csv_row(file: str, line: int, header: list[str], cells: list[str]) -> RawRo
         return Quarantined(file, line, "nul-character", "a cell holds NUL", excerpt(whole))
     if len(text) > MAX_ROW:
         return Quarantined(file, line, "line-too-long", f"the row is larger than {MAX_ROW >> 20} MiB", excerpt(whole))
-    for name in _CHAT_COLUMNS.intersection(header):
-        cell = row[name].strip()
-        if cell[:1] == "[" and cell[-1:] == "]":
-            try:
-                row[name] = parse_row(f'{{"x":{cell}}}')["x"]
-            except RowProblem as bad:
-                if bad.reason == "bad-json":
-                    continue  # a text that happens to be in brackets
-                return Quarantined(file, line, bad.reason, f"'{name}': {bad.detail}", excerpt(cell))
     return line, text, row
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from keepset.data.columns import MESSAGES, ChatColumn, pair_digest, unique_ids
+from keepset.data.columns import MESSAGES, ChatColumn, Message, marked, pair_digest, unique_ids
 from keepset.data.dialects import Pair, as_pair
 from keepset.data.loading import (
     FileInfo,
@@ -28,8 +28,6 @@ from keepset.data.reasons import FileRefused, Quarantined, RowProblem
 from keepset.recipe import DataSpec
 
 log = logging.getLogger(__name__)
-
-Message = dict[str, str]
 
 #: `length_matched` keeps a pair whose sides differ by at most this share of the longer one, in characters.
 LENGTH_MATCH = 0.2
@@ -80,7 +78,7 @@ class Target:
     def pair(self, index: int) -> tuple[list[Message], list[Message], list[Message] | None]:
         """Return one row's prompt, chosen and rejected messages."""
         row = self.table.slice(int(index), 1).select(["prompt", "chosen", "rejected"]).to_pylist()[0]
-        return row["prompt"], row["chosen"], row["rejected"]
+        return marked(row["prompt"]), marked(row["chosen"]), marked(row["rejected"])
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Target:
         """Return these rows, in this order, without the quarantine and the counts."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from keepset.data.fields import FLAGS, PLAIN, flag, trained
 from keepset.data.reasons import RowProblem
 
 Turn = tuple[str, str]
+
+#: The role of an assistant's turn that is not trained on. It stands in tables and ids; messages say `train: False`.
+CONTEXT = "assistant-context"
+ANSWERS = ("assistant", CONTEXT)
 
 MAX_MESSAGES = 10_000
 
@@ -38,7 +43,8 @@ def read_turns(value: Any, field: str) -> list[Turn]:
     """Read a list of `{role, content}` or `{from, value}` messages.
 
     Raises:
-        RowProblem: null, not a list, empty, an unknown role, content that is missing, null or not text, tool calls.
+        RowProblem: null, not a list, empty, an unknown role, content that is missing, null or not text, or a key that
+            `fields.FIELDS` refuses.
     """
     if type(value) is not list:
         if value is None:
@@ -61,8 +67,8 @@ def read_turns(value: Any, field: str) -> list[Turn]:
         known = ROLES.get(role) if type(role) is str else None
         if known is None:
             known = _other_role(role, message, f"{field}[{k}]")
-        if message.get("tool_calls") or (type(message.get("function_call")) is dict):
-            raise RowProblem("tool-calls", f"'{field}[{k}]' has structured tool calls")
+        if len(message) > 2 and not PLAIN.issuperset(message) and not trained(message, known, f"{field}[{k}]"):
+            known = CONTEXT
         if type(content) is not str:
             content = _other_content(content, message, f"{field}[{k}]")
         turns.append((known, content))
@@ -89,6 +95,10 @@ def _other_content(content: Any, message: dict[str, Any], place: str) -> str:
         raise RowProblem("wrong-type", f"the content of '{place}' is {type_name(content)}, not text")
     texts = []
     for part in content:
+        if type(part) is dict and any(part.get(key) is not None and flag(part[key]) is not True for key in FLAGS):
+            raise RowProblem(
+                "unused-field", f"'{place}' marks a part as not trained on, and whole messages are followed"
+            )
         if type(part) is str:
             texts.append(part)
         elif type(part) is dict and type(part.get("text")) is str and part.get("type", "text") == "text":
@@ -108,16 +118,18 @@ def check_chat(turns: list[Turn], *, n_prompt: int = 0) -> list[Turn]:
             since real preference data holds them and nothing of them is supervised.
 
     Raises:
-        RowProblem: a system turn that is not first, the same speaker twice, an empty turn, no assistant at the end.
+        RowProblem: a system turn that is not first, the same speaker twice, an empty turn, no assistant at the end, no
+            answer that is trained on.
     """
     before = ""
-    answers = 0
+    answers = learnt = 0
     for k, (role, content) in enumerate(turns):
-        if role == "assistant":
+        if role in ANSWERS:
             answers += 1
+            learnt += k >= n_prompt and role == "assistant"
             if before == "assistant":
                 raise RowProblem("same-role-twice", f"messages {k} and {k + 1} are both the assistant's")
-            if k >= n_prompt and (not content or content.isspace()):
+            if k >= n_prompt and role == "assistant" and (not content or content.isspace()):
                 raise RowProblem("empty-completion", f"the assistant's message {k + 1} is empty")
         elif role == "user":
             if before == "user":
@@ -126,12 +138,19 @@ def check_chat(turns: list[Turn], *, n_prompt: int = 0) -> list[Turn]:
                 raise RowProblem("empty-prompt", f"the user's message {k + 1} is empty")
         elif role == "system" and k:
             raise RowProblem("system-not-first", f"message {k + 1} is a system message")
-        before = role
+        before = "assistant" if role == CONTEXT else role
     if not answers:
         raise RowProblem("no-assistant-turn", "no message is the assistant's")
     if before != "assistant":
         raise RowProblem("last-turn-not-assistant", f"the last message is the {before}'s")
+    if not learnt:
+        raise RowProblem("not-trained", "every answer is marked as not trained on")
     return turns
+
+
+def is_learnt(message: dict[str, Any]) -> bool:
+    """Tell whether a message's content is trained on, as far as the row says (`model.supervise` may take less)."""
+    return message["role"] in ("assistant", "text") and message.get("train", True) is not False
 
 
 def looks_hh(text: str) -> bool:

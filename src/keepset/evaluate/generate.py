@@ -1,8 +1,9 @@
 """Batched generation from message prompts, and AlpacaEval's `model_outputs.json`.
 
 The prompt's tokens are those the model was trained on: a row with a one-letter answer is encoded as for training and
-cut before its first supervised token. That serves every template, also one without a generation prompt. Spaces at the
-cut go as well: they belong to the answer's first token. The token that ends a turn is read from the same row.
+cut before that letter. That serves every template, also one without a generation prompt; what a template writes before
+an answer (an empty thinking block, gpt-oss's final channel) is the prompt's here. Spaces at the cut go as well: they
+belong to the answer's first token. The token that ends a turn is read from the same row.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Generated:
 
 
 def prompt_ids(encoder: Any, prompt: Sequence[Message]) -> tuple[np.ndarray, int | None]:
-    """Return a prompt's tokens (L,) and the token that ends the answer's turn (None if the template writes none).
+    """Return a prompt's tokens (L,) and the first token that ends the answer's turn (None if the template writes none).
 
     Args:
         encoder: the model's `keepset.encoding.Encoder`.
@@ -47,13 +48,11 @@ def prompt_ids(encoder: Any, prompt: Sequence[Message]) -> tuple[np.ndarray, int
         keepset.encoding.RowRefused: the template refuses the prompt, or it is too long.
     """
     row = encoder.encode_pair(list(prompt), [{"role": "assistant", "content": "A"}])
-    supervised = np.flatnonzero(row.supervised)
-    last = int(row.input_ids[supervised[-1]])
-    content = encoder.tokenizer.decode([last], skip_special_tokens=False)
-    cut = int(supervised[0])
+    supervised = [int(t) for t in np.flatnonzero(row.supervised) if t not in row.ends]
+    cut = next(t for t in reversed(supervised) if "A" in encoder.tokenizer.decode([int(row.input_ids[t])]))
     while cut > 1 and not encoder.tokenizer.decode([int(row.input_ids[cut - 1])]).strip(" "):
         cut -= 1
-    return np.asarray(row.input_ids[:cut]), None if content.strip() == "A" else last
+    return np.asarray(row.input_ids[:cut]), int(row.input_ids[row.ends[0]]) if row.ends else None
 
 
 def generate(

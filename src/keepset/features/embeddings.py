@@ -36,18 +36,23 @@ class TextEncoder:
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+        from keepset.model import one_line
+        from keepset.weights import read
+
         if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
             raise ModelError(f"embedding_model {name}: no such model folder")
-        try:
-            path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+        with one_line(f"embedding_model {name}"):
+            if AutoConfig.from_pretrained(path).is_encoder_decoder:
+                raise ModelError(f"embedding_model {name}: an encoder-decoder; name a model that is an encoder alone")
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
             if str(device) == "meta":
                 with torch.device("meta"):
                     self.model: Any = AutoModel.from_config(AutoConfig.from_pretrained(path))
             else:
-                self.model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
-        except (OSError, ValueError, ImportError) as error:
-            raise ModelError(f"embedding_model {name}: {str(error).splitlines()[0]}") from None
+                # The pooler stands after the states that are read; a head is another task's.
+                self.model = read(AutoModel, path, drawn=r"(^|\.)pooler\.", spare=head_of_another_task,
+                                  use_safetensors=True, dtype=torch.float32)  # fmt: skip
         self.model.to(device).eval()
         self.device = torch.device(device)
         positions = getattr(self.model.config, "max_position_embeddings", None) or MOST_TOKENS
@@ -103,3 +108,8 @@ class TextEncoder:
         states = self.model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
         weights = mask.to(self.device)[..., None].float()
         return ((states.float() * weights).sum(1) / weights.sum(1)).cpu().numpy()
+
+
+def head_of_another_task(model: Any, tensor: str) -> bool:
+    """Whether a tensor of a checkpoint stands under no module of the encoder, as a masked LM's head does."""
+    return tensor.removeprefix(f"{model.base_model_prefix}.").split(".")[0] not in dict(model.named_children())

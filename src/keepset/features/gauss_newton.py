@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from keepset import head, packing
+from keepset.errors import ModelError
 from keepset.features.in_run import REACH
 from keepset.packing import Row
 
@@ -44,6 +45,8 @@ class GaussNewton:
         self.batches = [packing.pack(rows, plan, packed=packed, device=device) for plan in plans]
         self.n_rows = len(rows)
         inner = packing.bare(model)
+        if packing.engine(model).head != "linear":
+            raise ModelError("Gauss-Newton products need a plain linear head; this model changes its logits")
         self.head, self.mapping = inner.get_output_embeddings(), head.logit_map(inner.config)
 
     def __call__(self, u: np.ndarray) -> np.ndarray:

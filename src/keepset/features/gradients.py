@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from keepset import head
 from keepset.errors import ModelError
-from keepset.features.llama_pass import LlamaPass, Places, lay_out, serves, sliding_window
+from keepset.features import checks
+from keepset.features.llama_pass import LlamaPass, Places, lay_out, serves
 from keepset.features.matrices import Linear, find_linears
-from keepset.packing import Batch, Row, bare, last_hidden, pack, supports_packing, token_nll
+from keepset.packing import Batch, Row, bare, engine, full_span, last_hidden, pack, token_nll
 
 log = logging.getLogger(__name__)
 LOGITS = 1 << 22
@@ -60,7 +61,9 @@ class Recorder:
     head_places: Places | None = None
     written: LlamaPass | None = None
     packed: bool = True
-    window: int | None = None
+    span: int | None = None
+    apart: int | None = None
+    linear_head: bool = True
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -127,24 +130,74 @@ def recording(
     recorder = Recorder(recorded, torch.zeros(0, device=next(model.parameters()).device, requires_grad=True))
     output = bare(model).get_output_embeddings()
     recorder.head = next((linear for linear in recorded.values() if linear.module is output), None)
-    recorder.packed = supports_packing(model)
-    if not recorder.packed:
-        kind = bare(model).config.get_text_config().model_type
-        log.warning("gradients: '%s' with this attention runs padded, not packed: same numbers, slower", kind)
+    how = engine(model)
+    recorder.packed, recorder.span, recorder.apart = how.packed, full_span(model), how.apart
+    recorder.linear_head = how.head == "linear" and type(output) is nn.Linear
+    if recorder.head is not None and how.head != "linear":
+        raise ModelError("the head's own gradients can't be recorded: this model works on its logits in its own code")
     if written and recorder.packed and recorder.head is None and serves(model, linears):
-        recorder.written, recorder.window = LlamaPass(model, linears), sliding_window(model)
+        recorder.written = LlamaPass(model, linears)
+    wanted = _wanted(model, recorder)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
     for linear in recorded.values():
         linear.module.forward = _forward(linear, recorder)
     try:
+        _verify(model, recorder, wanted)
         yield recorder
     finally:
         for linear in recorded.values():
             del linear.module.forward
         for p in trainable:
             p.requires_grad_(True)
+
+
+def _wanted(model: nn.Module, recorder: Recorder) -> tuple[list[checks.Probe], dict[str, Tensor]]:
+    """Two probes and the second one's gradient by plain autograd; nothing if these matrices were verified before."""
+    seen: set[Any] = vars(bare(model)).setdefault("keepset_verified", set())
+    key = (tuple(recorder.shapes), recorder.packed, recorder.written is not None)
+    if key in seen:
+        return [], {}
+    seen.add(key)
+    rows = checks.probes(model)
+    if recorder.apart is not None:  # rows that run alone are verified alone
+        rows = [row for row in rows if len(row.input_ids) <= recorder.apart][-2:] or rows[-1:]
+    rows = rows[-2:]
+    return rows, dict(zip(recorder.shapes, checks.own_gradient(model, rows[-1], list(recorder.shapes)), strict=True))
+
+
+def _verify(model: nn.Module, recorder: Recorder, wanted: tuple[list[checks.Probe], dict[str, Tensor]]) -> None:
+    """Hold the engine's gradient of a probe against plain autograd's.
+
+    Raises:
+        ModelError: they differ, as where a layer sees some tokens only (experts) or runs twice in one pass.
+    """
+    rows, want = wanted
+    if not rows:
+        return
+    got: dict[str, Tensor] = {}
+
+    def sink(name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
+        if name in got:
+            raise ModelError(f"{name} is used twice in one pass")
+        out = torch.empty(len(rows), left.shape[1], right.shape[1], device=left.device)
+        got[name] = products(left, right, places, out)[-1] * scale
+
+    trouble = ""
+    try:
+        run_rows(model, recorder, rows, mean_weights, sink)
+    except (ModelError, RuntimeError, IndexError) as error:
+        trouble = f": {error}"
+    dtype = next(model.parameters()).dtype
+    unlike = checks.unlike(got, want, dtype)
+    if unlike:
+        vars(bare(model))["keepset_verified"].clear()
+        more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+        raise ModelError(
+            f"gradients a row can't be taken of {unlike[0]}{more}: "
+            f"they are not autograd's{trouble}; name other lora_target_modules"
+        )
 
 
 def _forward(linear: Linear, recorder: Recorder) -> Any:
@@ -212,7 +265,12 @@ def run_rows(
         ModelError: labels are to be drawn and the head is recorded, or not a plain linear layer.
     """
     longest = max(len(r.input_ids) for r in rows)
-    if recorder.written is not None and (recorder.window is None or longest <= recorder.window):
+    if recorder.apart is not None and longest > recorder.apart and len(rows) > 1:
+        raise ModelError(
+            f"a row of {longest} tokens must run alone in this model (its positions depend on the longest row beside "
+            f"it), and a pair's sides can't: set max_length to {recorder.apart} or less"
+        )
+    if recorder.written is not None and (recorder.span is None or longest <= recorder.span):
         return _run_written(model, recorder.written, rows, weigh, sink, uniform)
     device = recorder.anchor.device
     batch = pack(rows, np.arange(len(rows)), packed=recorder.packed, device=device)
@@ -247,7 +305,7 @@ def _run_autograd(
 ) -> Tensor:
     inner = bare(model)
     output = inner.get_output_embeddings()
-    if uniform is not None and (recorder.head is not None or type(output) is not nn.Linear):
+    if uniform is not None and (recorder.head is not None or not recorder.linear_head):
         raise ModelError("labels are drawn from the model only where its head is a plain linear layer without adapter")
     hidden = last_hidden(model, batch)
     if recorder.head is not None:
@@ -256,7 +314,7 @@ def _run_autograd(
         nll = F.cross_entropy(
             head.logit_map(inner.config)(output(hidden[batch.predict])), batch.labels, reduction="none"
         )
-    elif type(output) is not nn.Linear:
+    elif not recorder.linear_head:
         nll = token_nll(model, batch, hidden=hidden)
     else:
         states = hidden.detach()[batch.predict]

@@ -26,7 +26,7 @@ from keepset.features.losses import row_losses
 from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
 from keepset.losses import pair_loss
-from keepset.packing import Row, plan_batches
+from keepset.packing import Row, engine, plan_batches
 
 BLOCK = 1 << 20
 """Gradient numbers formed, mapped and reduced at once (4 MiB, twice with the scratch: they stay in cache)."""
@@ -169,7 +169,7 @@ def influence(
             if sink.sketches is not None:
                 projected[where] = sink.sketches
 
-        for batch in plan_batches([len(r.input_ids) for r in rows], token_budget):
+        for batch in plan_batches([len(r.input_ids) for r in rows], token_budget, engine(model).apart):
             in_halves(batch, score)
     return finish(sink, found.cpu().numpy(), None if sketch is None else projected.cpu().numpy())
 

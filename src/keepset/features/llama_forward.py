@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from keepset.attention import beside_prefix, packed_attention
 from keepset.features.llama_pass import Block, read_blocks, read_norm, rope_
 from keepset.features.matrices import Linear
-from keepset.packing import Batch, bare
+from keepset.packing import Batch, decoder_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -38,7 +38,7 @@ class LlamaForward:
 
     def __init__(self, model: nn.Module, linears: dict[str, Linear]) -> None:
         """Read the blocks; `linears` holds the layers whose weights are not the module's own."""
-        decoder = bare(model).get_decoder()
+        decoder = decoder_of(model)
         self.decoder = decoder
         self.blocks = read_blocks(decoder, {id(linear.module): linear for linear in linears.values()})
         self.head_dim = int(decoder.layers[0].self_attn.head_dim)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keepset.features.matrices import Linear, plain_linear
-from keepset.packing import Row, bare
+from keepset.packing import Row, bare, decoder_of, engine
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -242,8 +242,7 @@ class LlamaPass:
     """The pass over one model with its recorded layers."""
 
     def __init__(self, model: nn.Module, linears: dict[str, Linear]) -> None:
-        inner = bare(model)
-        decoder = inner.get_decoder()
+        decoder = decoder_of(model)
         by_module = {id(linear.module): linear for linear in linears.values()}
         self.recorded = {id(linear) for linear in linears.values() if linear.recorded}
         self.decoder = decoder
@@ -407,8 +406,10 @@ def attend_backward(
 
 def serves(model: nn.Module, linears: dict[str, Linear]) -> bool:
     """Whether the written-out pass can stand in for autograd on this model."""
+    if engine(model).head != "linear":
+        return False
     inner = bare(model)
-    decoder = inner.get_decoder()
+    decoder = decoder_of(model)
     config = inner.config.get_text_config()
     if type(decoder).__name__ not in DECODERS or config.hidden_act not in ("silu", "swish"):
         return False
@@ -419,10 +420,3 @@ def serves(model: nn.Module, linears: dict[str, Linear]) -> bool:
     covered = {id(linear.module) for linear in linears.values()}
     layers = [m for n, m in decoder.named_modules() if n.endswith("_proj")]
     return all(id(m) in covered or type(m) is nn.Linear for m in layers)
-
-
-def sliding_window(model: nn.Module) -> int | None:
-    """The shortest window any layer may use, or None."""
-    config = bare(model).config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window and getattr(config, "use_sliding_window", True) else None

@@ -92,19 +92,19 @@ def row_losses(
     n_tokens = np.asarray([int(np.count_nonzero(row.supervised)) for row in rows], dtype=np.int64)
     # Results stay on the device until the end: reading them back after every batch would make a GPU wait.
     done: list[tuple[int, np.ndarray, Tensor, Tensor | None]] = []
-    window = sliding_window(model)
+    span, apart = packing.full_span(model), packing.engine(model).apart
     with torch.no_grad():  # not inference_mode: the merged tensors take the place of parameters for a while
         # Also for the base alone: a pass has the same bits whichever others run beside it (a resumed shard needs that).
         weights = merged_weights(model) if merge and peft else None
         own: list[LlamaForward] | None = None
-        if written and packed and (window is None or all(len(row.input_ids) <= window for row in rows)):
+        if written and packed and (span is None or all(len(row.input_ids) <= span for row in rows)):
             own = written_passes(model, adapters, weights)
     with torch.inference_mode():
-        for index, prefix in plan(rows, token_budget, share=share, window=window):
+        for index, prefix in plan(rows, token_budget, share=share, span=span, apart=apart):
 
             def score(index: np.ndarray, prefix: int = prefix) -> None:
                 shared = prefix if len(index) > 1 else 0
-                batch = packing.pack(rows, index, packed=packed, device=device, prefix=shared, trim=True)
+                batch = packing.pack(rows, index, packed=packed, device=device, prefix=shared, trim=True, apart=apart)
                 for k, on in enumerate(adapters):
                     if own is not None:
                         hidden = own[k](batch)
@@ -129,53 +129,54 @@ def row_losses(
 
 def token_values(model: Any, hidden: Tensor, labels: Tensor, token_loss: TokenLoss) -> Tensor:
     """Return the loss of each label, (S,) float32, from the final hidden states (S, d) that predict it; no gradient."""
-    inner = packing.bare(model)
-    z, mapping = inner.get_output_embeddings(), head.logit_map(inner.config)
     if token_loss == "ce":
-        return head.nll(hidden, labels, z, mapping)
+        return packing.nll_at(model, hidden, labels)
     if token_loss == "focal":
-        nll = head.nll(hidden, labels, z, mapping)
+        nll = packing.nll_at(model, hidden, labels)
         return (1 - torch.exp(-nll)) ** GAMMA * nll
     if token_loss not in ("label-smoothed", "error-norm"):
         raise ValueError(f"token_loss '{token_loss}' is not one of {', '.join(get_args(TokenLoss))}")
-    if type(z) is not nn.Linear:
-        raise ValueError(f"{token_loss} needs a plain linear output head (no adapter on it)")
-    smoothed = token_loss == "label-smoothed"
-    stats = head.head_stats(hidden, labels, z.weight, z.bias, mapping, with_mean=smoothed, with_squares=not smoothed)
+    inner, smoothed = packing.bare(model), token_loss == "label-smoothed"
+    z, mapping = inner.get_output_embeddings(), head.logit_map(inner.config)
+    if packing.engine(model).head == "linear" and type(z) is nn.Linear:
+        stats = head.head_stats(
+            hidden, labels, z.weight, z.bias, mapping, with_mean=smoothed, with_squares=not smoothed
+        )
+    else:
+        size = head.CHUNK // packing.vocabulary(model)
+        stats = head.stats_of_logits(lambda h: packing.own_logits(model, h), hidden, labels, size)
     if not smoothed:
         return stats.error_norm
     return (1 - SMOOTHING) * (stats.lse - stats.label) + SMOOTHING * (stats.lse - stats.mean)
-
-
-def sliding_window(model: Any) -> int | None:
-    """Return the sliding window of the model's layers, if it has one: a shared prefix must fit inside it."""
-    text = packing.bare(model).config.get_text_config()
-    window = getattr(text, "sliding_window", None)
-    return int(window) if window and getattr(text, "use_sliding_window", True) else None
 
 
 # -- which rows share a beginning -----------------------------------------------------------------------------------
 
 
 def plan(
-    rows: Sequence[packing.Row], token_budget: int, *, share: bool, window: int | None = None
+    rows: Sequence[packing.Row],
+    token_budget: int,
+    *,
+    share: bool,
+    span: int | None = None,
+    apart: int | None = None,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yield (indices, length of the shared beginning) of each batch; a pure function of the rows.
 
-    Rows are put into groups with a common unsupervised beginning, each group is batched by length. Rows longer than a
-    sliding window go without sharing.
+    Rows are put into groups with a common unsupervised beginning, each group is batched by length. Rows longer than
+    `span` (`packing.full_span`) go without sharing, rows longer than `apart` without company.
     """
     everyone = np.arange(len(rows))
-    lengths = np.asarray([packing.needed(row) for row in rows], dtype=np.int64)
+    lengths = np.asarray([packing.needed(row, apart) for row in rows], dtype=np.int64)
     groups: list[tuple[np.ndarray, int]] = [(everyone, 0)]
     if share and len(rows):
-        short = everyone if window is None else np.flatnonzero([len(row.input_ids) <= window for row in rows])
+        short = everyone if span is None else np.flatnonzero([len(row.input_ids) <= span for row in rows])
         groups = prefix_groups(rows, short)
         rest = np.setdiff1d(everyone, short)
         if len(rest):
             groups.append((rest, 0))
     for members, prefix in groups:
-        for batch in packing.plan_batches(lengths[members] - prefix, max(1, token_budget - prefix)):
+        for batch in packing.plan_batches(lengths[members] - prefix, max(1, token_budget - prefix), apart):
             yield members[batch], prefix if len(batch) > 1 else 0
 
 

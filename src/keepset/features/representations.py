@@ -46,7 +46,7 @@ def representations(
         raise ValueError(f"pooling '{pooling}' is not one of last, weighted_mean")
     packed = packing.supports_packing(model)
     device = next(model.parameters()).device
-    out = np.zeros((len(rows), packing.bare(model).config.get_text_config().hidden_size), dtype=np.float32)
+    states: list[np.ndarray | None] = [None] * len(rows)
     with torch.inference_mode():
 
         def pool(index: np.ndarray) -> None:
@@ -54,12 +54,16 @@ def representations(
             hidden = packing.last_hidden(model, batch).float()
             if pooling == "last":
                 last = [offset + n - 1 for offset, n in zip(batch.offsets, batch.lengths, strict=True)]
-                out[index] = hidden[torch.tensor(last, device=device)].cpu().numpy()
+                for i, state in zip(index, hidden[torch.tensor(last, device=device)].cpu().numpy(), strict=True):
+                    states[int(i)] = state
                 return
             for i, offset, n in zip(index, batch.offsets, batch.lengths, strict=True):
                 weight = torch.arange(1, n + 1, device=device, dtype=torch.float32)
-                out[int(i)] = ((weight / weight.sum()) @ hidden[offset : offset + n]).cpu().numpy()
+                states[int(i)] = ((weight / weight.sum()) @ hidden[offset : offset + n]).cpu().numpy()
 
-        for index in packing.plan_batches([len(row.input_ids) for row in rows], token_budget):
+        lengths, apart = [len(row.input_ids) for row in rows], packing.engine(model).apart
+        for index in packing.plan_batches(lengths, token_budget, apart):
             in_halves(index, pool)
-    return out
+    if not rows:
+        return np.zeros((0, packing.bare(model).config.get_text_config().hidden_size), dtype=np.float32)
+    return np.stack(states)  # type: ignore[arg-type]  # every row stands in one batch

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from keepset.features.gradients import Recorder, Sink, mean_weights, products, recording, run_rows
 from keepset.features.llama_pass import Places
-from keepset.packing import Row, plan_batches
+from keepset.packing import Row, engine, plan_batches
 
 Labels = Literal["sampled", "data"]
 Visit = Callable[[str, np.ndarray, Tensor], None]
@@ -70,7 +70,7 @@ def run_batches(
 ) -> dict[str, tuple[int, int]]:
     """Run every row's mean token loss back, batch by batch, into the sink that `sink_of(positions)` gives."""
     with recording(model, last_layers=last_layers) as recorder:
-        for indices in plan_batches([len(r.input_ids) for r in rows], token_budget):
+        for indices in plan_batches([len(r.input_ids) for r in rows], token_budget, engine(model).apart):
             some = [rows[i] for i in indices]
             run_rows(model, recorder, some, mean_weights, sink_of(indices), draws(recorder, some, labels, seed))
         return recorder.shapes

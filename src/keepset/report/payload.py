@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from keepset.data.turns import is_learnt
 from keepset.languages import UNCLEAR, language
 from keepset.report.numbers import (
     cut_of,
@@ -47,7 +48,7 @@ def clipped(messages: list[Message], limit: int) -> list[list[str]]:
         text = message["content"]
         if len(text) > room:
             text = f"{text[:room]}… ({len(text) - room:,} more characters)"
-        out.append([message["role"], text])
+        out.append([message["role"] + ("" if message.get("train", True) else ", not trained on"), text])
     return out
 
 
@@ -191,7 +192,7 @@ def languages_of(data: RunData) -> dict[str, str]:
     if not data.languages:
         for i in sample_rows(data, LANGUAGE_ROWS):
             messages = data.messages.get(str(data.ids[i]), [])
-            answers = " ".join(m["content"] for m in messages if m["role"] in ("assistant", "text"))
+            answers = " ".join(m["content"] for m in messages if is_learnt(m))
             name = language(answers)
             if name == UNCLEAR and messages:
                 name = language(" ".join([answers, *(m["content"] for m in messages if m["role"] == "user")]))

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     Pair = tuple[Encoded, Encoded]
 
 
+NEW_HEAD = r"^(score|classifier)\."
+"""What a base model has no weights for: the head with one number (of Llama-like models, of GPT-NeoX ...)."""
+
+
 @dataclass(frozen=True)
 class RewardResult:
     """A trained reward model.
@@ -109,24 +113,28 @@ def reward_model(spec: ModelSpec, seed: int, folder: str | None = None) -> tuple
         The model, in eval mode, and its tokenizer.
 
     Raises:
-        ModelError: the architecture has no sequence-classification form.
+        ModelError: the architecture has no sequence-classification form, or weights are missing or left over.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from keepset.model import load_tokenizer, pick_device, resolve
+    from keepset.model import load_tokenizer, one_line, pick_device, resolve
+    from keepset.weights import read
 
     source = folder or resolve(spec)
-    tokenizer = load_tokenizer(spec if folder is None else spec.model_copy(update={"model_name_or_path": folder}))
+    named = spec if folder is None else spec.model_copy(update={"model_name_or_path": folder})
+    tokenizer = load_tokenizer(named, causal=False)
+    made: dict[str, Any] = {} if folder else {"drawn": NEW_HEAD, "spare": lambda model, name: name == "lm_head.weight"}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model: Any = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=1, revision=spec.model_revision, dtype=getattr(torch, spec.dtype),
-                trust_remote_code=spec.trust_remote_code, use_safetensors=True,
-            )  # fmt: skip
-        except ValueError as error:
-            raise ModelError(f"{source}: no reward model can be made of it: {str(error).splitlines()[0]}") from None
+            with one_line(source):
+                model: Any = read(
+                    AutoModelForSequenceClassification, source, num_labels=1, revision=spec.model_revision, **made,
+                    dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code, use_safetensors=True,
+                )  # fmt: skip
+        except ModelError as error:
+            raise ModelError(f"no reward model can be made of it: {error}") from None
     # transformers reads a row's reward at its last token that is not this one.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.to(pick_device(spec.device)).eval(), tokenizer
@@ -161,11 +169,14 @@ def load_reward(spec: ModelSpec, path: Path) -> tuple[Any, Any]:
     Raises:
         ModelError: nothing of the kind there.
     """
-    from peft import PeftModel
+    from keepset.model import load_adapter
 
     if (path / "adapter_model.safetensors").exists():
         model, tokenizer = reward_model(spec, 0)
-        return PeftModel.from_pretrained(model, str(path)).eval(), tokenizer
+        adapted = load_adapter(model, path)
+        if not any("modules_to_save" in name for name, _ in adapted.named_parameters()):
+            raise ModelError(f"{path}: the adapter has no reward head of its own, so its rewards would be random")
+        return adapted, tokenizer
     if (path / "model.safetensors").exists():
         return reward_model(spec, 0, str(path))
     raise ModelError(f"{path}: no reward model (adapter_model.safetensors or model.safetensors) in this folder")

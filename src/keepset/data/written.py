@@ -1,0 +1,90 @@
+"""Chats that stand in a column as text: JSON, or the Python literal that a table library wrote for a list."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from typing import Any
+
+from keepset.data.jsontext import MAX_DEPTH, depth, parse_row, strings
+from keepset.data.reasons import RowProblem
+
+MAX_LITERAL = 2**20
+"""Python text beyond this many characters is not parsed: its syntax tree would take a hundred times as much."""
+
+LISTS = ("messages", "conversations", "conversation", "history")
+"""Columns whose text is never anything but a list."""
+
+_START = re.compile(r"""["'\s]*(?:array\(|list\()?[\[({\s]*\{""")
+_ROLE = re.compile(r"""\\?["'](?:role|from)\\?["']\s*:""")
+_TEXT = re.compile(r"""\\?["'](?:content|value)\\?["']\s*:""")
+
+
+def spoken(name: str, value: Any) -> Any:
+    """Return a column's value with messages in the place of the text that they are written as.
+
+    Any other text stays text: an answer may well be a list of numbers, or an object of its own.
+
+    Raises:
+        RowProblem: `chat-as-text`: roles and contents in brackets that can't be read as a chat; or what `parse_row`
+            raises for a chat in JSON.
+    """
+    if type(value) is not str:
+        return value
+    if name in LISTS:
+        found = _parsed(name, value.strip()) if value.lstrip()[:1] in ("[", "{", '"') else None
+        return found if type(found) in (list, dict) else value
+    if not (_START.match(value) and _ROLE.search(value) and _TEXT.search(value)):
+        return value
+    found = _parsed(name, value.strip())
+    top = found if type(found) is list else [found]
+    if any(_is_message(item) for item in top):
+        return found
+    if found is None or _holds_message(found):
+        raise RowProblem("chat-as-text", f"'{name}' is text that holds a chat: write it as a list of messages")
+    return value
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        type(value) is dict
+        and type(value.get("role", value.get("from"))) is str
+        and any(key in value and type(value[key]) in (str, list, type(None)) for key in ("content", "value"))
+    )
+
+
+def _holds_message(value: Any) -> bool:
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if _is_message(item):
+            return True
+        stack += item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+    return False
+
+
+def _parsed(name: str, text: str) -> Any:
+    """Parse JSON (also JSON in a JSON string), else a Python literal; None if it is neither."""
+    try:
+        found = parse_row(f'{{"x":{text}}}')["x"]
+        return _parsed(name, found.strip()) if type(found) is str and found.strip()[:1] in ("[", "{") else found
+    except RowProblem as bad:
+        if bad.reason not in ("bad-json", "control-character"):
+            raise RowProblem(bad.reason, f"'{name}': {bad.detail}") from None
+    if len(text) > MAX_LITERAL:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's own, of escapes in the text
+            found = ast.literal_eval(text)
+        if type(found) is str or depth(found) > MAX_DEPTH:
+            return None
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return None
+    for s in strings(found):
+        if type(s) is str and "\0" in s:
+            raise RowProblem("nul-character", f"'{name}': a string holds NUL")
+        if type(s) is str and not s.isascii() and any("\ud800" <= c <= "\udfff" for c in s):
+            raise RowProblem("lone-surrogate", f"'{name}': a string holds half of a surrogate pair")
+    return found

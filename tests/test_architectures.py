@@ -1,0 +1,155 @@
+"""A model's numbers are transformers' own, or the model is refused: one architecture for each kind of attention, head,
+position and state (`make architectures` runs them all)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import architectures  # noqa: E402
+
+KINDS = {
+    "gpt2": "packed",  # learned positions, Conv1D
+    "gemma3_text": "packed",  # windows by layer
+    "qwen2, windows above a layer": "packed",
+    "phi3, LongRoPE": "packed",  # positions by the longest row
+    "cohere, scale": "packed",  # logits scaled
+    "granite, multipliers": "packed",
+    "mixtral": "packed",  # experts
+    "bert": "packed, own head",  # a head with layers of its own
+    "gpt_oss": "padded",  # attention sinks
+    "gemma2, caps that bite": "padded",  # soft caps
+    "bloom": "padded",  # ALiBi, attention code of its own
+    "falcon": "padded",  # attention class picked by name
+    "gptj": "padded",
+    "deepseek_v3": "padded",  # latent attention
+    "glm_moe_dsa": "padded",  # sparse attention
+    "llama4_text": "padded",  # chunks
+    "mamba": "padded",  # recurrent state
+    "falcon_h1": "padded",
+    "lfm2, convolutions": "padded",  # convolutions
+    "recurrent_gemma": "padded, own head",  # a soft cap of another name
+}
+
+
+@pytest.mark.parametrize(("name", "how"), KINDS.items())
+def test_losses_states_and_gradients_are_transformers_own(name: str, how: str, tokenizer: Any) -> None:
+    torch.set_num_threads(1)
+    found = architectures.sweep(name, tokenizer)
+    assert found.status == "equal", found
+    assert found.how == how
+
+
+def saved(folder: Path, tokenizer: Any, name: str, **changes: Any) -> Any:
+    model = architectures.tiny_model(name, **changes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    from keepset.errors import ModelError
+    from keepset.model import load
+    from keepset.recipe import ModelSpec
+
+    saved(tmp_path, tokenizer, "bert", is_decoder=False)
+    with pytest.raises(ModelError, match="those after it"):
+        load(ModelSpec(model_name_or_path=str(tmp_path), device="cpu"))
+
+
+def test_an_engine_that_is_off_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that forgets its scale, then nothing that agrees: padded, then refused."""
+    from conftest import tiny_model
+    from keepset import attention, packing
+    from keepset.errors import ModelError
+    from keepset.features import checks
+
+    packed = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", lambda *a, **k: packed(*a, **{**k, "scale": 0.9}))
+    assert not checks.check(tiny_model("llama")).packed
+    states = packing._states
+    monkeypatch.setattr(packing, "_states", lambda *a: states(*a) * 1.01)
+    with pytest.raises(ModelError, match="LlamaForCausalLM .llama.: keepset's losses do not agree"):
+        checks.check(tiny_model("llama"))
+
+
+def test_attention_never_leaves_an_argument_out() -> None:
+    from keepset.attention import Segments, keepset_attention
+
+    q = torch.randn(1, 2, 5, 4)
+    given = {"attention_mask": None, "keepset_segments": Segments.of([3, 2]), "position_ids": torch.arange(5)[None]}
+    keepset_attention(torch.nn.Module(), q, q, q, **given)
+    for name in ("s_aux", "softcap", "position_bias", "a_new_one"):
+        with pytest.raises(ValueError, match=name):
+            keepset_attention(torch.nn.Module(), q, q, q, **given, **{name: torch.ones(2)})
+
+
+def test_a_window_that_no_probe_reaches_is_read_from_the_configuration() -> None:
+    """A layer said to slide that hands no window to its attention is not packed, however wide the window."""
+    from conftest import tiny_model
+    from keepset.features import checks
+
+    model = tiny_model("mistral", sliding_window=200)
+    assert checks.check(model).packed
+    model.model.layers[0].self_attn.sliding_window = None
+    model.config.sliding_window = 200
+    for layer in model.model.layers:
+        layer.self_attn.forward = _without_window(layer.self_attn)
+    assert not checks.check(model).packed
+
+
+def _without_window(module: Any) -> Any:
+    own = type(module).forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        window, module.config.sliding_window = module.config.sliding_window, None
+        try:
+            return own(module, *args, **kwargs)
+        finally:
+            module.config.sliding_window = window
+
+    return forward
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_longrope_rows_at_the_limit(packed: bool) -> None:
+    """Rows one token below, at and beyond the limit, alone and beside each other, trimmed or not."""
+    from keepset import packing
+    from keepset.features.losses import row_losses
+
+    name, changes = architectures.VARIANTS["llama, LongRoPE"]
+    model = architectures.tiny_model(name, **changes)
+    if packed:
+        from keepset import attention
+
+        model.set_attn_implementation(attention.NAME)
+    rng = np.random.default_rng(3)
+    rows = []
+    for length in (23, 24, 25, 26, 40, 12, 25, 24):
+        supervised = np.zeros(length, dtype=bool)
+        supervised[length // 2] = supervised[length - 2] = True  # trimmed, 25 and 26 would fall below the limit
+        rows.append(architectures.Row(rng.integers(5, 390, length).astype(np.int32), supervised))
+    assert packing.engine(model).apart == 24 and packing.engine(model).packed is packed
+    got = row_losses(model, rows, token_budget=300).nll[0]
+    want = [x.sum() for x in architectures.own_losses(model, rows)]
+    assert np.allclose(got, want, rtol=1e-5)
+    for i, row in enumerate(rows):
+        assert np.isclose(row_losses(model, [row], token_budget=300).nll[0, 0], got[i], rtol=1e-6)
+
+
+def test_pairs_that_cannot_run_alone_are_refused() -> None:
+    from keepset.errors import ModelError
+    from keepset.features.targets import target_vectors
+    from keepset.model import apply_lora
+    from keepset.recipe import LoraSpec
+
+    name, changes = architectures.VARIANTS["llama, LongRoPE"]
+    peft = apply_lora(architectures.tiny_model(name, **changes), LoraSpec(lora_r=2), 0)
+    rows = [architectures.Row(np.arange(5, 5 + n), np.arange(n) > 3) for n in (10, 30)]
+    with pytest.raises(ModelError, match="set max_length to 24"):
+        target_vectors(peft, [(rows[0], rows[1])], np.zeros(1, dtype=int), loss="dpo", token_budget=200)
