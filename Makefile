@@ -28,8 +28,12 @@ setup: .venv/.ready  ## the environment only
 demo: .venv/.model  ## ROSE, DavIR and Random on the small pool that ships: select, train, evaluate, compare (5 minutes)
 	$(BIN)/keepset demo
 
-test: .venv/.ready  ## the default test suite (under 10 minutes on 2 cores)
+test: .venv/.ready  ## the default test suite (8 minutes on 2 busy cores)
 	$(BIN)/python -m pytest -m "not slow and not real_model"
+
+test-other-cpu: .venv/.ready  ## the default test suite with the kernels of a processor without AVX
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+		$(BIN)/python -m pytest -m "not slow and not real_model"
 
 test-slow: .venv/.ready  ## the long tests too, with the real models
 	$(BIN)/python -m pytest -m "slow or real_model"
@@ -82,4 +86,4 @@ KILLS ?= 300
 soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times: the same bytes every time
 	$(BIN)/python tests/soak.py $(KILLS)
 
-.PHONY: help setup demo test test-slow architectures lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak
+.PHONY: help setup demo test test-other-cpu test-slow architectures lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak

@@ -41,7 +41,7 @@ from keepset.methods.bm25 import bm25
 from keepset.methods.dsir import dsir
 from keepset.methods.length import length
 from keepset.methods.random_ import random_
-from keepset.methods.text import chunks, hash_tokens, words
+from keepset.methods.text import count_words, terms
 from keepset.select import select
 
 HERE = Path(__file__).resolve().parent
@@ -100,7 +100,7 @@ def worker(method: str, pool: str, target: str, out: str) -> None:
 
 
 def score_length(docs: list[str], queries: list[str], ids: list[str]) -> np.ndarray:
-    return length(np.concatenate([np.diff(hash_tokens(part).offsets) for part in chunks(docs)]))
+    return length(count_words(docs))
 
 
 METHODS: dict[str, Callable[[list[str], list[str], list[str]], np.ndarray]] = {
@@ -175,12 +175,12 @@ def compare_dsir(python: str, pool: Path, target: Path, folder: Path) -> dict[st
 
 def naive_bm25(docs: list[str], queries: list[str], k1: float = 1.5, b: float = 0.75) -> np.ndarray:
     """Lucene's BM25 as one writes it first."""
-    counts = [Counter(words(doc)) for doc in docs]
+    counts = [Counter(terms(doc)) for doc in docs]
     lengths = [sum(count.values()) for count in counts]
     average = sum(lengths) / len(lengths)
     df = Counter(word for count in counts for word in count)
     out = np.zeros((len(docs), len(queries)))
-    for m, query in enumerate(map(words, queries)):
+    for m, query in enumerate(map(terms, queries)):
         for n, (tf, size) in enumerate(zip(counts, lengths, strict=True)):
             for word in query:
                 if word in tf:

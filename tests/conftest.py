@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from lean import lean
 
 if TYPE_CHECKING:  # torch and transformers only where a test asks for a model
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -32,6 +35,17 @@ CHATML = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+_imported = 0
+
+
+def pytest_runtest_teardown() -> None:
+    """Once heavy packages have come in, see to it that they cost less."""
+    global _imported
+    if len(sys.modules) > _imported + 100:
+        lean()
+        _imported = len(sys.modules)
 
 
 @dataclass(frozen=True)

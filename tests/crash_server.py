@@ -14,6 +14,7 @@ Answer: {"exit": code or null, "signal": number or null}
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,6 +29,8 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from lean import lean
 
 HEX = re.compile(r"(?<![0-9a-f])(?:[0-9a-f]{16}|[0-9a-f]{8})(?![0-9a-f])")
 
@@ -135,6 +138,7 @@ def child(request: dict[str, Any]) -> int:
     sys.stderr.flush()
     if "events" in request:
         Path(request["events"]).write_text("\n".join(points.names))
+        Path(request["events"] + ".modules").write_text("\n".join(sys.modules))
     return code
 
 
@@ -148,7 +152,19 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         os.kill(pid, request.get("signal", signal.SIGKILL))  # a zombie at worst: it has not been waited for
     _, status = os.waitpid(pid, 0)
     killed = os.WIFSIGNALED(status)
+    if "events" in request and not killed:
+        learn(Path(request["events"] + ".modules"))
     return {"exit": None if killed else os.WEXITSTATUS(status), "signal": os.WTERMSIG(status) if killed else None}
+
+
+def learn(modules: Path) -> None:
+    """Import what an undisturbed child has imported as it went, so that the next ones needn't: half of their time."""
+    for name in modules.read_text().splitlines():
+        if name not in sys.modules:
+            with contextlib.suppress(ImportError, ValueError):  # names that a library made up
+                importlib.import_module(name)
+    lean()
+    assert threading.active_count() == 1
 
 
 def main() -> None:
@@ -164,6 +180,7 @@ def main() -> None:
         if not module.name.endswith("__main__"):  # which runs the command line
             importlib.import_module(module.name)
     torch.set_num_threads(1)
+    lean()
     assert threading.active_count() == 1
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

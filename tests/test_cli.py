@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,10 @@ import pytest
 ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer number {i} of many"} for i in range(20)]
 PAIRS = [{"task": "t", "prompt": f"question {i}", "chosen": "a good answer", "rejected": "a bad one"} for i in range(3)]
 
-# Runs the command line in a process in which the heavy packages can't be imported: the core install.
+# A process in which the heavy packages can't be imported: the core install. It has imported all else and forks a child
+# for each command line, whose arguments, folder, environment and outputs come as a line of JSON.
 CORE = """
-import sys
+import importlib, json, os, pkgutil, sys, traceback
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "tokenizers"}:
@@ -24,9 +28,38 @@ sys.meta_path.insert(0, Block())
 from importlib import util
 find = util.find_spec
 util.find_spec = lambda name, package=None: None if name in {"torch", "transformers"} else find(name, package)
+import keepset
 from keepset.cli import main
-sys.argv = ["keepset", *sys.argv[1:]]
-main()
+if len(sys.argv) > 1:
+    sys.argv = ["keepset", *sys.argv[1:]]
+    main()
+for module in pkgutil.walk_packages(keepset.__path__, "keepset."):
+    try:
+        module.name.endswith("__main__") or importlib.import_module(module.name)
+    except ModuleNotFoundError:
+        pass
+for line in sys.stdin:
+    request = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        for number, path in ((1, request["stdout"]), (2, request["stderr"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ.update(request["env"])
+        sys.argv = ["keepset", *request["words"]]
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -37,8 +70,32 @@ def files(tmp_path):
     return tmp_path
 
 
-def core(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", CORE, *map(str, words)], capture_output=True, text=True, cwd=cwd)
+def fresh_core(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", CORE, *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Run a command line in a child of the warm process."""
+    folder = tmp_path_factory.mktemp("core")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a process with threads must not fork
+    server = subprocess.Popen(
+        [sys.executable, "-c", CORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert server.stdin and server.stdout
+    stdin, stdout = server.stdin, server.stdout
+
+    def run(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        outputs = {name: str(folder / name) for name in ("stdout", "stderr")}
+        request = {"words": [*map(str, words)], "cwd": str(cwd or Path.cwd()), "env": dict(os.environ), **outputs}
+        stdin.write(json.dumps(request) + "\n")
+        stdin.flush()
+        code = int(stdout.readline())
+        return subprocess.CompletedProcess(words, code, *(Path(path).read_text() for path in outputs.values()))
+
+    yield run
+    stdin.close()
+    server.wait(30)
 
 
 def test_help_imports_nothing_heavy():
@@ -67,7 +124,7 @@ def test_import_keepset_needs_no_torch_and_offers_its_names():
 
 
 @pytest.mark.parametrize("method", ["random", "length", "bm25", "dsir"])
-def test_text_methods_score_and_select_in_the_core(files, method):
+def test_text_methods_score_and_select_in_the_core(core, files, method):
     run = files / "run"
     done = core(
         "score", method, "--pool", files / "pool.jsonl", "--target", files / "target.jsonl", "--run_dir", run, "--json"
@@ -86,7 +143,7 @@ def test_text_methods_score_and_select_in_the_core(files, method):
     assert (files / "out.csv").read_text().startswith("instruction,input,output\n")
 
 
-def test_inspect_explain_and_report_work_in_the_core(files):
+def test_inspect_explain_and_report_work_in_the_core(core, files):
     run = files / "run"
     assert core("inspect", files / "pool.jsonl", "--json").returncode == 0
     core("score", "bm25", "--pool", files / "pool.jsonl", "--target", files / "target.jsonl", "--run_dir", run)
@@ -98,7 +155,7 @@ def test_inspect_explain_and_report_work_in_the_core(files):
     assert done.returncode == 0 and (run / "report.html").stat().st_size > 10_000, done.stderr
 
 
-def test_overrides_from_the_report_are_taken(files):
+def test_overrides_from_the_report_are_taken(core, files):
     run = files / "run"
     core("score", "random", "--pool", files / "pool.jsonl", "--run_dir", run)
     core("select", "random", "--budget", "5", "--run_dir", run)
@@ -137,16 +194,16 @@ def test_overrides_from_the_report_are_taken(files):
         (["score", "random", "--poll", "x"], 2, "--pool"),
     ],
 )
-def test_mistakes_are_one_line_with_an_exit_code(files, words, code, message):
+def test_mistakes_are_one_line_with_an_exit_code(core, files, words, code, message):
     (files / "empty.jsonl").write_text("")
     done = core(*words, cwd=files)
     assert done.returncode == code, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_quiet_leaves_results_and_mistakes_and_no_color_is_honoured(files, monkeypatch):
+def test_quiet_leaves_results_and_mistakes_and_no_color_is_honoured(core, files, monkeypatch):
     words = ("score", "random", "--pool", files / "pool.jsonl", "--run_dir", files / "run")
-    done = core(*words, "--quiet", "--json")
+    done = fresh_core(*words, "--quiet", "--json")
     assert done.returncode == 0 and done.stderr == "" and json.loads(done.stdout)["scored"] == 20
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b[31m" in core("score", "nope", "-q", "--pool", files / "pool.jsonl").stderr
@@ -155,13 +212,13 @@ def test_quiet_leaves_results_and_mistakes_and_no_color_is_honoured(files, monke
     assert done.returncode == 2 and "no method 'nope'" in done.stderr and "\x1b" not in done.stderr
 
 
-def test_a_wrong_column_is_told_with_the_nearest_one(files):
+def test_a_wrong_column_is_told_with_the_nearest_one(core, files):
     setting = "pool=[{path: " + str(files / "pool.jsonl") + ", category_column: instrucion}]"
     done = core("score", "random", "--pool", "x", "--set", setting, "--run_dir", files / "run")
     assert done.returncode == 4 and "(did you mean 'instruction'?)" in done.stderr
 
 
-def test_methods_lists_every_method_with_paper_needs_and_cost():
+def test_methods_lists_every_method_with_paper_needs_and_cost(core):
     done = core("methods", "--json")
     found = json.loads(done.stdout)
     from keepset.scoring import METHODS
@@ -205,7 +262,7 @@ def test_every_command_has_help_with_an_example():
         assert command.help and "Example: keepset" in command.help, name
 
 
-def test_init_writes_a_recipe_that_loads(files):
+def test_init_writes_a_recipe_that_loads(core, files):
     done = core("init", files / "recipe.yaml")
     assert done.returncode == 0, done.stderr
     from keepset.recipe import load_recipe
@@ -216,6 +273,10 @@ def test_init_writes_a_recipe_that_loads(files):
 
 def test_the_command_page_is_current():
     root = Path(__file__).parents[1]
-    code = "import runpy; print(runpy.run_path('docs/make_cli.py')['page'](), end='')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout == (root / "docs/cli.md").read_text(), "run python docs/make_cli.py"
+    page = runpy.run_path(str(root / "docs/make_cli.py"))["page"]()
+    assert page == (root / "docs/cli.md").read_text(), "run python docs/make_cli.py"
+
+
+def test_init_makes_the_folder_it_writes_into(tmp_path):
+    assert core("init", tmp_path / "new" / "recipe.yaml").returncode == 0
+    assert (tmp_path / "new" / "recipe.yaml").is_file()

@@ -58,6 +58,12 @@ DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
     ),
     "swapped": lambda data, other: other,
 }
+# Every damage to a shard, and to each other kind one of them; `make test-slow` does all the rest.
+CASES = [
+    pytest.param(kind, damage, marks=[] if kind == "shard" or (i + k) % len(DAMAGES) == 0 else pytest.mark.slow)
+    for i, kind in enumerate(KINDS)
+    for k, damage in enumerate(DAMAGES)
+]
 REFUSED = {"subsets.json"}  # it names subsets that were chosen by hand too, so it isn't thrown away
 READ = {"scores", "comparison.json", "manifest.json", "subsets.json"}  # by report, explain and select
 
@@ -92,8 +98,7 @@ def recipe_for(tiny_run, folder):
     return load_recipe(tiny_run.recipe).model_copy(update={"run_dir": str(folder)})
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "damage"), CASES)
 def test_damage_is_found_and_only_that_part_done_again(tiny_run, folder, monkeypatch, kind, damage):
     monkeypatch.undo() if kind in ("model weights", "Adam moments") else None  # training changes the loaded model
     pattern, other, again = KINDS[kind]

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from data_rows import good, lines, write_lines, write_rows
-from keepset.data import FileRefused, load_pool, load_target
+from keepset.data import FileRefused, load_pool, load_target, write_subset
 from keepset.errors import DataError
 from keepset.recipe import DataSpec
 
@@ -412,11 +412,21 @@ class _FakeHub:
 
 def test_hub_name_goes_through_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    hub = _FakeHub([good("alpaca", k) for k in range(3)])
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        dict.fromkeys(("instruction", "input", "output"), datasets.Value("string"))
+        | {"picture": datasets.Image(), "score": datasets.Value("float16")}
+    )
+    image = {"bytes": b"no image at all", "path": "a.png"}
+    rows = [{"instruction": f"q{k}", "input": "", "output": f"a{k}", "picture": image, "score": 0.5} for k in range(3)]
+    hub = _FakeHub(datasets.Dataset.from_list(rows, features=features))
     monkeypatch.setitem(sys.modules, "datasets", hub)
     pool = load_pool("owner/some-name:main")
     assert len(pool) == 3 and hub.asked == ("owner/some-name", "main", "train")
     assert pool.files[0].container == "hub" and set(pool.sources()) == {"some-name"}
+    write_subset(pool, [2, 0], tmp_path / "out.parquet")  # nothing was decoded, so the image's bytes are its own
+    again = pq.read_table(tmp_path / "out.parquet")
+    assert again.to_pylist() == [rows[2], rows[0]] and again.schema.equals(features.arrow_schema)
 
 
 def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -497,3 +507,81 @@ def test_a_bad_first_row_does_not_decide_the_dialect(tmp_path: Path) -> None:
     pool = load_pool(write_rows(tmp_path / "x.jsonl", rows))
     assert pool.dialect == "alpaca" and len(pool) == 5
     assert [(q.line, q.reason) for q in pool.quarantine] == [(1, "missing-column"), (2, "missing-column")]
+
+
+PLACED = {
+    "two unnamed columns": (
+        "x.csv",
+        b",,instruction,output\n0,0,a,b\n",
+        r":1: of 4 columns those at 1, 2 have no name",
+    ),
+    "an unnamed last column": ("x.csv", b"instruction,output,\na,b,\n", r"columns those at 3 have no name: name them"),
+    "a name twice": ("x.csv", b"instruction,output,output\na,b,c\n", "two columns are named 'output'; rename one"),
+    "semicolons": ("x.csv", b"instruction;output\na;b\n", r"divided by ';', not by ','.*read_csv\(OLD, sep=';'\)"),
+    "tabs": ("x.csv", b"instruction\toutput\na\tb\n", "divided by a tab, not by ',': name the file .tsv"),
+    "commas": ("x.tsv", b"instruction,output\na,b\n", "divided by ',', not by a tab: name the file .csv"),
+    "UTF-16 CSV": ("x.csv", "instruction,output\na,b\n".encode("utf-16"), "UTF-16; convert it: iconv -f UTF-16 -t"),
+    "UTF-16 without BOM": ("x.jsonl", jsonl().decode().encode("utf-16-le"), "the text is UTF-16; convert it: iconv"),
+    "UTF-32": ("x.jsonl", jsonl().decode().encode("utf-32"), "the text is UTF-32; convert it: iconv -f UTF-32 -t"),
+    "old Mac": ("x.jsonl", jsonl().replace(b"\n", b"\r"), r"lines end in CR alone \(old Mac\): convert them: tr"),
+    "BOM between values": (
+        "x.jsonl",
+        b'{"text": "a"}\xef\xbb\xbf{"text": "b"}\n',
+        "a byte-order mark: two files were put",
+    ),
+    "two arrays": ("x.json", b'[\n{"text": "a"}]\n\xef\xbb\xbf[{"text": "b"}]', "put together, give each by itself"),
+    "other header after a BOM": (
+        "x.csv",
+        b"instruction,output\na,b\n\xef\xbb\xbfoutput,instruction\nc,d\n",
+        r":3: a byte-order mark and other columns stand here: files were put together; give each by itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLACED, ids=str)
+def test_cause_and_remedy_in_one_line(tmp_path: Path, case: str) -> None:
+    name, content, message = PLACED[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileRefused, match=message) as caught:
+        load_pool(tmp_path / name, strict=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_with_a_byte_order_mark_put_together(tmp_path: Path) -> None:
+    """`cat a b`: every row is read, under its own line, and comes back without the mark."""
+    mark = b"\xef\xbb\xbf"
+    lines = [json.dumps({"instruction": f"q{k}", "output": "\ufeffa"}) for k in range(4)]
+    halves = [("\n".join(lines[:2]) + "\n").encode(), ("\n".join(lines[2:]) + "\n").encode()]
+    (tmp_path / "a.jsonl").write_bytes(mark + mark + halves[0] + mark + halves[1] + mark)
+    table = [f'q{k},"\ufeffa\n\ufeffb"\r\n'.encode() for k in range(4)]  # inside a cell it is the cell's own
+    header = b'"instruction",output\r\n'
+    (tmp_path / "a.csv").write_bytes(mark + header + b"".join(table[:2]) + mark + header + b"".join(table[2:]))
+    spread = json.dumps({"instruction": "q", "output": "a"}, indent=1).encode()
+    (tmp_path / "a.json").write_bytes(mark + spread + b"\n" + mark + spread + b"\n")
+    pool = load_pool(tmp_path / "a.jsonl", strict=True)
+    assert pool.table["raw"].to_pylist() == lines and pool.table["line"].to_pylist() == [1, 2, 3, 4]
+    pool = load_pool(tmp_path / "a.csv", strict=True)
+    assert [m[1]["content"] for m in pool.all_messages()] == ["\ufeffa\n\ufeffb"] * 4
+    assert pool.table["line"].to_pylist() == [2, 4, 7, 9]
+    assert len(load_pool(tmp_path / "a.json", strict=True)) == 2
+
+
+def test_an_index_column_of_pandas(tmp_path: Path) -> None:
+    content = b",instruction,input,output\n0,a,,b\n1,c,,d\n"
+    (tmp_path / "a.csv").write_bytes(content)
+    pool = load_pool(tmp_path / "a.csv", strict=True)
+    assert len(pool) == 2
+    for name in ("b.csv", "b.jsonl", "b.parquet"):
+        write_subset(pool, [0, 1], tmp_path / name)
+        assert load_pool(tmp_path / name).ids.tolist() == pool.ids.tolist()
+    assert (tmp_path / "b.csv").read_bytes() == content
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n", b"\r"])
+def test_line_ends_of_csv(tmp_path: Path, ending: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(ending.join([b"instruction,output", b'a,"b', b'c"', b"d,e", b""]))
+    pool = load_pool(tmp_path / "a.csv", strict=True)
+    assert [m[1]["content"] for m in pool.all_messages()] == ["b" + ending.decode() + "c", "e"]
+    write_subset(pool, [0, 1], tmp_path / "b.csv")
+    again = load_pool(tmp_path / "b.csv", strict=True)
+    assert again.table["raw"].to_pylist() == pool.table["raw"].to_pylist()

@@ -20,6 +20,7 @@ from keepset.recipe import MethodSpec
 from keepset.scoring import score
 from test_encoding_mask import TEMPLATES, chat, encoder_for
 from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
+from tolerance import FORWARD
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -57,8 +58,8 @@ def test_losses_are_those_of_one_row_at_a_time(model_folder, data, tmp_path):  #
         with model.disable_adapter():
             ini = summed(model, row.input_ids, kept)
         i = place[str(row_id)]
-        assert tables["davir"]["loss_ini"][i] == pytest.approx(ini, rel=1e-5)
-        assert tables["davir"]["loss_ref"][i] == pytest.approx(ref, rel=1e-5)
+        assert tables["davir"]["loss_ini"][i] == pytest.approx(ini, rel=4 * FORWARD)
+        assert tables["davir"]["loss_ref"][i] == pytest.approx(ref, rel=4 * FORWARD)
         assert tables["davir"]["score"][i] == pytest.approx((ini - ref) / ini, rel=1e-2, abs=1e-5)
         assert tables["rho-mean"]["score"][i] == pytest.approx(tables["rho-sum"]["score"][i] / kept.sum())
         assert tables["whole"]["loss_ini"][i] > tables["davir"]["loss_ini"][i]

@@ -23,7 +23,7 @@ def last_line(done: dict) -> str:
     [
         (signal.SIGTERM, "step 2 models/warmup"),
         (signal.SIGINT, "sync work/influence-*-checkpoint-4/*/00000.safetensors.part"),
-        (signal.SIGTERM, "save models/reference/trainer/checkpoint-5/optimizer.pt"),
+        pytest.param(signal.SIGTERM, "save models/reference/trainer/checkpoint-5/optimizer.pt", marks=pytest.mark.slow),
     ],
 )
 def test_signals_end_with_their_code_and_the_run_goes_on(tiny_run, tmp_path, number, point):
@@ -34,7 +34,7 @@ def test_signals_end_with_their_code_and_the_run_goes_on(tiny_run, tmp_path, num
     assert tiny_run.resumed(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("limit", [1000, 9000])
+@pytest.mark.parametrize("limit", [pytest.param(1000, marks=pytest.mark.slow), 9000])
 def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on(tiny_run, tmp_path, limit):
     """A limit on the size of files stands for the full disk: the same error at the same calls, without root."""
     done = tiny_run.server.run(tiny_run.recipe, tmp_path / "run", limit=limit)

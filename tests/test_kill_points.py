@@ -2,7 +2,8 @@
 
 The points are taken in four rounds. In each round one run folder is killed at every fourth point in turn, each time by
 a session that went on where the killed one stopped, and then finished. So neighbouring points, whose damage a later
-kill might cover, are never in one round. `tests/soak.py` takes every point of a run on its own.
+kill might cover, are never in one round. The default suite takes one round and 2 random times, `make test-slow` all;
+`tests/soak.py` takes every point of a run on its own.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def test_there_are_forty_points():
     assert len(set(NAMES)) == len(NAMES) >= 40
 
 
-@pytest.mark.parametrize("number", range(ROUNDS))
+@pytest.mark.parametrize("number", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, ROUNDS))])
 def test_killed_at_named_points_and_resumed(tiny_run, tmp_path, number):
     for name in NAMES[number::ROUNDS]:
         done = tiny_run.server.run(
@@ -83,8 +84,9 @@ def test_killed_at_named_points_and_resumed(tiny_run, tmp_path, number):
     assert tiny_run.resumed(tmp_path / "run") == []
 
 
-def test_killed_at_random_times_and_resumed(tiny_run, tmp_path):
-    draw, kills = random.Random(20), 0
+@pytest.mark.parametrize("least", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_times_and_resumed(tiny_run, tmp_path, least):
+    draw, kills = random.Random(least), 0
     for folder in (tmp_path / f"run{k}" for k in range(40)):
         for _ in range(10):
             done = tiny_run.server.run(tiny_run.recipe, folder, after=draw.uniform(0.1, 2.0))
@@ -93,9 +95,9 @@ def test_killed_at_random_times_and_resumed(tiny_run, tmp_path):
                 break
             kills += 1
         assert tiny_run.resumed(folder) == []
-        if kills >= 20:
+        if kills >= least:
             break
-    assert kills >= 20
+    assert kills >= least
 
 
 def test_resuming_a_finished_run_computes_nothing(tiny_run, tmp_path):

@@ -17,6 +17,7 @@ from keepset.packing import pack
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train import preference
 from keepset.train.preference import PaddedPairs, PairCollator, fit_dpo, side_logps
+from tolerance import BACKWARD, FORWARD, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,10 +135,10 @@ def test_loss_and_gradient_against_trl(ours, theirs):
     )  # fmt: skip
     loss = DPOTrainer._compute_loss(trainer, model, PaddedPairs(2)(examples), return_outputs=False)
     loss.backward()
-    assert total == pytest.approx(loss.item(), rel=1e-5)
+    assert total == pytest.approx(loss.item(), rel=4 * FORWARD)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert torch.allclose(mine[name], parameter.grad, rtol=1e-3, atol=1e-6), name
+            assert torch.allclose(mine[name], parameter.grad, rtol=1e-3, atol=FORWARD), name
 
 
 def test_side_logps_keeps_pairs_together():
@@ -149,7 +150,7 @@ def test_side_logps_keeps_pairs_together():
         ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
         logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         want = logp[torch.from_numpy(row.supervised[1:])].sum().item()
-        assert got[i % 2][i // 2].item() == pytest.approx(want, rel=1e-5)
+        assert got[i % 2][i // 2].item() == pytest.approx(want, rel=4 * FORWARD)
         assert counts[i % 2][i // 2].item() == row.supervised.sum()
 
 
@@ -173,7 +174,7 @@ def test_training_starts_at_log_2_and_learns(tmp_path, loss, beta):
 
     pairs = pairs_of()
     result = fit(tmp_path / "out", pairs, loss=loss, beta=beta)
-    assert result.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert result.losses[0] == pytest.approx(math.log(2), abs=4 * FORWARD)
     assert result.losses[-1] < 0.3 and result.steps == 16
     assert result.tokens == 8 * sum(len(c.input_ids) + len(r.input_ids) for c, r in pairs)
     model = tiny_model()
@@ -185,16 +186,16 @@ def test_training_starts_at_log_2_and_learns(tmp_path, loss, beta):
 
 def test_full_training_and_trls_own_losses(tmp_path):
     full = fit(tmp_path / "full", full=True, learning_rate=1e-3, num_train_epochs=3)
-    assert full.losses[0] == pytest.approx(math.log(2), abs=1e-5) and full.losses[-1] < full.losses[0]
+    assert full.losses[0] == pytest.approx(math.log(2), abs=4 * FORWARD) and full.losses[-1] < full.losses[0]
     assert (tmp_path / "full" / "model.safetensors").exists()
     hinge = fit(tmp_path / "hinge", loss="hinge", num_train_epochs=2)
     assert hinge.losses[0] == pytest.approx(1.0, abs=1e-4) and hinge.steps == 4
     # TRL's step and ours, same loss, same seed.
     theirs = fit(tmp_path / "trl", num_train_epochs=2, extra={"ld_alpha": 1.0})
     ours = fit(tmp_path / "ours", num_train_epochs=2)
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+    assert ours.losses == pytest.approx(theirs.losses, rel=4 * BACKWARD)
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "trl"))
-    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+    assert all(torch.allclose(a[k], b[k], atol=trained(2e-2, ours.steps)) for k in a)
 
 
 def test_refusals(tmp_path):

@@ -18,8 +18,12 @@ from keepset.methods.dsir import dsir, log_ratio
 from keepset.methods.noise import gumbel_by_id, uniform_by_id
 from keepset.methods.rds import rds
 from keepset.methods.text import chunks, hash_tokens, ngram_vectors, ngrams, segment_sums, words
+from tolerance import tolerance
 
-TEXT = st.text(alphabet=st.sampled_from("aAbz9_ .,\n\té²ßΣς中İ—\x00\U0001f600\u0301"), max_size=40)
+SUM = tolerance(64)  # bm25s and the vectors are float32; a text of these tests has fewer words
+
+# scripts with spaces, no combining marks: the rest is in test_words.py
+TEXT = st.text(alphabet=st.sampled_from("aAbz9_ .,\n\té²ßΣς—\x00\U0001f600"), max_size=40)
 TEXTS = st.lists(TEXT, min_size=1, max_size=8)
 WORDY = st.lists(st.lists(st.sampled_from("the cat dog sat 42 ran on".split()), max_size=12).map(" ".join), min_size=1)
 
@@ -66,7 +70,7 @@ def test_segments_may_be_empty():
 def test_ngram_vectors_are_closer_for_like_texts():
     a, b, c, empty = ngram_vectors(["the cat sat on the mat", "the cat sat on a mat", "prime factors of 2800", " "])
     assert a @ b > 0.6 > 0.2 > a @ c and not empty.any()
-    assert np.linalg.norm(a) == pytest.approx(1, abs=1e-6)
+    assert np.linalg.norm(a) == pytest.approx(1, abs=SUM)
 
 
 # BM25
@@ -93,8 +97,8 @@ def naive_bm25(docs, queries, k1=1.5, b=0.75):
 def test_bm25_is_the_naive_one(docs, queries):
     scores, per_query = bm25(docs, queries, ["x"] * len(queries), per="query", reduce="mean")
     expected = naive_bm25(docs, queries)
-    np.testing.assert_allclose(per_query, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(scores, expected.mean(axis=1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(per_query, expected, rtol=SUM, atol=SUM)
+    np.testing.assert_allclose(scores, expected.mean(axis=1), rtol=SUM, atol=SUM)
 
 
 def test_bm25_takes_the_mean_in_a_task_and_the_max_over_tasks():
@@ -103,8 +107,8 @@ def test_bm25_takes_the_mean_in_a_task_and_the_max_over_tasks():
     per_query = naive_bm25(docs, queries)
     scores, per_task = bm25(docs, queries, tasks)
     expected = np.stack([per_query[:, 2], per_query[:, :2].mean(axis=1)], axis=1)  # tasks in the order of their names
-    np.testing.assert_allclose(per_task, expected, rtol=1e-5)
-    np.testing.assert_allclose(scores, expected.max(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(per_task, expected, rtol=SUM)
+    np.testing.assert_allclose(scores, expected.max(axis=1), rtol=SUM)
 
 
 def test_bm25_where_nothing_matches_and_where_there_is_nothing():

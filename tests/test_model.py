@@ -15,6 +15,7 @@ from keepset.errors import ModelError  # noqa: E402
 from keepset.features.losses import row_losses  # noqa: E402
 from keepset.model import apply_lora, load, load_tokenizer, lora_targets, resolve  # noqa: E402
 from keepset.recipe import LoraSpec, ModelSpec  # noqa: E402
+from tolerance import FORWARD  # noqa: E402
 
 SENTENCE = "The capital of France is Paris, and the capital of Germany is Berlin."
 
@@ -76,7 +77,7 @@ def test_pickled_adapters_are_refused(folder: Path, tmp_path: Path) -> None:
     loaded = load(spec, adapter=tmp_path / "good")
     rows = random_rows(3)
     want = row_losses(peft, rows, token_budget=100).nll
-    assert abs(row_losses(loaded.model, rows, token_budget=100).nll / want - 1).max() < 1e-6
+    assert abs(row_losses(loaded.model, rows, token_budget=100).nll / want - 1).max() < FORWARD
     assert loaded.fingerprint != load(spec).fingerprint
     bad = tmp_path / "bad"
     bad.mkdir()
@@ -144,7 +145,7 @@ def test_fresh_lora_changes_nothing_and_obeys_its_seed(architecture: str) -> Non
     first = apply_lora(tiny_model(architecture), LoraSpec(lora_r=2), 7)
     torch.manual_seed(5)
     assert torch.equal(state, torch.get_rng_state())
-    assert abs(row_losses(first, rows, token_budget=100).nll / base - 1).max() < 1e-6
+    assert abs(row_losses(first, rows, token_budget=100).nll / base - 1).max() < FORWARD
 
     def a(peft: torch.nn.Module) -> torch.Tensor:
         return torch.cat([p.flatten() for n, p in peft.named_parameters() if "lora_A" in n])

@@ -16,6 +16,7 @@ from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset import packing  # noqa: E402
 from keepset.attention import Segments, packed_attention  # noqa: E402
 from keepset.head import LogitMap, nll  # noqa: E402
+from tolerance import BACKWARD, FORWARD  # noqa: E402
 
 
 def one_by_one(model: Any, rows: list[TinyRow]) -> np.ndarray:
@@ -56,7 +57,7 @@ def test_losses_equal_one_row_at_a_time(architecture: str, packed: bool) -> None
     model = tiny_model(architecture)
     assert packing.supports_packing(model)
     for budget in (1, 40, 1000):
-        np.testing.assert_allclose(in_batches(model, rows, budget, packed=packed), want, rtol=1e-6)
+        np.testing.assert_allclose(in_batches(model, rows, budget, packed=packed), want, rtol=FORWARD)
 
 
 def test_order_does_not_matter_and_a_rerun_is_identical(architecture: str) -> None:
@@ -64,7 +65,7 @@ def test_order_does_not_matter_and_a_rerun_is_identical(architecture: str) -> No
     first = in_batches(model, rows, 50, packed=True)
     assert first.tobytes() == in_batches(model, rows, 50, packed=True).tobytes()
     turned = in_batches(model, rows[::-1], 50, packed=True)[::-1]
-    np.testing.assert_allclose(turned, first, rtol=1e-6)
+    np.testing.assert_allclose(turned, first, rtol=FORWARD)
 
 
 def test_adapter_on_and_off(architecture: str) -> None:
@@ -72,10 +73,10 @@ def test_adapter_on_and_off(architecture: str) -> None:
     base = in_batches(model, rows, 60, packed=True)
     peft = tiny_lora(model)
     on = in_batches(peft, rows, 60, packed=True)
-    np.testing.assert_allclose(on, one_by_one(peft, rows), rtol=1e-6)
+    np.testing.assert_allclose(on, one_by_one(peft, rows), rtol=FORWARD)
     assert np.abs(on / base - 1).max() > 1e-3
     with peft.disable_adapter():
-        np.testing.assert_allclose(in_batches(peft, rows, 60, packed=True), base, rtol=1e-6)
+        np.testing.assert_allclose(in_batches(peft, rows, 60, packed=True), base, rtol=FORWARD)
 
 
 def test_shared_prefix_gives_the_same_losses(architecture: str) -> None:
@@ -88,7 +89,7 @@ def test_shared_prefix_gives_the_same_losses(architecture: str) -> None:
         batch = packing.pack(rows, index, packed=True, prefix=11)
         got = packing.row_sums(packing.token_nll(model, batch), batch.row_of, 7).numpy()
     assert batch.input_ids.shape[1] == 11 + sum(len(r.input_ids) - 11 for r in rows)
-    np.testing.assert_allclose(got, one_by_one(model, rows), rtol=1e-6)
+    np.testing.assert_allclose(got, one_by_one(model, rows), rtol=FORWARD)
 
 
 def test_gradients_equal_plain_autograd(architecture: str) -> None:
@@ -106,7 +107,7 @@ def test_gradients_equal_plain_autograd(architecture: str) -> None:
         packing.token_nll(ours, batch, chunk=1000).sum().backward()
         for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
             scale = q.grad.abs().max().item()
-            assert (p.grad - q.grad).abs().max().item() <= 1e-5 * max(scale, 1e-3), name
+            assert (p.grad - q.grad).abs().max().item() <= BACKWARD * max(scale, 1e-3), name
 
 
 @pytest.mark.parametrize("mapping", [LogitMap(), LogitMap(0.5), LogitMap(1.0, 3.0)])
@@ -120,10 +121,10 @@ def test_head_value_and_gradient(mapping: LogitMap, bias: bool) -> None:
     want = torch.nn.functional.cross_entropy(mapping(head(hidden)), labels, reduction="none")
     grads = torch.autograd.grad((want * weight).sum(), [hidden, *head.parameters()])
     got = nll(hidden, labels, head, mapping, chunk=13 * 300)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=FORWARD, atol=FORWARD)
     mine = torch.autograd.grad((got * weight).sum(), [hidden, *head.parameters()])
     for a, b in zip(mine, grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=BACKWARD, atol=FORWARD)
 
 
 def test_a_large_vocabulary_loses_no_digits() -> None:
@@ -149,7 +150,7 @@ def test_a_wrapped_head_is_called_as_a_module() -> None:
             if "lora_B" in name:
                 p.normal_(0, 0.2)
     rows = random_rows(4, seed=7)
-    np.testing.assert_allclose(in_batches(peft, rows, 50, packed=True), one_by_one(peft, rows), rtol=1e-6)
+    np.testing.assert_allclose(in_batches(peft, rows, 50, packed=True), one_by_one(peft, rows), rtol=FORWARD)
 
 
 def test_no_row_sees_another() -> None:

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from keepset.evaluate.statistics import accuracy_power
 from keepset.plan import plan_recipe, print_plan
 from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
 
@@ -50,6 +51,7 @@ def test_a_text_recipe_probes_no_model(model_folder, data, tmp_path):  # noqa: F
     assert [s["stage"] for s in plan["steps"]][2:4] == ["score by bm25", "score by dsir"]
     console = Console(file=io.StringIO(), width=160)
     print_plan(plan, console)
+    assert "held-out" not in console.file.getvalue()
     assert "GPU" not in console.file.getvalue() and "estimate" not in console.file.getvalue()
 
 
@@ -59,3 +61,13 @@ def test_the_printed_form(planned):
     text = console.file.getvalue()
     assert "in all about" in text and "probe, GFLOP/s: forward" in text and "estimate, not measured" in text
     assert "cheaper: warmup.checkpoints: last saves" in text
+    assert planned[0]["heldout_pairs"] == 6 and "6 held-out pairs: too few to tell two models apart" in text
+
+
+def test_what_the_held_out_pairs_can_tell(planned):
+    console = Console(file=io.StringIO(), width=300)
+    print_plan({**planned[0], "heldout_pairs": 36, "accuracy_seen": accuracy_power(36)}, console)
+    assert (
+        "36 held-out pairs: four of five comparisons tell accuracies apart that differ by 0.218 at best, by 0.330"
+        in (console.file.getvalue())
+    )

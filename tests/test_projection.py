@@ -16,6 +16,7 @@ from keepset.features.projection import dimension_for, project_target, store_err
 from keepset.features.sketch import Sketch  # noqa: E402
 from keepset.features.targets import target_vectors  # noqa: E402
 from slow_gradients import random_state  # noqa: E402
+from tolerance import BACKWARD, FORWARD  # noqa: E402
 
 BUCKETS, SIGNS = [16, 25, 5, 57, 20, 22], [1, -1, -1, -1, -1, 1]
 MADE = {"model": "m1", "adapter": "a1", "tokenizer": "t1", "template": "c1"}
@@ -71,7 +72,7 @@ def test_pieces_add_up() -> None:
     parts = torch.zeros(2, 32)
     for start in range(0, 90, 40):
         sketch.add_(parts, "w", v[:, start : start + 40], start)
-    assert torch.allclose(whole, parts, atol=1e-5)
+    assert torch.allclose(whole, parts, atol=4 * FORWARD)
 
 
 def setup():
@@ -90,7 +91,7 @@ def test_store_estimates_dots_and_knows_its_error(tmp_path, dtype, rounding) -> 
     build_store(store, peft, rows, ids, adam=state, chunk=10)
     assert store.row_bytes == 4096 * (2 if dtype == "float16" else 1)
     assert (tmp_path / "rows.bin").stat().st_size == 24 * store.row_bytes and store.ids == ids
-    assert np.allclose(store.norms, exact.norms, rtol=1e-6)
+    assert np.allclose(store.norms, exact.norms, rtol=BACKWARD)
     projected = project_target(store.sketch, target, map="precondition", adam=state)
     assert not projected.shared.any() and not store.momentum.any()
     dots = store.dots(projected, block=7)
@@ -110,7 +111,7 @@ def test_what_all_rows_share_costs_no_accuracy(tmp_path, kind) -> None:
     exact = influence(peft, rows, target, adam=state, map=kind)
     assert np.median(exact.momentum) > 0.9
     store = build_store(GradientStore.create(tmp_path, MADE, dim=512, map=kind), peft, rows, ids, adam=state)
-    assert np.allclose(store.momentum, exact.momentum, rtol=1e-6)
+    assert np.allclose(store.momentum, exact.momentum, rtol=BACKWARD)
     projected = project_target(store.sketch, target, map=kind, adam=state)
     lengths = target_lengths(target)
     error = store_error(store.dots(projected), exact.dots, exact.norms, lengths)

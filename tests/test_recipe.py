@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
@@ -117,3 +119,46 @@ def test_every_field_that_is_not_a_plain_section_or_hf_name_is_described():
         if isinstance(section, type) and issubclass(section, module.Strict) and section not in (module.Strict, Recipe):
             for name, field in section.model_fields.items():
                 assert field.description or name in hf, f"{section.__name__}.{name} has no description"
+
+
+def test_paths_are_found_beside_the_recipe_and_names_stay(tmp_path, monkeypatch):
+    """Data, models, templates and settings files; `demo`, hub names and what isn't there are left alone."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    for name in ("m", "adapter", "owner/name", "demo", "warm", "store"):
+        (home / name).mkdir(parents=True)
+    away.mkdir()
+    (home / "m" / "config.json").write_text("{}")
+    (home / "adapter" / "adapter_config.json").write_text("{}")
+    for name in ("pool.jsonl", "t.jinja", "ds.json", "own.gguf"):
+        (home / name).write_text("{}")
+    said = {
+        "model": {"model_name_or_path": "m", "chat_template": "t.jinja"},
+        "train_model": {"model_name_or_path": "owner/name", "chat_template": "plain"},
+        "pool": ["pool.jsonl", "-", "owner/data:main", "missing.jsonl", str(home / "pool.jsonl")],
+        "target": {"path": "pool.jsonl"},
+        "methods": ["random"],
+        "reference": {"path": "adapter"},
+        "warmup": {"path": "warm"},
+        "gradients": {"store": "store"},
+        "train": {"extra": {"deepspeed": "ds.json", "run_name": "ds.json"}},
+        "evaluate": {"gsm8k": {"path": "pool.jsonl"}},
+        "variants": [{"label": "v", "set": {"model.model_name_or_path": "own.gguf", "seed": 1, "reference.path": "m"}}],
+    }
+    (home / "r.yaml").write_text(yaml.safe_dump(said))
+    monkeypatch.chdir(away)
+    found = load_recipe(Path("../home/r.yaml"))
+    there = Path("../home")
+    assert (found.model.model_name_or_path, found.model.chat_template) == (str(there / "m"), str(there / "t.jinja"))
+    assert (found.train_model.model_name_or_path, found.train_model.chat_template) == ("owner/name", "plain")
+    paths = [str(there / "pool.jsonl"), "-", "owner/data:main", "missing.jsonl", str(home / "pool.jsonl")]
+    assert [spec.path for spec in found.pool] == paths
+    assert (found.reference.path, found.warmup.path) == (str(there / "adapter"), str(there / "warm"))
+    assert found.gradients.store == str(there / "store") and found.evaluate.gsm8k.path == str(there / "pool.jsonl")
+    assert found.train.extra == {"deepspeed": str(there / "ds.json"), "run_name": "ds.json"}
+    assert found.variants[0].set == {
+        "model.model_name_or_path": str(there / "own.gguf"), "seed": 1, "reference.path": str(there / "m")
+    }  # fmt: skip
+    (home / "d.yaml").write_text("model: {model_name_or_path: demo}\npool: pool.jsonl\nmethods: [random]\n")
+    assert load_recipe("../home/d.yaml").model.model_name_or_path == "demo"  # the folder `demo` holds no model
+    (away / "pool.jsonl").write_text("{}")
+    assert load_recipe("../home/d.yaml").pool[0].path == "pool.jsonl"

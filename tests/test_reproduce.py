@@ -11,7 +11,9 @@ from rich.console import Console
 
 from keepset.errors import KeepsetError
 from keepset.hub import public, push_to_hub
-from keepset.reproduce import print_reproduction, reproduce
+from keepset.recipe import parse_recipe
+from keepset.reproduce import print_reproduction, recipe_of, reproduce
+from keepset.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,27 @@ def test_what_is_no_manifest_is_told_in_one_line(tmp_path, text, message):
         (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(KeepsetError, match=message):
         reproduce(tmp_path / "manifest.json", tmp_path / "new")
+
+
+def test_the_recipe_means_the_same_files_from_any_folder(tmp_path, monkeypatch):
+    home, away = tmp_path / "home", tmp_path / "away"
+    for folder in (home / "m", away):
+        folder.mkdir(parents=True)
+    (home / "m" / "config.json").write_text("{}")
+    for name in ("home/pool.jsonl", "away/pool.jsonl", "home/runs"):
+        (tmp_path / name).write_text("{}") if name.endswith("l") else (tmp_path / name).mkdir()
+    monkeypatch.chdir(home)
+    recipe = {"model": {"model_name_or_path": "m"}, "pool": "pool.jsonl", "methods": ["random"]}
+    Run("runs/x").adopt(parse_recipe(recipe))
+    assert recipe_of({"recipe": recipe}, Path("runs/x"), Path("new")).pool[0].path == "pool.jsonl"
+    monkeypatch.chdir(away)
+    found = recipe_of({"recipe": recipe}, Path("../home/runs/x"), Path("new"))
+    assert found.pool[0].path == str(home / "pool.jsonl") and found.model.model_name_or_path == str(home / "m")
+    # a manifest by itself: from here, else from beside it
+    (home / "pool.jsonl").rename(home / "other.jsonl")
+    recipe["pool"] = ["pool.jsonl", "other.jsonl"]
+    found = recipe_of({"recipe": recipe}, home, Path("new"))
+    assert [spec.path for spec in found.pool] == ["pool.jsonl", str(home / "other.jsonl")]
 
 
 def test_the_run_itself_is_not_overwritten(run):

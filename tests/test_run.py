@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from keepset.errors import KeepsetError, PlanMismatch
 from keepset.files import digest
-from keepset.recipe import parse_recipe
+from keepset.recipe import DataSpec, parse_recipe
 from keepset.run import Run
 from keepset.shards import plan_shards, read_shard
 
@@ -174,7 +174,9 @@ def undisturbed(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 7, 9, 12, 15, 20, 24, 29, 33])
+@pytest.mark.parametrize(
+    "stop", [1, 4, 9, 20, 33, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 3, 5, 6, 7, 12, 15, 24, 29))]
+)
 def test_kill_at_any_sync_then_resume_gives_the_same_bytes(tmp_path, undisturbed, stop):
     script, output, want = undisturbed
     killed = subprocess.run([sys.executable, script, tmp_path / "a", str(stop)], capture_output=True, text=True)
@@ -269,3 +271,35 @@ def test_records_are_json_with_their_checksum(tmp_path):
     sweep(tmp_path)
     record = json.loads((stage_folder(tmp_path) / "00000.json").read_text())
     assert record["rows"] == 16 and len(record["sha256"]) == 64
+
+
+def test_json_that_is_written_is_json(tmp_path):
+    Run(tmp_path).save_json("a.json", {"x": [1.5, float("nan"), (float("-inf"), "NaN")], "é": {"y": float("inf")}})
+    assert '"é"' in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert Run(tmp_path).load_json("a.json") == {"x": [1.5, None, [None, "NaN"]], "é": {"y": None}}
+
+
+def test_a_run_folder_is_found_its_files_from_anywhere(tmp_path, monkeypatch):
+    """Started in `a` by relative paths: opened elsewhere it means the same files, also once all was moved."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        folder.mkdir()
+        (folder / "pool.jsonl").write_text("{}")  # `b` has one of that name too, which is not meant
+    made = parse_recipe({"pool": "pool.jsonl", "methods": ["random"], "seed": 3})
+    monkeypatch.chdir(a)
+    Run("runs/x").adopt(made)
+    assert Run("runs/x").recipe().pool[0].path == "pool.jsonl"
+    stored = Path("runs/x/recipe.yaml").read_bytes()
+    monkeypatch.chdir(b)
+    found = Run("../a/runs/x").recipe()
+    assert found.pool[0].path == str(a / "pool.jsonl")
+    Run("../a/runs/x").adopt(found)  # the same by its absolute path, and by the way from here
+    Run("../a/runs/x").adopt(found.model_copy(update={"pool": [DataSpec(path="../a/pool.jsonl")]}))
+    assert (a / "runs/x/recipe.yaml").read_bytes() == stored
+    with pytest.raises(PlanMismatch, match=r"a/pool\.jsonl.* -> .*b/pool\.jsonl"):
+        Run("../a/runs/x").adopt(made)
+    monkeypatch.chdir(a)
+    Run("runs/x").adopt(made)
+    a.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert Run("moved/runs/x").recipe().pool[0].path == str(tmp_path / "moved" / "pool.jsonl")

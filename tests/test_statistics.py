@@ -5,16 +5,19 @@ import pytest
 from scipy import stats
 
 from keepset.evaluate.statistics import (
+    accuracy_power,
     bootstrap_ci,
     bootstrap_columns,
     bootstrap_ratio,
     correlations,
     holm,
     holm_by_label,
+    items_needed,
     mean_and_spread,
     paired_bootstrap,
     paired_permutation,
     paired_test,
+    smallest_difference,
     spearman,
     win_tie_loss,
 )
@@ -125,3 +128,38 @@ def test_columns_share_draws_and_ratio_by_hand():
     assert bootstrap_ratio([1.0, 30.0], [1, 10]).value == pytest.approx(31 / 11)
     with pytest.raises(ValueError, match="not positive"):
         bootstrap_ratio([1.0], [0])
+
+
+def test_the_power_of_a_textbook_and_its_inverse():
+    # (1.95996 + 0.84162)² = 7.8489: an effect of half a standard deviation takes 7.8489 / 0.25 = 31.4 pairs
+    assert items_needed(0.5, 1.0) == 32
+    assert smallest_difference(32, 1.0) == pytest.approx(np.sqrt(7.8489 / 32), rel=1e-4)
+    for n in (1, 16, 36, 1000):
+        assert items_needed(smallest_difference(n, 0.3), 0.3) == n
+    assert smallest_difference(100, 1.0, alpha=0.01, power=0.9) == pytest.approx((2.57583 + 1.28155) / 10, rel=1e-4)
+    for bad in (lambda: smallest_difference(0, 1.0), lambda: items_needed(0.0, 1.0), lambda: items_needed(1.0, -1.0)):
+        with pytest.raises(ValueError):
+            bad()
+
+
+def test_few_pairs_tell_no_accuracies_apart():
+    assert accuracy_power(0) is accuracy_power(15) is None
+    assert accuracy_power(16) == pytest.approx((7.8489 / 16, np.sqrt(7.8489 * 0.5 / 16)), rel=1e-4)
+    assert accuracy_power(16)[1] < 0.5
+
+
+def test_the_test_finds_the_smallest_difference_as_often_as_it_says():
+    """The permutation test itself on simulated losses, and on right or wrong answers at both ends of the range."""
+    rng = np.random.default_rng(0)
+
+    def found(draw, runs=300):
+        return np.mean([paired_permutation(draw(), np.zeros(n), resamples=600, seed=i) < 0.05 for i in range(runs)])
+
+    n = 40
+    delta = smallest_difference(n, 1.0)
+    assert found(lambda: rng.normal(delta, 1.0, n)) == pytest.approx(0.8, abs=0.07)
+    n = 60
+    best, independent = accuracy_power(n)
+    assert found(lambda: (rng.random(n) < best) * 1.0) == pytest.approx(0.8, abs=0.09)
+    up = (0.5 + independent) / 2
+    assert found(lambda: rng.choice([1.0, -1.0, 0.0], n, p=[up, 0.5 - up, 0.5])) == pytest.approx(0.8, abs=0.09)

@@ -12,6 +12,7 @@ from conftest import random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.errors import ModelError, RecipeError  # noqa: E402
 from keepset.features.targets import concatenate, target_vectors  # noqa: E402
 from slow_gradients import flat, gradient, token_logps  # noqa: E402
+from tolerance import BACKWARD, FORWARD, MAPPED  # noqa: E402
 
 
 def setup(architecture="llama", n=5, seed=21):
@@ -64,9 +65,9 @@ def test_dpo_per_task_is_the_gradient_of_the_dpo_loss(kind, reference) -> None:
     names = list(target.blocks)
     each = np.stack([flat(dpo_gradient(model, p, 0.3, reference, names)) for p in pairs])
     want = unit(np.stack([each[tasks == t].mean(0) for t in (0, 1)]))
-    assert np.abs(vectors(target) - want).max() < 1e-5
+    assert np.abs(vectors(target) - want).max() < BACKWARD
     norms = np.exp(target.log_weight) * target.norms
-    assert np.allclose(norms, np.linalg.norm(each, axis=1), rtol=1e-4)
+    assert np.allclose(norms, np.linalg.norm(each, axis=1), rtol=MAPPED)
 
 
 def test_dpo_pair_gradient_against_finite_differences() -> None:
@@ -115,7 +116,7 @@ def test_beta_and_reference_cancel_per_pair_but_not_per_task(architecture) -> No
         for reference in ("base", "checkpoint", "none")
     }
     first = found["pair", 0.01, "base"]
-    assert all(np.abs(v - first).max() < 1e-7 for k, v in found.items() if k[0] == "pair")
+    assert all(np.abs(v - first).max() < FORWARD for k, v in found.items() if k[0] == "pair")
     last = unit(found["task", 5.0, "none"])
     cosines = [float((unit(v) * last).sum(1).min()) for k, v in found.items() if k[0] == "task"]
     assert min(cosines) < 0.99
@@ -126,10 +127,10 @@ def test_mean_of_unit_gradients_gives_the_mean_of_cosines() -> None:
     target = target_vectors(model, pairs, np.zeros(5, int), loss="margin")
     names = list(target.blocks)
     each = np.stack([flat(gradient(model, names, lambda p=p: -summed_margin(model, p))) for p in pairs])
-    assert np.abs(vectors(target)[0] - unit(each).mean(0)).max() < 1e-6
-    assert np.allclose(target.norms, np.linalg.norm(each, axis=1), rtol=1e-5)
+    assert np.abs(vectors(target)[0] - unit(each).mean(0)).max() < BACKWARD
+    assert np.allclose(target.norms, np.linalg.norm(each, axis=1), rtol=BACKWARD)
     margins = [float(summed_margin(model, p).detach()) for p in pairs]
-    assert np.allclose(target.margin, margins, rtol=1e-4, atol=1e-4)
+    assert np.allclose(target.margin, margins, rtol=MAPPED, atol=MAPPED)
 
 
 def test_sft_and_mean_margin() -> None:
@@ -138,10 +139,10 @@ def test_sft_and_mean_margin() -> None:
     names = list(target.blocks)
     for k, (w, l) in enumerate(pairs):
         want = flat(gradient(model, names, lambda w=w: -token_logps(model, w).mean()))
-        assert np.abs(vectors(target)[k] - unit(want)).max() < 1e-5
+        assert np.abs(vectors(target)[k] - unit(want)).max() < BACKWARD
         both = flat(gradient(model, names, lambda p=(w, l): mean_gap(model, p)))
         found = target_vectors(model, [(w, l)], np.array([0]), loss="mean_margin")
-        assert np.abs(vectors(found)[0] - unit(both)).max() < 1e-5
+        assert np.abs(vectors(found)[0] - unit(both)).max() < BACKWARD
     assert np.isnan(target.margin).all()
 
 
@@ -150,9 +151,9 @@ def test_easy_pairs_never_underflow() -> None:
     model, pairs = setup(n=3)
     target = target_vectors(model, pairs, np.array([0, 1, 2]), beta=1e4, reference="none", normalise="task")
     assert target.log_weight.min() < -800
-    assert np.allclose(np.linalg.norm(vectors(target), axis=1), 1, atol=1e-5)
+    assert np.allclose(np.linalg.norm(vectors(target), axis=1), 1, atol=FORWARD)
     gentle = target_vectors(model, pairs, np.array([0, 1, 2]), beta=1e-3, reference="none", normalise="task")
-    assert np.abs(vectors(gentle) - vectors(target)).max() < 1e-6
+    assert np.abs(vectors(gentle) - vectors(target)).max() < FORWARD
 
 
 def test_equal_sides_are_left_out_and_named() -> None:
@@ -161,7 +162,7 @@ def test_equal_sides_are_left_out_and_named() -> None:
     target = target_vectors(model, same, np.array([0, 0, 0, 1]), token_budget=64)
     assert target.zero_pairs.tolist() == [2, 3] and target.empty.tolist() == [False, True]
     without = target_vectors(model, pairs[:2], np.array([0, 0]), token_budget=64)
-    assert np.allclose(vectors(target)[0], vectors(without)[0], atol=1e-7)
+    assert np.allclose(vectors(target)[0], vectors(without)[0], atol=FORWARD)
 
 
 @pytest.mark.parametrize("normalise", ["pair", "task"])
@@ -172,7 +173,7 @@ def test_budgets_and_order_change_nothing(normalise) -> None:
     order = np.array([3, 5, 0, 1, 4, 2])
     for budget in (1, 64, 4096):
         again = target_vectors(model, [pairs[i] for i in order], tasks[order], normalise=normalise, token_budget=budget)
-        assert np.abs(vectors(again) - want).max() < 1e-6
+        assert np.abs(vectors(again) - want).max() < BACKWARD
 
 
 def test_concatenate_puts_targets_side_by_side() -> None:

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from conftest import CHATML, tiny_model, tiny_tokenizer
+from keepset.cli.options import open_job
 from keepset.job import Job
-from keepset.recipe import parse_recipe
+from keepset.recipe import ModelSpec, parse_recipe
 from keepset.subsets import Subset, full_subset
-from keepset.trainers import write_trainers
+from keepset.trainers import _Model, write_trainers
 
 TURN = [{"role": "user", "content": "the thing"}, {"role": "assistant", "content": "the answer is the thing"}]
 POOLS = {
@@ -82,7 +84,7 @@ def handed_over(model_folder, folder: Path, pool: str, **more) -> tuple[Job, dic
 
 
 TRL = """
-import sys, json, os, torch
+import sys, json, os, shlex, torch
 torch.set_num_threads(1)
 from trl import SFTTrainer
 from trl.scripts.sft import main, make_parser
@@ -94,22 +96,34 @@ def train(self, **more):
     json.dump(rows, open('seen.json', 'w'))
     return own(self, **more)
 SFTTrainer.train = train
-for folder in sys.argv[1:]:
-    os.chdir(folder)
+for readme in sys.argv[1:]:
+    os.chdir(shlex.split(open(readme).read().split('`')[1])[1])  # `cd FOLDER`
     main(*make_parser().parse_args_and_config(['--config', 'trainers/trl_sft.yaml']))
 """
 
 
-def test_the_trl_config_trains_on_the_very_tokens_keepset_scored(model_folder, tmp_path):
-    """`trl sft --config` run to its end on four kinds of rows; the rows it trains on are looked at on the way."""
+def test_the_trl_config_trains_on_the_very_tokens_keepset_scored(model_folder, tmp_path, monkeypatch):
+    """`trl sft --config` run to its end on four kinds of rows; the rows it trains on are looked at on the way.
+
+    The recipe names model, template and pool by relative paths, and the commands are run from another folder.
+    """
+    (tmp_path / "start").mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    Path("model").symlink_to(model_folder)
+    template = AutoTokenizer.from_pretrained(model_folder).chat_template
+    Path("own.jinja").write_text(template)
     jobs = {}
     for pool in ("single", "multi", "context", "text"):
-        (tmp_path / pool).mkdir()
-        jobs[pool], configs = handed_over(model_folder, tmp_path / pool, pool)
+        Path(pool).mkdir()
+        own = {"chat_template": "own.jinja"} if pool == "multi" else {}
+        jobs[pool], configs = handed_over("model", Path(pool), pool, model=own)
+        assert ("chat_template_path" in configs["trl_sft"]) == (pool == "multi")
         assert configs["trl_sft"].get("assistant_only_loss") == (True if pool == "multi" else None)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    folders = [str(job.run.path) for job in jobs.values()]
-    done = subprocess.run([sys.executable, "-c", TRL, *folders], capture_output=True, text=True, env=environment)
+    readmes = [str((job.run.path / "trainers/README.md").absolute()) for job in jobs.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", TRL, *readmes], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for pool, job in jobs.items():
         assert (job.run.path / "trainers/out-trl/adapter_model.safetensors").exists()
@@ -194,3 +208,31 @@ def test_a_run_hands_its_first_method_over(tmp_path, model_folder):
     assert "trainers/axolotl.yaml" in write_trainers(job, some)
     rows = [json.loads(line) for line in (job.run.path / "trainers/rows.jsonl").read_text().splitlines()]
     assert rows == [POOLS["single"][3], POOLS["single"][1]]
+
+
+def test_paths_hold_from_the_run_folder_and_hub_names_stay(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("models/mine").symlink_to(model_folder)  # as a hub name would look
+    Path("ds.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    extra = {"deepspeed": "ds.json", "fsdp_config": {"x": 1}, "hub_model_id": "models/mine"}
+    job, configs = handed_over("models/mine", Path("."), "single", run_dir="runs/x", train={"extra": extra})
+    for name, key in (
+        ("trl_sft", "model_name_or_path"),
+        ("axolotl", "base_model"),
+        ("llamafactory", "model_name_or_path"),
+    ):
+        assert configs[name][key] == str(tmp_path / "models/mine")
+    assert configs["trl_sft"]["deepspeed"] == str(tmp_path / "ds.json")
+    assert {k: configs["trl_sft"][k] for k in ("fsdp_config", "hub_model_id")} == {k: extra[k] for k in list(extra)[1:]}
+    monkeypatch.chdir("runs/x")  # what is relative is so to the run folder
+    assert Path(configs["trl_sft"]["datasets"][0]["data_files"][0]).is_file()
+    assert Path(configs["axolotl"]["datasets"][0]["path"]).is_file()
+    assert (Path(configs["llamafactory"]["dataset_dir"]) / "dataset_info.json").is_file()
+    assert _Model(ModelSpec(model_name_or_path="owner/name"), None).path == "owner/name"
+    before = (tmp_path / "runs/x/trainers/trl_sft.yaml").read_bytes()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the run folder knows where it was started
+    again = open_job(Path("../runs/x"))
+    write_trainers(again, full_subset(again))
+    assert (tmp_path / "runs/x/trainers/trl_sft.yaml").read_bytes() == before

@@ -19,6 +19,7 @@ from keepset.recipe import parse_recipe, set_key
 from keepset.reference_check import OtherRows, held_out_finding
 from keepset.run import Run
 from test_pipeline import TRAIN, data, model_folder, quiet, recipe  # noqa: F401  (fixtures)
+from tolerance import FORWARD
 
 FAST = {"target": [], "methods": ["davir", "loss"], "budget": ["10%", "25%"], "evaluate": {}}
 CONTROLS = {"random_seeds": [0], "longest": False, "base": False}
@@ -149,24 +150,24 @@ def test_a_cross_fitted_scoring_tells_the_reference_s_gain_on_held_out_rows(fini
     assert "reference-gain" in plain
 
 
-def test_the_reference_is_held_against_the_base_on_the_evaluation_s_rows(model_folder, data, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_the_reference_is_held_against_the_base_on_the_evaluation_s_rows(model_folder, data, tmp_path, full):  # noqa: F811
     evaluate = {"pairs": [{"path": data["pairs"]}], "heldout": [{"path": data["rows"]}], "bootstrap": 100}
-    for name, reference in (("lora", TRAIN), ("full", {**TRAIN, "full": True})):
-        made = recipe(model_folder, data, tmp_path / name, **{**FAST, "methods": ["davir"], "evaluate": evaluate},
-                      controls=CONTROLS, reference=reference)  # fmt: skip
-        job = run_recipe(made, console=quiet(), out=quiet())
-        found = {f["name"]: f for f in job.run.load_json("findings.json")}["reference-held-out"]
-        assert "10 held-out rows" in found["text"]  # 6 pairs' chosen sides and 4 rows
-        from keepset.finals import Learner
-        from keepset.reference_check import held_out_losses
+    made = recipe(model_folder, data, tmp_path, **{**FAST, "methods": ["davir"], "evaluate": evaluate},
+                  controls=CONTROLS, reference={**TRAIN, "full": full})  # fmt: skip
+    job = run_recipe(made, console=quiet(), out=quiet())
+    found = {f["name"]: f for f in job.run.load_json("findings.json")}["reference-held-out"]
+    assert "10 held-out rows" in found["text"]  # 6 pairs' chosen sides and 4 rows
+    from keepset.finals import Learner
+    from keepset.reference_check import held_out_losses
 
-        learner = Learner(job)
-        rows = [*learner.eval_rows[0], *(c for c, _ in learner.eval_pairs[0])]
-        ini, ref, n_tokens = held_out_losses(job, rows)
-        assert found["figure"] == pytest.approx((ini - ref).sum() / n_tokens.sum(), abs=1e-3)
-        assert ini.shape == (10,) and np.abs(ini - ref).max() > 0
-        names = OtherRows(job, [rows[0], rows[0]]).ids
-        assert names[0] != names[1]
+    learner = Learner(job)
+    rows = [*learner.eval_rows[0], *(c for c, _ in learner.eval_pairs[0])]
+    ini, ref, n_tokens = held_out_losses(job, rows)
+    assert found["figure"] == pytest.approx((ini - ref).sum() / n_tokens.sum(), abs=1e-3)
+    assert ini.shape == (10,) and np.abs(ini - ref).max() > 0
+    names = OtherRows(job, [rows[0], rows[0]]).ids
+    assert names[0] != names[1]
 
 
 def test_a_reference_that_is_no_better_is_a_warning():
@@ -244,5 +245,5 @@ def test_kept_token_losses_are_read_instead_of_running_the_models(model_folder, 
             patch.setattr(models, "load", None)
             facts = token_changes(job.run.path, scores["id"][3])
         assert len(facts["tokens"]) == scores["n_tokens"][3]
-        assert facts["before"] == pytest.approx(scores["loss_ini"][3], rel=1e-5)
-        assert facts["after"] == pytest.approx(scores["loss_ref"][3], rel=1e-5)
+        assert facts["before"] == pytest.approx(scores["loss_ini"][3], rel=4 * FORWARD)
+        assert facts["after"] == pytest.approx(scores["loss_ref"][3], rel=4 * FORWARD)

@@ -145,7 +145,7 @@ def scoring(tiny_run, tmp_path_factory):
     return run, numbers(folder)
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_scores_have_the_same_bytes_whatever_the_number_of_workers(scoring, tmp_path, workers):
     run, want = scoring
     done = run(tmp_path / "run", workers)

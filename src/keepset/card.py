@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 
 from keepset import __version__
-from keepset.data.export import pool_schema, row_texts, rows_table
+from keepset.data.export import pool_table
 from keepset.files import write_atomic
 from keepset.scoring import METHODS
 from keepset.subsets import Subset
@@ -52,7 +52,7 @@ To do it again and compare hashes: `keepset reproduce manifest.json`.
 
 def write_dataset(job: Job, subset: Subset) -> None:
     """Write `data/` and `README.md` for the rows of one subset."""
-    table = rows_table(row_texts(job.pool.take(job.usable[subset.indices])), pool_schema(job.pool))
+    table = pool_table(job.pool.take(job.usable[subset.indices]))
     job.run.save_table("data/train-00000-of-00001.parquet", table)
     spec = next((m for m in job.recipe.methods if m.label == subset.label), None)
     method = METHODS[spec.name] if spec else None

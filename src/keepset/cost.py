@@ -2,9 +2,8 @@
 
 forward = 2 · (W · T + d · V · S): W = weights of the blocks' matrices, T = tokens, d = hidden size, V = vocabulary,
 S = positions at which the output head runs. A backward pass through frozen weights costs one more forward (gradients of
-the activations only), with trained weights two more. Experts count
-by the share of them that a token sees. Attention scores, norms and LoRA's own matrices are left out: they
-are a few per cent at the lengths of instruction data.
+the activations only), with trained weights two more. Experts count by the share of them that a token sees. Attention
+scores, norms and LoRA's own matrices are left out: they are a few per cent at the lengths of instruction data.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class PlanMismatch(KeepsetError):
 
 
 class DataError(KeepsetError):
-    """A data file is refused as a whole, or `--strict` met a bad row (exit code 4)."""
+    """A data file is refused as a whole, or `strict: true` met a bad row (exit code 4)."""
 
     exit_code = 4
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,22 @@ from keepset.errors import KeepsetError
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: the text that fingerprints are taken of."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON for other programs: NaN and infinities, which JSON has no word for, are null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(value: Any) -> str:
@@ -53,7 +70,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise KeepsetError(f"{path}: can't be written: {error.strerror}; free or choose another --run_dir") from None
+        raise KeepsetError(
+            f"{path}: can't be written: {error.strerror}; free space, or write to another folder"
+        ) from None
 
 
 def misfits(folder: Path, files: Mapping[str, str]) -> list[str]:

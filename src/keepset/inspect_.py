@@ -21,6 +21,7 @@ from keepset.data.target import LENGTH_MATCH
 from keepset.data.turns import is_learnt
 from keepset.data.written import spoken
 from keepset.inspect_print import print_inspection
+from keepset.methods.text import count_words
 from keepset.near import near_copies, near_pairs
 from keepset.recipe import DataSpec, ModelSpec
 
@@ -59,8 +60,8 @@ def inspect_data(
     Returns:
         JSON-ready facts: `format`, `container`, `columns`, `carried` (columns and message keys that are not used),
         `rows_in` = `rows` + `quarantined`, `duplicates`, `near_duplicates`, `reasons`, `drops` (lines: the thinking
-        that the model's template drops), `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`, `examples`,
-        `leakage`, `advice`.
+        that the model's template drops), `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`,
+        `examples`, `leakage`, `advice`.
 
     Raises:
         DataError: a file that is refused as a whole.
@@ -71,7 +72,7 @@ def inspect_data(
     messages = list(pool.all_messages())
     texts = [answer_text(row) for row in messages]
     encoder, encoded, refused, drops = encode(model, messages) if model is not None else (None, None, [], [])
-    counts = [len(text.split()) for text in texts] if encoded is None else [n for n in encoded if n]
+    counts = count_words(texts).tolist() if encoded is None else [n for n in encoded if n]
     facts: dict[str, Any] = {
         "path": spec.path,
         "format": pool.dialect if len(pool) else "unknown",
@@ -197,7 +198,8 @@ def leakage(pool: Pool, messages: list[list[Message]], target: Target, name: str
     ]
     near = near_pairs([whole_text(row) for row in messages], [whole for whole, _ in sides], threshold)
     # An answer alone is evidence too, if it is long enough not to be a stock phrase.
-    answers = [text if len(text.split()) >= LEAK_WORDS else "" for text in map(answer_text, messages)]
+    answers = [answer_text(row) for row in messages]
+    answers = [text if n >= LEAK_WORDS else "" for text, n in zip(answers, count_words(answers), strict=True)]
     near |= near_pairs(answers, [answer for _, answer in sides], threshold)
     only_near = sorted(i for i in near if not exact[i])
     first = [i for i in range(len(pool)) if exact[i]][:3] + only_near[:3]
@@ -254,7 +256,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
     lines = []
     bad = sum(entry["rows"] for entry in facts["reasons"])
     if bad > 0.05 * max(1, facts["rows_in"]):
-        lines.append(f"{bad} of {facts['rows_in']} rows can't be used: see the reasons, or name the right --format")
+        lines.append(f"{bad} of {facts['rows_in']} rows can't be used: see the reasons, or name the pool's `format`")
     if facts["duplicates"]:
         lines.append(f"{facts['duplicates']} exact copies: set `select: {{dedup: exact}}`, so that none is kept twice")
     if facts["near_duplicates"] > facts["duplicates"] + 0.02 * facts["rows"]:

@@ -17,7 +17,7 @@ from keepset.data.pool import Message
 from keepset.data.turns import is_learnt
 from keepset.errors import DataError, RecipeError
 from keepset.files import canonical, free_memory, write_atomic
-from keepset.methods.text import words
+from keepset.methods.text import count_words
 from keepset.progress import track
 from keepset.recipe import ModelSpec, Recipe
 from keepset.run import Run
@@ -237,7 +237,7 @@ class Job:
         rows: Iterable[list[Message]] = self.pool.all_messages()
         if self.pool.has_pairs:
             rows = (chosen + rejected for _, chosen, rejected in self.pool.all_pairs())
-        return np.array([sum(len(words(m["content"])) for m in row if is_learnt(m)) for row in rows])
+        return count_words("\n".join(m["content"] for m in row if is_learnt(m)) for row in rows)
 
     def texts(self) -> list[str]:
         """The usable rows as plain text, all messages joined by line breaks."""

@@ -218,17 +218,19 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
         "dtype": getattr(torch, spec.dtype),
         "use_safetensors": True,
     }
+    attn = spec.attn_implementation
     with one_line(source):
-        model: Any = weights.read(AutoModelForCausalLM, source, attn_implementation=spec.attn_implementation, **options)
+        model: Any = weights.read(AutoModelForCausalLM, source, attn_implementation=attn, **options)
     model = model.to(device).eval()
     fingerprint = [weights.fingerprint(source, spec.model_revision, code=spec.trust_remote_code), spec.dtype]
-    checked = (*fingerprint, device, spec.attn_implementation)
-    if spec.attn_implementation is None and model._can_set_attn_implementation():
+    checked = (*fingerprint, device, attn)
+    if attn is None and model._can_set_attn_implementation():
         model.set_attn_implementation(attention.NAME)
-    engine = _ENGINES[checked] = check(model, _ENGINES.get(checked))
-    if engine.apart == 0:
+    known = _ENGINES.get(checked)
+    engine = _ENGINES[checked] = check(model, known)
+    if known is None and engine.apart == 0:
         log.warning("%s: rows run one at a time, since others in a batch would change their numbers", source)
-    elif not engine.packed and spec.attn_implementation is None:
+    elif known is None and not engine.packed and attn is None:
         log.warning(
             "%s (%s) can't be run packed: padded batches instead, the same numbers more slowly",
             spec.model_name_or_path,

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from keepset.cost import count_tokens, flops
 from keepset.counts import Work, final_work, selection_work
-from keepset.evaluate.statistics import bootstrap_ci
+from keepset.evaluate.statistics import accuracy_power, bootstrap_ci
 from keepset.job import Job
 from keepset.recipe import MethodSpec, Recipe
 from keepset.scoring import METHODS, needs_model
@@ -124,7 +124,8 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
 
     Returns:
         JSON-ready: `steps` (stage, methods, rows, tokens, flops, seconds), `total_seconds`, `peak_gib` (of the probe),
-        `disk_mib` (adapters, scores and shards), `gpus` (name -> seconds, estimates), `cheaper` (advice with figures).
+        `disk_mib` (adapters, scores and shards), `gpus` (name -> seconds, estimates), `cheaper` (advice with figures),
+        `heldout_pairs`, and `accuracy_seen`: what `accuracy_power` says of them.
     """
     job = Job(recipe, console=console)
     start = clock(lambda: job.encoder)
@@ -135,13 +136,14 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     if "train" in kinds:
         start += clock(lambda: [importlib.import_module(name) for name in ("datasets", "peft", "trl")])
     rates = probe(job, kinds) if counted else None
+    pairs = heldout_pairs(job)
     n, n_tokens = len(job.rows), int(sum(len(side.input_ids) for row in job.sides[1] for side in row))
     steps = [
         Step("start, load the model", "all", 0, 0, 0.0, start + load),
         Step("read and tokenise", "all", n, n_tokens, 0.0, read),
         *(text_step(job, spec) for spec in recipe.methods if not needs_model(spec.name)),
         *(priced(work, rates) for work in counted if rates is not None),
-        Step("select, compare, report", "all", n, 0, 0.0, REPORT_SHARE * read + comparing(job, counted)),
+        Step("select, compare, report", "all", n, 0, 0.0, REPORT_SHARE * read + comparing(job, counted, pairs)),
     ]
     total = sum(step.seconds for step in steps)
     work = sum(step.flops for step in steps)
@@ -156,6 +158,8 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
         "gpus": {name: round(work / (peak * UTILISATION), 1) for name, peak in GPUS.items()},
         "utilisation": UTILISATION,
         "cheaper": cheaper(job, steps),
+        "heldout_pairs": pairs,
+        "accuracy_seen": accuracy_power(pairs),
     }
 
 
@@ -186,15 +190,20 @@ def text_step(job: Job, spec: MethodSpec) -> Step:
     return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, len(some.ids)))
 
 
-def comparing(job: Job, counted: list[Work]) -> float:
-    """Seconds for the intervals and tests of every evaluated model: resampling the held-out items."""
+def heldout_pairs(job: Job) -> int:
+    """Usable held-out pairs."""
     from keepset.finals import Learner
 
+    pairs = Learner(job).eval_pairs
+    return len(pairs[0]) if pairs else 0
+
+
+def comparing(job: Job, counted: list[Work], pairs: int) -> float:
+    """Seconds for the intervals and tests of every evaluated model: resampling the held-out items."""
     models = sum(int(w.stage.split()[1]) for w in counted if w.stage.startswith("evaluate "))
-    pairs = Learner(job).eval_pairs if models else None
-    if pairs is None:
+    if not models or not pairs:
         return 0.0
-    items = np.random.default_rng(0).random(len(pairs[0]))
+    items = np.random.default_rng(0).random(pairs)
     return models * BOOTSTRAPS * clock(lambda: bootstrap_ci(items, resamples=job.recipe.evaluate.bootstrap, seed=0))
 
 
@@ -264,5 +273,14 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     if plan["total_flops"]:
         gpus = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in plan["gpus"].items())
         console.print(f"estimate, not measured: at {plan['utilisation']:.0%} of peak: {gpus}", highlight=False)
+    if plan["heldout_pairs"]:
+        seen, told = plan["accuracy_seen"], f"{plan['heldout_pairs']} held-out pairs: "
+        told += (
+            f"four of five comparisons tell accuracies apart that differ by {seen[0]:.3f} at best, by {seen[1]:.3f} if "
+            "the models' answers are independent (docs/theory.md, 6.3)"
+            if seen
+            else "too few to tell two models apart by accuracy (docs/theory.md, 6.3)"
+        )
+        console.print(told, highlight=False)
     for line in plan["cheaper"]:
         console.print(f"cheaper: {line}", highlight=False)

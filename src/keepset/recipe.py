@@ -5,7 +5,9 @@ Names are TRL's and Hugging Face's wherever they have one.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -401,7 +403,7 @@ def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> R
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe file; paths in it that exist relative to its folder are resolved against that folder.
+    """Read a recipe file; paths in it that aren't found from here are looked for in its folder (see `located`).
 
     Raises:
         RecipeError: unreadable file, YAML error (with its line), or anything `parse_recipe` refuses.
@@ -418,13 +420,53 @@ def load_recipe(path: str | Path) -> Recipe:
         line = f":{mark.line + 1}" if mark else ""
         problem = str(getattr(error, "problem", None) or error)
         raise RecipeError(f"{path}{line}: not YAML: {problem.splitlines()[0] if problem else error!r}") from None
-    recipe = parse_recipe(data, where=str(path))
-    pairs = [*recipe.pool, *recipe.target, *recipe.evaluate.pairs, *recipe.evaluate.heldout]
-    for spec in [*pairs, *([recipe.evaluate.gsm8k] if recipe.evaluate.gsm8k else [])]:
-        if spec.path != "-" and not Path(spec.path).exists() and (path.parent / spec.path).exists():
-            spec.path = str(path.parent / spec.path)
+    return located(parse_recipe(data, where=str(path)), path.parent, here_first=True)
+
+
+#: Arguments of SFTConfig that are settings or the path of a file with them.
+SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint")
+
+
+def located(recipe: Recipe, folder: Path, *, here_first: bool = False, real: bool = False) -> Recipe:
+    """Return the recipe with `folder` put before the relative paths of what stands there: data, models, templates.
+
+    Names of the hub, `demo`, and what isn't there stay as they are.
+
+    Args:
+        recipe: the recipe; it is not changed.
+        folder: what relative paths are relative to.
+        here_first: a path that is found from the working directory stays as it is.
+        real: absolute paths without links and `..`, also of what was absolute: to compare two recipes by.
+    """
+
+    def place(path: Any, there: Callable[[Path], bool] = Path.exists) -> Any:
+        if not isinstance(path, str) or path in ("-", "plain") or (here_first and there(Path(path))):
+            return path
+        full = folder / Path(path).expanduser()
+        if not there(full) or (Path(path).expanduser().is_absolute() and not real):
+            return path
+        return os.path.realpath(full) if real else str(full)
+
+    def is_model(path: Path) -> bool:  # a folder that happens to be called like a hub name or `demo` is none
+        return path.is_file() or any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+    recipe = recipe.model_copy(deep=True)
+    specs = [*recipe.pool, *recipe.target, *recipe.evaluate.pairs, *recipe.evaluate.heldout]
+    for spec in [*specs, *([recipe.evaluate.gsm8k] if recipe.evaluate.gsm8k else [])]:
+        spec.path = place(spec.path)
     for model in (recipe.model, recipe.train_model):
-        template = model.chat_template if model else None
-        if model and template and not Path(template).exists() and (path.parent / template).exists():
-            model.chat_template = str(path.parent / template)
+        if model:
+            model.model_name_or_path = place(model.model_name_or_path, is_model)
+            model.chat_template = place(model.chat_template, Path.is_file)
+    for train in (recipe.train, recipe.reference, recipe.warmup):
+        train.extra = {k: place(v) if k in SETTINGS_FILES else v for k, v in train.extra.items()}
+    recipe.reference.path = place(recipe.reference.path, is_model)
+    recipe.warmup.path = place(recipe.warmup.path)
+    recipe.gradients.store = place(recipe.gradients.store)
+    for variant in recipe.variants:
+        for key, value in variant.set.items():
+            last = key.rsplit(".", 1)[-1]
+            if last in ("path", "store", "chat_template", "pool", "target", "model_name_or_path"):
+                in_models = last == "model_name_or_path" or key == "reference.path"
+                variant.set[key] = place(value, is_model if in_models else Path.exists)
     return recipe

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from keepset.errors import KeepsetError
 from keepset.evaluate.statistics import spearman
-from keepset.recipe import Recipe, parse_recipe
+from keepset.recipe import Recipe, located, parse_recipe
 from keepset.run import Run
 
 
@@ -37,7 +37,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
 
 
 def recipe_of(manifest: dict[str, Any], folder: Path, run_dir: Path) -> Recipe:
-    """The manifest's recipe for a new folder; data paths that aren't found from here are tried beside the manifest.
+    """The manifest's recipe for a new folder; paths are those of the run, or, not found from here, of the manifest.
 
     Raises:
         RecipeError: the recipe is of another version and can't be read.
@@ -45,11 +45,10 @@ def recipe_of(manifest: dict[str, Any], folder: Path, run_dir: Path) -> Recipe:
     data = json.loads(json.dumps(manifest["recipe"])) if isinstance(manifest["recipe"], dict) else manifest["recipe"]
     data = {**data, "run_dir": str(run_dir)} if isinstance(data, dict) else data
     recipe = parse_recipe(data, where="manifest", stored=True)
-    specs = [*recipe.pool, *recipe.target, *recipe.evaluate.pairs, *recipe.evaluate.heldout]
-    for spec in [*specs, *([recipe.evaluate.gsm8k] if recipe.evaluate.gsm8k else [])]:
-        if not Path(spec.path).exists() and (folder / spec.path).exists():
-            spec.path = str(folder / spec.path)
-    return recipe
+    own = Run(folder).seen_from()
+    if own is not None and own.resolve() != Path.cwd():
+        recipe = located(recipe, own)
+    return located(recipe, folder, here_first=True)
 
 
 def reproduce(manifest_path: Path, run_dir: Path, *, console: Console | None = None) -> dict[str, Any]:

@@ -21,11 +21,14 @@ import pyarrow.parquet as pq
 import yaml
 
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
-from keepset.files import canonical, digest, file_digest, misfits, write_atomic
+from keepset.files import canonical, digest, file_digest, json_text, misfits, write_atomic
 from keepset.meter import Meter
-from keepset.recipe import Recipe
+from keepset.recipe import Recipe, located
 from keepset.shards import Arrays, gather, plan_shards, read_shard, write_shard
 from keepset.workers import share_out
+
+#: Holds the way from the run folder to the folder that it was started in.
+SEEN_FROM = "work/seen_from"
 
 
 class Run:
@@ -55,14 +58,19 @@ class Run:
         """
         path = self.path / "recipe.yaml"
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
-        if path.exists() and not force:
+        known = path.exists() and not force
+        if known:
             try:  # a key that an older keepset didn't know has its default
-                old = self.recipe().model_dump(mode="json", exclude={"run_dir"})
+                stored = self._parsed().model_dump(mode="json", exclude={"run_dir"})
+                here = Path.cwd()  # the same file may be called otherwise from another folder
+                old, ours = (located(r, here, real=True).model_dump(mode="json", exclude={"run_dir"})
+                             for r in (self.recipe(), recipe))  # fmt: skip
             except RecipeError:  # it knew one that is gone
-                old = self.recipe_data()
+                stored = old = self.recipe_data()
                 old.pop("run_dir", None)
+                ours = new
             free = ("methods", "variants", "batching.workers:")  # they change no number that is there
-            differences = [d for d in diff_keys(old, new) if not d.startswith(free)]
+            differences = [d for d in diff_keys(old, ours) if not d.startswith(free)]
             if differences:
                 shown = "; ".join(differences[:4]) + (
                     f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
@@ -71,9 +79,13 @@ class Run:
                     f"{self.path} was made by another recipe ({shown}); use another --run_dir, "
                     "or --force to go on here: what still fits is kept, the rest is redone"
                 )
+            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching")}}
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
         if not path.exists() or path.read_bytes() != text:
             with self.lock():  # not under the feet of a run that is at work
+                if not known:
+                    seen_from = os.path.relpath(os.getcwd(), os.path.realpath(self.path))
+                    write_atomic(self.path / SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
                 write_atomic(path, text)
 
     def recipe_data(self) -> dict[str, Any]:
@@ -92,11 +104,24 @@ class Run:
         return data
 
     def recipe(self) -> Recipe:
-        """The stored recipe.
+        """The stored recipe; what it names by relative paths is found from any folder.
 
         Raises:
             KeepsetError: this is no run folder.
         """
+        recipe, folder = self._parsed(), self.seen_from()
+        away = folder is not None and os.path.realpath(folder) != os.path.realpath(os.getcwd())
+        return located(recipe, folder) if folder is not None and away else recipe
+
+    def seen_from(self) -> Path | None:
+        """The folder that the stored recipe's paths are relative to; None in a run folder of an older keepset."""
+        try:
+            text = (self.path / SEEN_FROM).read_bytes().decode("utf-8", "surrogateescape")
+        except OSError:
+            return None
+        return Path(os.path.normpath(os.path.join(os.path.realpath(self.path), text)))
+
+    def _parsed(self) -> Recipe:
         from keepset.recipe import parse_recipe
 
         path = self.path / "recipe.yaml"
@@ -190,8 +215,8 @@ class Run:
             )
 
     def save_json(self, name: str, value: Any) -> Path:
-        """Write a JSON file (see `save`)."""
-        return self.save(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        """Write a JSON file (see `save`); NaN and infinities are null."""
+        return self.save(name, (json_text(value, indent=1) + "\n").encode())
 
     def load_json(self, name: str, default: Any = None) -> Any:
         """Read a JSON file of the folder, or return `default` if there is none.

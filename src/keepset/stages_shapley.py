@@ -263,7 +263,7 @@ def known_utilities(job: Job, name: str) -> dict[str, float]:
         found = job.run.load_json(name, {})
     except KeepsetError:
         return {}
-    return {k: float(v) for k, v in found.items()} if isinstance(found, dict) else {}
+    return {k: float("nan" if v is None else v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 def remembered(

@@ -1,7 +1,8 @@
 """`trainers/` in a run folder: the chosen rows and ready configs for TRL, axolotl and LLaMA-Factory.
 
 Each config says what the recipe's `train` and `lora` sections say, in that trainer's own words, and reads the rows from
-beside itself. The commands are run in the run folder. Which tokens are supervised is the recipe's `model.supervise`:
+beside itself. The commands are run in the run folder, which may be moved; a model that is a folder here is named by its
+absolute path, and so is a file that `extra` names. Which tokens are supervised is the recipe's `model.supervise`:
 
 * TRL: rows with one answer (or `supervise: last`) are written as prompt and completion, whose loss TRL takes over the
   completion alone; rows with several answers as `messages` with `assistant_only_loss`, which needs a template that TRL
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -26,6 +29,7 @@ from keepset.data.export import DIALECTS
 from keepset.data.turns import is_learnt
 from keepset.files import write_atomic
 from keepset.gguf import DEMO_MODELS
+from keepset.recipe import SETTINGS_FILES
 
 if TYPE_CHECKING:
     from keepset.job import Job
@@ -37,7 +41,8 @@ ANSWER = "assistant"
 
 README = """# {n} rows chosen by {label}, ready for a trainer
 
-Run these in the folder above this one. They repeat the recipe's `train` and `lora` sections; nothing is sent anywhere.
+Run these in the run folder, the one above this: `cd {folder}`. They repeat the recipe's `train` and `lora` sections;
+nothing is sent anywhere.
 
 | trainer | command |
 |---|---|
@@ -96,6 +101,7 @@ def write_trainers(job: Job, subset: Subset) -> list[str]:
         label=subset.label,
         kind="plain `text`" if all(plain) else "`messages`",
         notes=notes(model, args, kind),
+        folder=shlex.quote(str(job.run.path.resolve())),
     )
     for name, text in files.items():
         write_atomic(job.run.path / FOLDER / name, text.encode("utf-8", "surrogatepass"))
@@ -112,6 +118,13 @@ class _Model:
             from keepset.model import resolve
 
             self.path = resolve(spec)  # other tools know neither name: the converted folder
+        self.path = absolute(self.path)
+
+
+def absolute(path: Any) -> Any:
+    """The absolute path of a file or folder that is there; anything else, hub names too, as it is."""
+    there = isinstance(path, str) and Path(path).expanduser().exists()
+    return str(Path(path).expanduser().absolute()) if there else path
 
 
 def template_of(job: Job, spec: ModelSpec) -> str | None:
@@ -190,7 +203,7 @@ def trl(model: _Model, args: TrainSpec, lora: LoraSpec, seed: int, kind: str) ->
         "report_to": "none",
         "seed": seed,
         "output_dir": f"{FOLDER}/out-trl",
-        **args.extra,
+        **{k: absolute(v) if k in SETTINGS_FILES else v for k, v in args.extra.items()},
     }
 
 

@@ -91,7 +91,7 @@ def loss_against_performance(points: Sequence[dict[str, Any]]) -> list[dict[str,
             some = [p for p in points if loss in p["metrics"] and metric in p["metrics"]]
             if len(some) < 3:
                 continue
-            x, y = (np.array([p["metrics"][k] for p in some]) for k in (loss, metric))
+            x, y = (np.array([p["metrics"][k] for p in some], dtype=np.float64) for k in (loss, metric))
             link = correlations(x, y)
             if np.isnan(link.spearman):
                 continue

@@ -9,6 +9,7 @@ import typer
 
 from keepset.cli.options import RunDir, open_job
 from keepset.errors import RecipeError
+from keepset.files import write_atomic
 
 
 def init(
@@ -26,7 +27,7 @@ def init(
     if path.exists():
         raise RecipeError(f"{path} exists already; name another file")
     source = "accelerate_fsdp.yaml" if accelerate else "start.yaml"
-    path.write_text((files("keepset") / source).read_text(encoding="utf-8"), encoding="utf-8")
+    write_atomic(path, (files("keepset") / source).read_bytes())
     if accelerate:
         print(f"{path}: accelerate launch --config_file {path} -m keepset train sft --data ... --output_dir ...")
     else:

@@ -10,6 +10,7 @@ import typer
 
 from keepset.cli.train import AsJson, accuracy_lines, interval, progress
 from keepset.errors import DataError, RecipeError
+from keepset.files import json_text, write_atomic
 
 Model = Annotated[str, typer.Option("--model_name_or_path", "--model-name-or-path", help="hub name, folder or `demo`")]
 Reward = Annotated[Path | None, typer.Option("--reward", help="a reward model: what `keepset train reward` wrote")]
@@ -108,7 +109,7 @@ def judge(
              **{k: v for k, v in asdict(verdicts).items() if k not in ("preference", "verdicts")},
              "judge_heldout": heldout}  # fmt: skip
     if as_json:
-        print(json.dumps(facts))
+        print(json_text(facts))
         return
     print(f"win rate over {len(kept)} prompts: {interval(facts['raw'])}; "
           f"length-controlled: {interval(facts['length_controlled'])}")  # fmt: skip
@@ -262,10 +263,8 @@ def read_outputs(path: Path) -> dict[str, str]:
 
 def write_lines(path: Path, rows: list[Any]) -> None:
     """Write JSON lines, whole or not at all."""
-    from keepset.files import write_atomic
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_atomic(path, "".join(json_text(row) + "\n" for row in rows).encode())
 
 
 def open_reward(folder: Path, base: str | None) -> tuple[Any, Any, dict[str, Any] | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.cli.options import AsJson, Model, Quiet, RunDir, Targets, err
+from keepset.files import json_text
 
 
 def methods(
@@ -27,7 +27,7 @@ def methods(
         found = [{"name": n, "paper": method(n).paper, "formula": method(n).formula, "needs": list(method(n).needs),
                   "cost": method(n).cost, "options": {k: d for k, (_, d) in options_of(n).items()}}
                  for n in wanted]  # fmt: skip
-        print(json.dumps(found, ensure_ascii=False))
+        print(json_text(found))
         return
     console = Console()
     if name:
@@ -58,7 +58,7 @@ def overlap(
 
     result = agreement({place: stored_scores(place) for place in scorings}, budget or SHARES)
     if as_json:
-        print(json.dumps(result))
+        print(json_text(result))
     else:
         print_agreement(result, Console())
 
@@ -125,7 +125,7 @@ def inspect(
     model = ModelSpec(model_name_or_path=model_name_or_path) if model_name_or_path else None
     facts = inspect_data(data, target=target or (), evaluation=evaluation or (), model=model)
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json_text(facts))
     else:
         print_inspection(facts, Console())
 
@@ -164,7 +164,7 @@ def explain(
         if not as_json:
             print_pair_pulls(facts["pairs"], Console())
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json_text(facts))
     else:
         print_explanation(facts, Console())
 
@@ -178,6 +178,6 @@ def doctor(model_name_or_path: Model = None, as_json: AsJson = False) -> None:
 
     facts = examine(model_name_or_path)
     if as_json:
-        print(json.dumps(facts))
+        print(json_text(facts))
     else:
         print_examination(facts, Console())

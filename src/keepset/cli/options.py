@@ -68,7 +68,7 @@ def open_job(
     from keepset.run import Run
 
     path = run_dir / "recipe.yaml"
-    data: dict[str, Any] = Run(run_dir).recipe_data() if path.exists() else {"methods": []}
+    data: dict[str, Any] = Run(run_dir).recipe().model_dump(mode="json") if path.exists() else {"methods": []}
     if not path.exists() and not pool:
         raise RecipeError(f"{run_dir} is no run folder yet: name a --pool to start one")
     data["run_dir"] = str(run_dir)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
+
+from keepset.files import json_text
 
 
 class SubsetByDefault(TyperGroup):
@@ -54,7 +55,7 @@ def tell(facts: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     if not is_main():
         return
     if as_json:
-        print(json.dumps(facts))
+        print(json_text(facts))
         return
     print(f"{facts['path']}: {facts['steps']} steps, {facts['seconds']:.0f} s, last loss {facts['last_loss']:.3f}")
     for line in lines:

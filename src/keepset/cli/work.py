@@ -23,6 +23,7 @@ from keepset.cli.options import (
     open_job,
 )
 from keepset.errors import KeepsetError, RecipeError
+from keepset.files import json_text
 
 
 def run(
@@ -71,7 +72,7 @@ def plan(
 
     found = plan_recipe(load_recipe(recipe), console=err)
     if as_json:
-        print(json.dumps(found))
+        print(json_text(found))
     else:
         print_plan(found, Console())
 
@@ -138,7 +139,7 @@ def score(
     if as_json:
         scored = table.num_rows - table["score"].null_count
         quarantined = job.pool.n_in - scored
-        print(json.dumps({"label": spec.label, "rows_in": job.pool.n_in, "scored": scored, "quarantined": quarantined,
+        print(json_text({"label": spec.label, "rows_in": job.pool.n_in, "scored": scored, "quarantined": quarantined,
                           "file": str(run_dir / "scores" / f"{spec.label}.parquet")}))  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def select(
         if out is not None:
             write_subset(job.pool, job.usable[subset.indices], out, to=to)
     if as_json:
-        print(json.dumps({"name": subset.name, "rows": subset.n_rows, "tokens": subset.n_tokens}))
+        print(json_text({"name": subset.name, "rows": subset.n_rows, "tokens": subset.n_tokens}))
 
 
 def evaluate(
@@ -220,7 +221,7 @@ def evaluate(
         summary, base = evaluate_final(job, learner, "base", None, None)
         if subset != "base":
             summary, _ = evaluate_final(job, learner, subset, seed, base)
-    print(json.dumps(summary, indent=1))
+    print(json_text(summary, indent=1))
 
 
 def compare(
@@ -246,7 +247,7 @@ def compare(
         result = compare_cells(job, evaluated_cells(job))
         record(job, diagnose_comparison(result), anew=COMPARED)
     if as_json:
-        print(json.dumps(result))
+        print(json_text(result))
     else:
         print_comparison(result, Console())
         if more:
@@ -271,7 +272,7 @@ def reproduce(
     folder = (manifest if manifest.is_dir() else manifest.parent).resolve()
     result = run_again(manifest, run_dir or folder.with_name(folder.name + "-again"), console=err)
     if as_json:
-        print(json.dumps(result))
+        print(json_text(result))
     else:
         print_reproduction(result, Console())
     if not result["equal"]:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import gzip
 import io
 import json
 import logging
+import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from keepset.data.originals import original_rows
 from keepset.data.pool import Message, Pool
 from keepset.errors import DataError
 
@@ -53,27 +57,34 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
     chosen = pool.take(indices)
     if to is not None and to not in DIALECTS and to not in CONTAINERS.values():
         raise DataError(f"to '{to}' is not known; known: {', '.join([*dict.fromkeys(CONTAINERS.values()), *DIALECTS])}")
-    texts = row_texts(chosen, to if to in DIALECTS else None)
-    container = container_of(path) or _own_container(chosen)
-    if to is not None and to not in DIALECTS:
-        container = to
+    container = to if to is not None and to not in DIALECTS else container_of(path) or _own_container(chosen)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if part.is_symlink():  # opening it would write where it leads
             part.unlink()
         if container == "parquet":
-            schema = _own_schema(chosen) if to not in DIALECTS else None
-            pq.write_table(rows_table(texts, schema), part)
+            table = rows_table(_texts(chosen, to)) if to in DIALECTS else pool_table(chosen)
+            try:
+                pq.write_table(table, part)
+            except pa.ArrowException as error:
+                raise DataError(f"{path}: Parquet can't hold it: {str(error).splitlines()[0]}; write .jsonl") from None
         else:
+            dialect = to if to in DIALECTS else _common_dialect(chosen)
+            lost = _Lost()
             with _packed(part, path) as out:
-                _WRITERS[container](texts, out)
+                _WRITERS[container](_texts(chosen, dialect), out, lost)
+            lost.say(path)
+            if dialect is None:
+                _say_bytes(chosen, path)
         with open(part, "rb+") as done:
             os.fsync(done.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, DataError) as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
@@ -91,14 +102,10 @@ def row_texts(pool: Pool, to: str | None = None) -> list[str]:
     Raises:
         DataError: a row can't be said in that dialect; the message names it.
     """
-    if to is None:
-        used = set(pool.table["file"].unique().to_pylist())
-        dialects = {info.dialect for info in pool.files if info.file in used}
-        if len(dialects) > 1 and "text" in dialects:
-            log.warning("the subset mixes plain text with chats (%s): each row is written as it came", sorted(dialects))
-        elif len(dialects) > 1:
-            log.info("the subset mixes dialects (%s): it is written as messages", ", ".join(sorted(dialects)))
-            to = "messages"
+    return _texts(pool, to or _common_dialect(pool))
+
+
+def _texts(pool: Pool, to: str | None) -> list[str]:
     if to is None:
         found: list[str] = pool.table["raw"].to_pylist()
         return found
@@ -111,6 +118,18 @@ def row_texts(pool: Pool, to: str | None = None) -> list[str]:
             place = f"{pool.table['file'][k].as_py()}:{pool.table['line'][k].as_py()}"
             raise DataError(f"{place}: can't be written as {to}: {error}") from None
     return texts
+
+
+def _common_dialect(pool: Pool) -> str | None:
+    """Return `messages` for rows that mix dialects; None where each row is written as it came."""
+    used = set(pool.table["file"].unique().to_pylist())
+    dialects = {info.dialect for info in pool.files if info.file in used}
+    if len(dialects) > 1 and "text" in dialects:
+        log.warning("the subset mixes plain text with chats (%s): each row is written as it came", sorted(dialects))
+    elif len(dialects) > 1:
+        log.info("the subset mixes dialects (%s): it is written as messages", ", ".join(sorted(dialects)))
+        return "messages"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------- dialects
@@ -180,11 +199,63 @@ def _own_container(pool: Pool) -> str:
     return {"arrow": "parquet", "hub": "parquet"}.get(name, name)
 
 
-def _own_schema(pool: Pool) -> pa.Schema | None:
+#: What a text must hold to hold a number that JSON, or readers of it, have no word for.
+_DOUBTFUL = re.compile(r"NaN|Infinity|\d{19}")
+
+
+class _Lost:
+    """Makes rows of Parquet valid JSON that every reader reads alike, and counts what that changes."""
+
+    def __init__(self) -> None:
+        self.nulls: Counter[str] = Counter()
+        self.texts: Counter[str] = Counter()
+
+    def text(self, text: str) -> str:
+        """Return the row's own text, or, where a number needs it, the row written anew."""
+        if not _DOUBTFUL.search(text):
+            return text
+        row = json.loads(text)
+        said = {name: self.value(value, name) for name, value in row.items()}
+        return text if said == row else json.dumps(said, ensure_ascii=False, allow_nan=False)
+
+    def value(self, value: Any, column: str) -> Any:
+        """Return a value with null for NaN and infinity, and text for an integer beyond signed 64 bits."""
+        if isinstance(value, float) and not math.isfinite(value):
+            self.nulls[column] += 1
+            return None
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            self.texts[column] += 1
+            return str(value)
+        if isinstance(value, list):
+            return [self.value(v, column) for v in value]
+        return {k: self.value(v, column) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def say(self, path: str | Path) -> None:
+        """Print what was changed, by column."""
+        for found, told in (
+            (self.nulls, "NaN or infinite, which JSON has no word for: written as null"),
+            (self.texts, "beyond signed 64 bits, which JSON readers change: written as text"),
+        ):
+            if found:
+                columns = ", ".join(f"'{name}' {n}" for name, n in found.items())
+                log.warning("%s: values of %s are %s (.parquet keeps them)", path, columns, told)
+
+
+def _say_bytes(pool: Pool, path: Path) -> None:
     used = set(pool.table["file"].unique().to_pylist())
-    schemas = [info.schema for info in pool.files if info.file in used]
-    same = schemas and schemas[0] is not None and all(s is not None and s.equals(schemas[0]) for s in schemas)
-    return schemas[0] if same else None
+    schemas = [info.schema for info in pool.files if info.file in used and info.schema is not None]
+    names = dict.fromkeys(f.name for schema in schemas for f in schema if _has_bytes(f.type))
+    if names:
+        told = ", ".join(f"'{name}'" for name in names)
+        log.warning("%s: bytes of %s are written as base64 text (.parquet keeps them)", path, told)
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.DictionaryType):
+        return _has_bytes(kind.value_type)
+    own = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    inner = [kind.field(k).type for k in range(kind.num_fields)]
+    return own or pa.types.is_fixed_size_binary(kind) or any(map(_has_bytes, inner))
 
 
 @contextmanager
@@ -204,26 +275,28 @@ def _packed(part: Path, path: Path) -> Iterator[Any]:
             yield plain
 
 
-def _write_jsonl(texts: Iterable[str], out: Any) -> None:
+def _write_jsonl(texts: Iterable[str], out: Any, lost: _Lost) -> None:
     for text in texts:
-        out.write(text.encode("utf-8") + b"\n")
+        out.write(lost.text(text).encode("utf-8") + b"\n")
 
 
-def _write_json(texts: Iterable[str], out: Any) -> None:
+def _write_json(texts: Iterable[str], out: Any, lost: _Lost) -> None:
     out.write(b"[")
     for k, text in enumerate(texts):
-        out.write((b",\n" if k else b"\n") + text.encode("utf-8"))
+        out.write((b",\n" if k else b"\n") + lost.text(text).encode("utf-8"))
     out.write(b"\n]\n")
 
 
-def _write_csv(texts: Iterable[str], out: Any, delimiter: str = ",") -> None:
+def _write_csv(texts: Iterable[str], out: Any, lost: _Lost, delimiter: str = ",") -> None:
     rows = [json.loads(text) for text in texts]
     names = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, delimiter=delimiter, lineterminator="\n")
+    # before Python 3.13 a CR is quoted only where it belongs to the line's end
+    lines = SimpleNamespace(write=lambda line: buffer.write(line.removesuffix("\r\n") + "\n"))
+    writer = csv.writer(lines, delimiter=delimiter, lineterminator="\r\n")
     writer.writerow(names)
     for row in rows:
-        writer.writerow([_cell(row.get(name)) for name in names])
+        writer.writerow([_cell(row.get(name), name, lost) for name in names])
         if buffer.tell() > 2**20:
             out.write(buffer.getvalue().encode("utf-8"))
             buffer.seek(0)
@@ -231,11 +304,11 @@ def _write_csv(texts: Iterable[str], out: Any, delimiter: str = ",") -> None:
     out.write(buffer.getvalue().encode("utf-8"))
 
 
-def _write_tsv(texts: Iterable[str], out: Any) -> None:
-    _write_csv(texts, out, "\t")
+def _write_tsv(texts: Iterable[str], out: Any, lost: _Lost) -> None:
+    _write_csv(texts, out, lost, "\t")
 
 
-_WRITERS: dict[str, Callable[[Iterable[str], Any], None]] = {
+_WRITERS: dict[str, Callable[[Iterable[str], Any, _Lost], None]] = {
     "jsonl": _write_jsonl,
     "json": _write_json,
     "csv": _write_csv,
@@ -243,60 +316,75 @@ _WRITERS: dict[str, Callable[[Iterable[str], Any], None]] = {
 }
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, column: str, lost: _Lost) -> str:
     if value is None:
         return ""
+    if isinstance(value, (dict, list)):  # the cell is read as JSON again
+        value = lost.value(value, column)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def rows_table(texts: Sequence[str], schema: pa.Schema | None = None) -> pa.Table:
+def pool_table(pool: Pool) -> pa.Table:
+    """Return a pool's rows as a table for Parquet, with their own columns: `original_rows`, else `rows_table`.
+
+    What Parquet has no type for (an interval, a union) is written as it stands in JSON; which columns is said.
+
+    Raises:
+        DataError: a Parquet, Arrow or hub file is no longer what was read.
+    """
+    dialect = _common_dialect(pool)
+    found = original_rows(pool) if dialect is None else None
+    if found is None:
+        used = set(pool.table["file"].unique().to_pylist())
+        if dialect is None and any(info.batches is not None for info in pool.files if info.file in used):
+            log.warning("the rows' files have columns of other types: they are inferred, dates and bytes become text")
+        return rows_table(_texts(pool, dialect))
+    foreign = [k for k, field in enumerate(found.schema) if not _in_parquet(field)]
+    if foreign:
+        rows = [json.loads(text) for text in pool.table["raw"].to_pylist()]
+        for k in foreign:
+            field = found.schema.field(k)
+            log.warning("column '%s': Parquet has no %s: it is written as it stands in JSON", field.name, field.type)
+            found = found.set_column(k, field.name, _inferred(field.name, [row[field.name] for row in rows]))
+    return found
+
+
+def _in_parquet(field: pa.Field) -> bool:
+    try:
+        pq.write_table(pa.schema([field]).empty_table(), pa.BufferOutputStream())
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def rows_table(texts: Sequence[str]) -> pa.Table:
     """Turn rows' JSON texts into an Arrow table with their own columns, in the order they first stand.
 
-    Args:
-        texts: one JSON object each.
-        schema: the types the columns had, if the rows came from Parquet or Arrow; else they are inferred, and a column
-            whose values have no common type is kept as JSON text.
+    Types are inferred; a column whose values have no common type is kept as JSON text.
     """
     rows = [json.loads(text) for text in texts]
-    names = list(schema.names) if schema is not None else list(dict.fromkeys(name for row in rows for name in row))
-    columns = []
-    for name in names:
-        values = [row.get(name) for row in rows]
-        columns.append(_typed(name, values, schema.field(name).type) if schema is not None else _inferred(name, values))
-    if schema is not None and all(c.type == f.type for c, f in zip(columns, schema, strict=True)):
-        return pa.table(columns, schema=schema)
-    return pa.table(columns, names=names)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pa.table([_inferred(name, [row.get(name) for row in rows]) for name in names], names=names)
 
 
-def write_parquet(texts: Sequence[str], path: str | Path, schema: pa.Schema | None = None) -> None:
+def write_parquet(texts: Sequence[str], path: str | Path) -> None:
     """Write rows' JSON texts as Parquet with their original columns, for `load_dataset`; whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(rows_table(texts, schema), part)
+    pq.write_table(rows_table(texts), part)
     os.replace(part, path)
-
-
-def pool_schema(pool: Pool) -> pa.Schema | None:
-    """Return the Arrow schema all of the pool's files share, or None (JSON and CSV have none)."""
-    return _own_schema(pool)
 
 
 def _inferred(name: str, values: list[Any]) -> pa.Array:
     try:
-        return pa.array(values)
+        found = pa.array(values)
+        if _in_parquet(pa.field(name, found.type)):
+            return found
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        log.warning("column '%s' mixes types, which Parquet can't hold: it is written as JSON text", name)
-        return pa.array([None if v is None else json.dumps(v, ensure_ascii=False) for v in values], pa.string())
-
-
-def _typed(name: str, values: list[Any], kind: pa.DataType) -> pa.Array:
-    try:
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            return pa.array([None if v is None else base64.b64decode(v) for v in values], kind)
-        if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
-            return pa.array(values, pa.string()).cast(kind)
-        return pa.array(values, kind)
-    except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        log.warning("column '%s' of type %s can't be written back as such: its type is inferred", name, kind)
-        return _inferred(name, values)
+        pass
+    log.warning("column '%s' mixes types, which Parquet can't hold: it is written as JSON text", name)
+    lost = _Lost()
+    texts = [None if v is None else json.dumps(lost.value(v, name), ensure_ascii=False) for v in values]
+    lost.say(name)
+    return pa.array(texts, pa.string())

@@ -16,6 +16,8 @@ from keepset.data.streams import MAX_ROW, StreamDamaged, skip_bom
 RawRow = tuple[int, str, dict[str, Any]]
 
 _CHUNK = 2**20
+#: White space of JSON, and the byte-order mark: one stands before each file of several that were put together.
+_AROUND = " \t\r\n\ufeff"
 
 
 def read_json(stream: io.BufferedReader, file: str) -> Iterator[RawRow | Quarantined]:
@@ -69,14 +71,16 @@ def _lines(stream: io.BufferedReader, file: str, first: bytes, line: int) -> Ite
                 while (more := readline(_CHUNK)) and not more.endswith(b"\n"):
                     pass
             else:
-                text = data.decode("utf-8").strip(" \t\r\n")
+                text = data.decode("utf-8").strip(_AROUND)
                 if text:
                     yield line, text, parse_row(text)
         except UnicodeDecodeError as error:
             problem = ("invalid-utf8", f"byte 0x{data[error.start]:02x} at {error.start + 1} is not UTF-8")
         except RowProblem as bad:
             problem = (bad.reason, bad.detail)
-            if bad.reason == "bad-json" and not data.endswith(b"\n") and data.lstrip()[:1] == b"{":
+            if b"\r" in data.strip() and b"\n" not in data.strip():
+                problem = (bad.reason, "lines end in CR alone (old Mac): convert them: tr '\\r' '\\n' < OLD > NEW")
+            elif bad.reason == "bad-json" and not data.endswith(b"\n") and data.lstrip()[:1] == b"{":
                 problem = ("truncated-line", f"the file stops in the middle of its last row: {bad.detail}")
         except StreamDamaged as error:
             problem = ("truncated-archive", str(error))
@@ -92,7 +96,7 @@ def _lines(stream: io.BufferedReader, file: str, first: bytes, line: int) -> Ite
 
 _INSIDE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\],]', re.DOTALL)
-_SPACE = re.compile(rb"[ \t\r\n]*+")
+_SPACE = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*+")
 _INDENT = re.compile(rb"\n([ \t]*)\{")
 
 
@@ -266,7 +270,7 @@ class _Elements:
     def _after(self) -> Iterator[Quarantined]:
         start = self._skip_space()
         if start is not None:
-            detail = "something follows the array's closing ]"
+            detail = "something follows the array's closing ]; of several files put together, give each by itself"
             yield Quarantined(
                 self.file, self._line_at(start), "trailing-data", detail, excerpt(self.buffer[start : start + 400])
             )

@@ -64,6 +64,9 @@ def parse_row(text: str) -> dict[str, Any]:
     except RecursionError:
         raise RowProblem("too-deep", f"nested more than {MAX_DEPTH} levels") from None
     if end != len(text):
+        if text[end:].lstrip().startswith("\ufeff"):
+            told = "a byte-order mark: two files were put together without a line break"
+            raise RowProblem("bad-json", f"after the JSON value, at character {end + 1}, stands {told}")
         raise RowProblem("bad-json", f"something follows the JSON value at character {end + 1}")
     if type(row) is not dict:
         raise RowProblem("not-an-object", f"a JSON {_kind(row)}, not an object")

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from keepset.data.fields import is_tree
 from keepset.data.jsonfiles import RawRow
 from keepset.data.readers import OpenFile, open_all, stem
 from keepset.data.reasons import FileRefused, Quarantined, excerpt
+from keepset.data.tables import Batches
 from keepset.errors import DataError, did_you_mean
 from keepset.recipe import DataSpec
 
@@ -26,13 +27,17 @@ _PEEK = 64
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """What was found out about one file that was read; the export writes in this form again."""
+    """What was found out about one file that was read; the export writes in this form again.
+
+    An Arrow container has a schema and `batches`, which reads its rows again as they stand there.
+    """
 
     file: str
     container: str
     dialect: str
     columns: tuple[str, ...]
     schema: pa.Schema | None
+    batches: Batches | None = field(default=None, compare=False, repr=False)
 
 
 def as_specs(specs: Specs) -> list[DataSpec]:
@@ -83,7 +88,7 @@ def incoming(spec: DataSpec, *, pairs_first: bool) -> Iterator[Incoming]:
         objects = [item[2] for item in head if isinstance(item, tuple)]
         dialect = forced or _dialect_of(opened, objects, pairs_first=pairs_first)
         columns = tuple(dict.fromkeys(key for row in objects for key in row))
-        info = FileInfo(opened.file, opened.container, dialect, columns, opened.schema)
+        info = FileInfo(opened.file, opened.container, dialect, columns, opened.schema, opened.batches)
         counted = _Counted(itertools.chain(head, rows))
         yield Incoming(info, counted)
         if left is not None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from keepset.data.jsonfiles import RawRow, read_json
 from keepset.data.reasons import FileRefused, Quarantined
 from keepset.data.streams import open_bytes
-from keepset.data.tables import read_arrow, read_csv, read_hub, read_parquet, saved_dataset_files
+from keepset.data.tables import Batches, open_arrow, open_hub, open_parquet, read_csv, saved_dataset_files, table_rows
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED = (".gz", ".zst")
@@ -23,12 +23,13 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(:[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """One file's rows on their way: where from, which container, the Arrow schema if the container has one."""
+    """One file's rows on their way: where from, which container; if it is Arrow's, its schema and its rows as such."""
 
     file: str
     container: str
     schema: pa.Schema | None
     rows: Iterator[RawRow | Quarantined]
+    batches: Batches | None = None
 
 
 def stem(path: str) -> str:
@@ -64,8 +65,7 @@ def open_all(path: str, split: str) -> Iterator[OpenFile]:
         for file in saved if saved is not None else folder_files(place, split):
             yield open_one(file)
     elif _HUB.fullmatch(path) and not is_data_file(path):
-        schema, rows = read_hub(path, split)
-        yield OpenFile(path, "hub", schema, rows)
+        yield _arrow(path, "hub", *open_hub(path, split))
     else:
         raise FileRefused(path, "no-such-file", f"no such file or folder{_near(place)}")
 
@@ -81,8 +81,11 @@ def open_one(path: str) -> OpenFile:
     if path == "-":
         raise FileRefused(name, "unknown-container", f"{container} can't be read from standard input; name the file")
     stream.close()
-    schema, rows = read_parquet(path) if container == "parquet" else read_arrow(path)
-    return OpenFile(name, container, schema, rows)
+    return _arrow(name, container, *(open_parquet(path) if container == "parquet" else open_arrow(path)))
+
+
+def _arrow(name: str, container: str, schema: pa.Schema, batches: Batches) -> OpenFile:
+    return OpenFile(name, container, schema, table_rows(batches, name), batches)
 
 
 def _json_container(path: str) -> str:

@@ -166,10 +166,11 @@ def _refuse_foreign(name: str, head: bytes) -> None:
         if head.startswith(magic):
             raise FileRefused(name, "unknown-container", f"the file {told}")
     if head.startswith(_UTF16) or (len(head) >= 4 and (head[1:4:2] == b"\0\0" or head[0:3:2] == b"\0\0")):
-        raise FileRefused(name, "utf-16", "the text is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW")
+        told = "UTF-32" if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else "UTF-16"
+        raise FileRefused(name, "utf-16", f"the text is {told}; convert it: iconv -f {told} -t UTF-8 OLD > NEW")
 
 
 def skip_bom(stream: io.BufferedReader) -> None:
-    """Step over a UTF-8 byte-order mark."""
-    if stream.peek(3)[:3] == b"\xef\xbb\xbf":
+    """Step over a UTF-8 byte-order mark (or several: an empty file with one, put before another)."""
+    while stream.peek(3)[:3] == b"\xef\xbb\xbf":
         stream.read(3)

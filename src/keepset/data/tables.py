@@ -8,7 +8,9 @@ import datetime
 import decimal
 import io
 import json
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,12 @@ _BATCH = 2048
 
 
 def _plain(value: Any) -> Any:
-    """Give JSON a word for what Arrow knows and JSON doesn't (the column's type is kept aside for writing back)."""
+    """Give JSON a word for what Arrow knows and JSON doesn't (Parquet is written from the file's own rows)."""
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
-    if isinstance(value, (decimal.Decimal, datetime.timedelta)):
+    if isinstance(value, (decimal.Decimal, datetime.timedelta, uuid.UUID)):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
@@ -61,18 +63,21 @@ def read_csv(stream: io.BufferedReader, file: str) -> Iterator[RawRow | Quaranti
 
     Every cell is text; chats in it are JSON, which the dialects read.
 
+    A first column without a name (pandas' index) is kept under the name it has, which is empty.
+
     Raises:
-        FileRefused: no header, or a header with empty or repeated names.
+        FileRefused: no header, a header with empty or repeated names, or one that another separator divides.
     """
     skip_bom(stream)
     csv.field_size_limit(MAX_ROW)
     # surrogateescape keeps one bad byte from costing the whole file: the row that holds it is quarantined
-    lines = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    lines = _Lines(io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=""))
     separator = "\t" if ".tsv" in file.lower() else ","
     reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
+        lines.row_starts, lines.marked = True, False
         try:
             cells = next(reader)
         except StopIteration:
@@ -87,16 +92,61 @@ def read_csv(stream: io.BufferedReader, file: str) -> Iterator[RawRow | Quaranti
             continue
         if header is None:
             header = cells
-            if any("\udc80" <= c <= "\udcff" or c == "\0" for c in "".join(cells)):
-                raise FileRefused(
-                    file, "no-header", "the header line holds bytes that are not UTF-8, or NUL", line=line
-                )
-            if len(set(cells)) != len(cells) or not all(c.strip() for c in cells):
-                raise FileRefused(file, "no-header", "the header line has empty or repeated column names", line=line)
+            problem = _header_problem(cells, separator)
+            if problem:
+                raise FileRefused(file, "no-header", problem, line=line)
             continue
+        if lines.marked:
+            if cells != header:
+                detail = "a byte-order mark and other columns stand here: files were put together; give each by itself"
+                raise FileRefused(file, "no-header", detail, line=line)
+            continue  # the same header again
         yield _csv_row(file, line, header, cells)
     if header is None:
         raise FileRefused(file, "empty-file", "the file holds no rows")
+
+
+class _Lines:
+    """Lines of a CSV file; a byte-order mark where a row starts is taken off and noted (files put together)."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.lines, self.row_starts, self.marked = lines, False, False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        if self.row_starts and line.startswith("\ufeff"):
+            line, self.marked = line.lstrip("\ufeff"), True
+        self.row_starts = False
+        return line
+
+
+def _header_problem(cells: list[str], separator: str) -> str | None:
+    """Say what is wrong with a header line, and what to do."""
+    if any("\udc80" <= c <= "\udcff" or c == "\0" for c in "".join(cells)):
+        return "the header line holds bytes that are not UTF-8, or NUL"
+    unnamed = [k for k, c in enumerate(cells) if not c.strip()]
+    if unnamed and unnamed != [0]:
+        places = ", ".join(str(k + 1) for k in unnamed)
+        remedy = "name them in the header line, or leave them out (pandas' index: to_csv(..., index=False))"
+        return f"of {len(cells)} columns those at {places} have no name: {remedy}"
+    repeated = next((c for c in cells if cells.count(c) > 1), None)
+    if repeated is not None:
+        return f"two columns are named '{repeated[:40]}'; rename one in the header line"
+    if len(cells) > 1:
+        return None
+    other = next((c for c in ("\t", ";", ",", "|") if c != separator and c in cells[0]), None)
+    if other is None:
+        return None
+    shown, ours = ("a tab" if c == "\t" else f"'{c}'" for c in (other, separator))
+    remedy = "name the file .tsv" if other == "\t" else "name the file .csv" if other == "," else "write it anew"
+    return f"the columns are divided by {shown}, not by {ours}: {remedy}, or: {_convert(other, separator)}"
+
+
+def _convert(other: str, separator: str) -> str:
+    return f"pandas.read_csv(OLD, sep={other!r}).to_csv(NEW, sep={separator!r}, index=False)"
 
 
 def _csv_row(file: str, line: int, header: list[str], cells: list[str]) -> RawRow | Quarantined:
@@ -123,17 +173,45 @@ def _csv_row(file: str, line: int, header: list[str], cells: list[str]) -> RawRo
 # ------------------------------------------------------------------------------------------------ Parquet and Arrow
 
 
-def _batch_rows(batch: pa.RecordBatch, line: int, file: str) -> Iterator[RawRow | Quarantined]:
+def _said(kind: pa.DataType, wanted: Callable[[pa.DataType], bool]) -> pa.DataType:
+    """Return the type with text in place of those that are `wanted`, at any depth."""
+    said = partial(_said, wanted=wanted)
+    if wanted(kind) or (pa.types.is_dictionary(kind) and wanted(kind.value_type)):
+        return pa.string()
+    if pa.types.is_struct(kind):
+        return pa.struct([f.with_type(said(f.type)) for f in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(said(kind.key_type), said(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(said(kind.value_type), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(said(kind.value_type))
+    return kind
+
+
+def _as_text(batch: pa.RecordBatch, wanted: Callable[[pa.DataType], bool]) -> pa.RecordBatch:
+    """Cast what is `wanted` to text; Arrow writes every time it can hold, where Python's types are narrower."""
+    schema = pa.schema([field.with_type(_said(field.type, wanted)) for field in batch.schema])
+    return batch if schema.equals(batch.schema) else batch.cast(schema)
+
+
+def _nanoseconds(kind: pa.DataType) -> bool:
+    return pa.types.is_time64(kind) and kind.unit == "ns"  # datetime.time would cut it to microseconds
+
+
+def batch_rows(batch: pa.RecordBatch, line: int, file: str) -> Iterator[RawRow | Quarantined]:
+    """Yield an Arrow batch's rows; `line` is the first one's number in the file."""
     try:
+        batch = _as_text(batch, _nanoseconds)
         records = batch.to_pylist()
-    except (UnicodeDecodeError, ValueError, OverflowError):
+    except (UnicodeDecodeError, ValueError, OverflowError, pa.ArrowException):
         for k in range(batch.num_rows):
             try:
-                record = batch.slice(k, 1).to_pylist()[0]
+                record = _record(batch.slice(k, 1))
             except UnicodeDecodeError:
                 yield Quarantined(file, line + k, "invalid-utf8", "a string column holds bytes that are not UTF-8", "")
-            except (ValueError, OverflowError) as error:
-                yield Quarantined(file, line + k, "wrong-type", f"a value can't be read: {error}", "")
+            except (ValueError, OverflowError, pa.ArrowException) as error:
+                yield Quarantined(file, line + k, "wrong-type", f"a value can't be read: {_one_line(error)}", "")
             else:
                 yield object_row(line + k, record, file)
         return
@@ -141,71 +219,96 @@ def _batch_rows(batch: pa.RecordBatch, line: int, file: str) -> Iterator[RawRow 
         yield object_row(line + k, record, file)
 
 
+def _record(row: pa.RecordBatch) -> dict[str, Any]:
+    found: list[dict[str, Any]]
+    try:
+        found = _as_text(row, _nanoseconds).to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError):  # a year that Python doesn't know, or nanoseconds without pandas
+        found = _as_text(row, pa.types.is_temporal).to_pylist()
+    return found[0]
+
+
 def _schema_names(schema: pa.Schema, file: str) -> None:
     if len(set(schema.names)) != len(schema.names):
         raise FileRefused(file, "unknown-dialect", "two columns have the same name")
 
 
-def read_parquet(path: str) -> tuple[pa.Schema, Iterator[RawRow | Quarantined]]:
-    """Open a Parquet file; `line` is the row's number in the file, from 1.
+#: Opens a container's rows as Arrow batches, as often as it is called.
+Batches = Callable[[], Iterator[pa.RecordBatch]]
+
+
+def table_rows(batches: Batches, file: str) -> Iterator[RawRow | Quarantined]:
+    """Yield the rows of an Arrow container; `line` is the row's number in the file, from 1."""
+    line = 1
+    for batch in batches():
+        yield from batch_rows(batch, line, file)
+        line += batch.num_rows
+
+
+def open_parquet(path: str) -> tuple[pa.Schema, Batches]:
+    """Open a Parquet file: its schema, and its rows in batches.
 
     Raises:
-        FileRefused: `corrupt-parquet`.
+        FileRefused: `corrupt-parquet`, also while the batches are read.
     """
     try:
-        source = pq.ParquetFile(path)
-        schema = source.schema_arrow
+        with pq.ParquetFile(path) as source:
+            schema, n_rows = source.schema_arrow, source.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise FileRefused(path, "corrupt-parquet", f"not readable as Parquet: {_one_line(error)}") from None
     _schema_names(schema, path)
 
-    def rows() -> Iterator[RawRow | Quarantined]:
+    def batches() -> Iterator[pa.RecordBatch]:
         line = 1
         try:
-            with source:
+            with pq.ParquetFile(path) as source:
                 for batch in source.iter_batches(batch_size=_BATCH):
-                    yield from _batch_rows(batch, line, path)
+                    yield batch
                     line += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            lost = source.metadata.num_rows - line + 1
-            detail = f"{lost} rows from row {line} on can't be read: {_one_line(error)}"
+            detail = f"{n_rows - line + 1} rows from row {line} on can't be read: {_one_line(error)}"
             raise FileRefused(path, "corrupt-parquet", detail, line=line) from None
 
-    return schema, rows()
+    return schema, batches
 
 
-def read_arrow(path: str) -> tuple[pa.Schema, Iterator[RawRow | Quarantined]]:
-    """Open an Arrow file or stream; `line` is the row's number in the file, from 1.
+def _ipc(path: str) -> Any:
+    source = pa.memory_map(path)
+    head = source.read(6)
+    source.seek(0)
+    return pa.ipc.open_file(source) if head == b"ARROW1" else pa.ipc.open_stream(source)
+
+
+def open_arrow(path: str) -> tuple[pa.Schema, Batches]:
+    """Open an Arrow file or stream: its schema, and its rows in batches.
 
     Raises:
-        FileRefused: `corrupt-arrow`.
+        FileRefused: `corrupt-arrow`, also while the batches are read.
     """
     try:
-        source = pa.memory_map(path)
-        head = source.read(6)
-        source.seek(0)
-        reader: Any = pa.ipc.open_file(source) if head == b"ARROW1" else pa.ipc.open_stream(source)
-        schema = reader.schema
+        schema = _ipc(path).schema
     except (pa.ArrowException, OSError) as error:
         raise FileRefused(path, "corrupt-arrow", f"not readable as Arrow: {_one_line(error)}") from None
     _schema_names(schema, path)
-    count = getattr(reader, "num_record_batches", None)
 
-    def rows() -> Iterator[RawRow | Quarantined]:
+    def batches() -> Iterator[pa.RecordBatch]:
         line = 1
         try:
-            batches = (reader.get_batch(k) for k in range(count)) if count is not None else reader
-            for batch in batches:
+            reader = _ipc(path)
+            count = getattr(reader, "num_record_batches", None)
+            for batch in (reader.get_batch(k) for k in range(count)) if count is not None else reader:
                 for offset in range(0, batch.num_rows, _BATCH):
                     part = batch.slice(offset, _BATCH)
-                    yield from _batch_rows(part, line, path)
+                    yield part
                     line += part.num_rows
         except (pa.ArrowException, OSError) as error:
             raise FileRefused(
                 path, "corrupt-arrow", f"breaks off at row {line}: {_one_line(error)}", line=line
             ) from None
 
-    return schema, rows()
+    return schema, batches
 
 
 def saved_dataset_files(folder: Path, split: str) -> list[str] | None:
@@ -249,8 +352,8 @@ def _one_line(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------------------ hub
 
 
-def read_hub(path: str, split: str) -> tuple[pa.Schema | None, Iterator[RawRow | Quarantined]]:
-    """Open a hub dataset `owner/name` (or `owner/name:config`) through `datasets`; `line` is the row's number, from 1.
+def open_hub(path: str, split: str) -> tuple[pa.Schema, Batches]:
+    """Open a hub dataset `owner/name` (or `owner/name:config`) through `datasets`, as it is stored: nothing decoded.
 
     Raises:
         FileRefused: `datasets` is not installed, or the dataset can't be had (offline, no such name or split).
@@ -266,10 +369,9 @@ def read_hub(path: str, split: str) -> tuple[pa.Schema | None, Iterator[RawRow |
     except Exception as error:  # the hub client has no common base class; every failure is the user's to mend
         detail = f"no such file or folder here, and the hub gave: {type(error).__name__}: {_one_line(error)}"
         raise FileRefused(path, "no-such-file", detail) from None
-    schema = found.features.arrow_schema if getattr(found, "features", None) is not None else None
 
-    def rows() -> Iterator[RawRow | Quarantined]:
-        for k, record in enumerate(found):
-            yield object_row(k + 1, dict(record), path)
+    def batches() -> Iterator[pa.RecordBatch]:
+        for table in found.with_format("arrow").iter(batch_size=_BATCH):
+            yield from table.to_batches()
 
-    return schema, rows()
+    return found.features.arrow_schema, batches

@@ -6,6 +6,7 @@ made again. Nothing here drops a NaN: it raises, because a mean over "what was l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -318,6 +319,62 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 def holm_by_label(p_values: Mapping[str, float]) -> dict[str, float]:
     """Return `holm` of a mapping label -> p as a mapping."""
     return dict(zip(p_values, holm(list(p_values.values())).tolist(), strict=True))
+
+
+def smallest_difference(n: int, sd: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Mean difference that a two-sided paired test of n items finds with this power: (z(1 − α/2) + z(power))·sd/√n.
+
+    A normal approximation (Chow, Shao & Wang 2008, chapter 3). Of right or wrong answers sd² is at most the share of
+    items that the two systems answer differently.
+
+    Args:
+        n: items.
+        sd: standard deviation of the items' differences, in the metric's unit.
+        alpha: size of the test.
+        power: share of tests that find it.
+
+    Raises:
+        ValueError: n below 1, or a negative sd.
+    """
+    if n < 1 or not sd >= 0:
+        raise ValueError(f"power of {n} items with standard deviation {sd}: at least 1 item and no negative sd")
+    return _detectable(alpha, power) * sd / math.sqrt(n)
+
+
+def items_needed(difference: float, sd: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Least number of paired items for which `smallest_difference` is at most `difference`.
+
+    Args:
+        difference: mean difference to be found, in the metric's unit.
+        sd: standard deviation of the items' differences.
+        alpha: size of the test.
+        power: share of tests that find it.
+
+    Raises:
+        ValueError: a difference that is not positive, or a negative sd.
+    """
+    if not difference > 0 or not sd >= 0:
+        raise ValueError(
+            f"items for a difference of {difference} with standard deviation {sd}: a positive one and no negative sd"
+        )
+    return max(1, math.ceil((_detectable(alpha, power) * sd / difference) ** 2 - 1e-9))
+
+
+def accuracy_power(n: int, *, alpha: float = 0.05, power: float = 0.8) -> tuple[float, float] | None:
+    """Smallest difference of two accuracies on n items: at best, and where the answers are independent coin flips.
+
+    With c = z(1 − α/2) + z(power): at best the systems differ on no items but those that make the difference δ, so that
+    sd² = δ and δ = c²/n; two independent systems at an accuracy of ½ differ on half of the items, sd² = ½.
+
+    Returns:
+        Both, the smaller first; None where n is too small for either (below 16 items at the defaults).
+    """
+    independent = smallest_difference(n, math.sqrt(0.5), alpha=alpha, power=power) if n else math.inf
+    return None if independent > 0.5 else (smallest_difference(n, 1.0, alpha=alpha, power=power) ** 2, independent)
+
+
+def _detectable(alpha: float, power: float) -> float:
+    return float(stats.norm.isf(alpha / 2) + stats.norm.ppf(power))
 
 
 def win_tie_loss(a: ArrayLike, b: ArrayLike, *, margin: float = 0.0) -> tuple[int, int, int]:

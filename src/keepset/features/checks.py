@@ -244,9 +244,11 @@ def _head(inner: Any, decoder: str, rows: list[Probe], truth: _Truth) -> Any:
         nll = nn.functional.cross_entropy(own[1].float(), labels, reduction="none")
         if not _close(nll, torch.cat(truth.nll), share):
             return None
-        # Also at fifty times the size: a soft cap far above a small model's logits would not be seen.
-        if output is not None and all(_close(mapping(output(states * k)), z, share) for k, z in own.items()):
-            return "linear"
+        try:  # also at fifty times the size: a soft cap far above a small model's logits would not be seen
+            if output is not None and all(_close(mapping(output(states * k)), z, share) for k, z in own.items()):
+                return "linear"
+        except RuntimeError as error:  # layers between the states and the output embeddings: another width
+            log.debug("%s: no linear head: %s", _name(inner), _line(error))
     return "own"
 
 

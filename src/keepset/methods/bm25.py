@@ -5,7 +5,8 @@
     S(z)    = max_j mean_{q in task j} s(q, z)
 
 z: a row's text; q: the words of a target prompt (or prompt and chosen answer), a repeated word counting each time; N
-rows, df(t) of them with word t. Words are `\\w+` of the lower-cased text; no stop words, no stemming: both are English.
+rows, df(t) of them with word t. Words are those of `text.py`; in scripts without spaces, characters and pairs of
+neighbouring ones. No stop words, no stemming: both are English.
 
 Only the queries' words need postings, so the index holds these plus one "any other word": same scores, a small index.
 s is linear in the query's word counts, so a task's mean is one sparse product.
@@ -22,7 +23,7 @@ import numpy as np
 from scipy import sparse
 
 from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
-from keepset.methods.text import chunks, hash_tokens
+from keepset.methods.text import chunks, hash_terms
 
 
 def bm25(
@@ -59,7 +60,7 @@ def bm25(
     if len(queries) != len(tasks):
         raise ValueError(f"{len(queries)} queries but {len(tasks)} tasks")
     names, column = task_columns(np.arange(len(queries)) if per == "query" else tasks)
-    hashed = hash_tokens(queries)
+    hashed = hash_terms(queries)
     vocabulary, terms = np.unique(hashed.values, return_inverse=True)
     of_query = np.repeat(np.arange(len(queries)), np.diff(hashed.offsets))
     share = (1.0 / np.bincount(column))[column[of_query]]  # so that a column is its queries' mean
@@ -89,7 +90,7 @@ class _TermIds:
     def __init__(self, docs: Sequence[str], vocabulary: np.ndarray) -> None:
         numbers, counts = [], []
         for part in chunks(docs):
-            hashed = hash_tokens(part)
+            hashed = hash_terms(part)
             place = np.searchsorted(vocabulary, hashed.values)
             place[place == len(vocabulary)] = 0
             known = vocabulary[place] == hashed.values if len(vocabulary) else np.zeros(len(place), bool)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from keepset.methods.text import WORD_OR_PUNCTUATION, Hashes, chunks, hash_tokens, ngrams, segment_sums
+from keepset.methods.text import Hashes, chunks, hash_tokens, ngrams, patterns, segment_sums
 
 Hash = Literal["sha256", "fast"]
 Chunk = list[tuple[np.ndarray, np.ndarray]]  # per order of n-gram: buckets (t,) and the texts' offsets into them
@@ -78,13 +78,16 @@ class Sha256Buckets:
 
     def _digest(self, hashed: Hashes, places: np.ndarray, n: int) -> np.ndarray:
         """Spell the n-grams out and return SHA-256 modulo the number of buckets, (k,) int32."""
-        joined, tokens = hashed.joined, WORD_OR_PUNCTUATION.findall
-        spans = zip(hashed.starts[places].tolist(), hashed.ends[places].tolist(), strict=True)
-        texts = [joined[a:z] if n == 1 else " ".join(tokens(joined, a, z)) for a, z in spans]
+        joined = hashed.joined
+        bounds = zip(hashed.starts[places].tolist(), hashed.ends[places].tolist(), strict=True)
+        texts = [joined[a:z] for a, z in bounds]
+        if n > 1:
+            plain, full = (patterns(ascii_only)[True].findall for ascii_only in (True, False))
+            texts = [" ".join(plain(text) if text.isascii() else full(text)) for text in texts]
         digests = b"".join([sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts])
-        words = np.frombuffer(digests, dtype=">u4").reshape(-1, 8).astype(np.uint64)
-        rest = np.zeros(len(words), dtype=np.uint64)
-        for column in words.T:
+        parts = np.frombuffer(digests, dtype=">u4").reshape(-1, 8).astype(np.uint64)
+        rest = np.zeros(len(parts), dtype=np.uint64)
+        for column in parts.T:
             rest = ((rest << np.uint64(32)) | column) % np.uint64(self.n_buckets)
         return rest.astype(np.int32)
 

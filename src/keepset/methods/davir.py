@@ -9,8 +9,9 @@ DavIR is the same for summed and mean losses, since T cancels; RHO is not, so bo
 rises strictly with S below 1: one ranking, two scales. RHO-LOSS itself (arXiv 2206.07137) takes its second loss from a
 model trained on held-out data; here it is in-sample, unless the reference is cross-fitted (`cross_fit.py`).
 
-No epsilon and no clip: they would break the equivalences above. L_ini = 0 gives NaN or −inf, which the caller
-quarantines. The papers' equations were read second-hand: docs/methods.md says from where.
+No epsilon and no clip: with the one sums and means differ, with the other rows tie (docs/theory.md, 5.2). L_ini = 0
+gives NaN or −inf, which the caller quarantines. The papers' equations were read second-hand: docs/methods.md says from
+where.
 """
 
 from __future__ import annotations

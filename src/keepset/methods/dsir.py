@@ -8,7 +8,8 @@ lower-cased text (WordPunct).
 
 Followed: the authors' `data-selection` package, its buckets included (`buckets.py`). Where we deviate: noise belongs to
 content ids; no row is left out for having under 100 tokens; a target with tasks may be scored task by task; Python's
-`re` decides what a word character is (NLTK's `regex` leaves out superscripts). Counts are whole and add up over shards.
+`re` decides what a letter is (NLTK's `regex` leaves out superscripts, and takes a mark without a letter for a word);
+characters are tokens in scripts without spaces (`text.py`). Counts are whole and add up over shards.
 
 S sums over a row's n-grams, and with a small target most of them are unseen there and cost log ε each: short rows win.
 `per_token` divides by the number of n-grams; it is ours.

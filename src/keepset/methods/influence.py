@@ -99,7 +99,7 @@ def cg_solve(
             if steps == max_steps:
                 raise ValueError(
                     f"conjugate gradients: residual {np.sqrt(size / (v @ v)):.1e} after {steps} steps, wanted "
-                    f"{tolerance:.1e}; raise damping ({damping:g}) or max_steps"
+                    f"{tolerance:.1e}; raise damping ({damping:g})"
                 )
             image = product(direction) + damping * direction
             curvature = direction @ image

@@ -1,7 +1,13 @@
 """The words of a text, and their hashes for many texts at once without a Python step per word.
 
 A word is a maximal run of `\\w` characters of the lower-cased text (Unicode's letters, digits and underscore). With
-punctuation, a maximal run of other visible characters is a token too: NLTK's WordPunct, which DSIR uses.
+punctuation, a maximal run of other visible characters is a token too: NLTK's WordPunct, which DSIR uses. A combining
+mark or joiner belongs to what stands before it (Unicode's UAX 29; Python's `\\w` leaves marks out, NLTK's doesn't).
+
+Chinese, Japanese, Thai, Lao, Khmer, Burmese and the like put no spaces between words. Each of their characters, with
+its marks, is a word here, and whoever counts n-grams of words gets n-grams of characters, as with Lucene's CJKAnalyzer:
+DSIR and `ngram_vectors` take pairs, near-duplicates five, BM25 the `terms`, words and pairs of words that touch. That
+needs no dictionary and finds words of one character and of more. Korean has spaces; Tibetan marks its syllables.
 
 Hash of a token c_0 ... c_k:  mix(Σ_i T(c_i) · B^i mod 2^64),  T = a fixed random number per character, B odd. Two
 different tokens collide with a chance of about 2^-64 a pair; nothing here depends on PYTHONHASHSEED or the machine.
@@ -11,21 +17,42 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
-WORD = re.compile(r"\w+")
-WORD_OR_PUNCTUATION = re.compile(r"\w+|[^\w\s]+")
 _BASE = 0x9E3779B97F4A7C15 | 1
-_ABSENT, _WORD, _OTHER = 0, 1, 2  # classes of characters
+_ABSENT, _WORD, _OTHER, _MARK, _ALONE = range(5)  # classes of characters
+# Scripts without spaces: those that Unicode's line breaking (UAX 14) breaks by dictionary, by syllable or anywhere.
+UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\U000116d0-\U000116ff"  # Myanmar
+    "\u1780-\u17ff"  # Khmer
+    "\u1950-\u19df\u1a20-\u1aaf\uaa80-\uaadf\U00011700-\U0001174f"  # Tai Le, New Tai Lue, Tai Tham, Tai Viet, Ahom
+    "\u1b00-\u1b7f\ua980-\ua9df"  # Balinese, Javanese
+    "\u3005-\u3007\u3021-\u3029\u3031-\u303c\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Han, with the next line
+    "\U00020000-\U0003ffff"
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # Hiragana, Katakana
+    "\u3100-\u312f\u31a0-\u31bf"  # Bopomofo
+)
+JOINERS = "\u200c\u200d"  # zero-width, inside words of Persian, Hindi, Sinhala ...
 
 
-def words(text: str) -> list[str]:
+def words(text: str, *, punctuation: bool = False) -> list[str]:
     """Return the lower-cased words of one text; the plain form of what `hash_tokens` sees."""
-    return WORD.findall(text.lower())
+    return patterns(text.isascii())[punctuation].findall(text.lower())
+
+
+def terms(text: str) -> list[str]:
+    """Return the words of one text and the pairs of words that touch; the plain form of what `hash_terms` sees."""
+    lower = text.lower()
+    found = list(patterns(text.isascii())[False].finditer(lower))
+    pairs = [lower[a.start() : b.end()] for a, b in pairwise(found) if a.end() == b.start()]
+    return [match[0] for match in found] + pairs
 
 
 @dataclass(frozen=True)
@@ -41,6 +68,11 @@ class Hashes:
     def __len__(self) -> int:
         """Return the number of texts."""
         return len(self.offsets) - 1
+
+
+def count_words(texts: Iterable[str]) -> np.ndarray:
+    """Return (n,) int64: the number of words of each text."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.diff(hash_tokens(part).offsets) for part in chunks(texts))])
 
 
 def chunks(texts: Iterable[str], characters: int = 1 << 19) -> Iterator[list[str]]:
@@ -66,16 +98,21 @@ def hash_tokens(texts: Sequence[str], *, punctuation: bool = False) -> Hashes:
     """
     lower = [text.lower() for text in texts]
     joined = "\n".join(lower) + "\n"  # a line break is in no token, so no token crosses two texts
+    alone = None  # where a character of a script without spaces stands
     if joined.isascii():
         codes: np.ndarray = np.frombuffer(joined.encode("ascii"), dtype=np.uint8)
         kinds, numbers = _classes(128)[codes], _numbers(128)[codes]
     else:
         codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         kinds, numbers = _classes(sys.maxunicode + 1)[codes], _numbers(sys.maxunicode + 1)[codes]
+        if kinds.max() > _OTHER:
+            alone = _resolve(kinds)
     if not punctuation:
         kinds = np.where(kinds == _OTHER, np.uint8(_ABSENT), kinds)
     before = np.concatenate([np.zeros(1, np.uint8), kinds[:-1]])
     change = kinds != before
+    if alone is not None:
+        change |= alone
     starts = np.flatnonzero(change & (kinds != _ABSENT))
     ends = np.flatnonzero(change & (before != _ABSENT))  # every text ends in a line break, so every token has one
     powers, inverses = _powers(1 << max(10, len(codes).bit_length()))
@@ -86,6 +123,34 @@ def hash_tokens(texts: Sequence[str], *, punctuation: bool = False) -> Hashes:
     last = np.cumsum(np.fromiter((len(t) + 1 for t in lower), dtype=np.int64, count=len(lower)))
     offsets = np.concatenate([np.zeros(1, np.int64), np.searchsorted(starts, last)])
     return Hashes(values, offsets, starts, ends, joined)
+
+
+def _resolve(kinds: np.ndarray) -> np.ndarray:
+    """Give marks, in place, the class of what they stand on; return where a character is a word of its own."""
+    marks = np.flatnonzero(kinds == _MARK)
+    first = np.concatenate([[True], np.diff(marks) > 1])[: len(marks)]  # of marks in a row
+    base = (marks[first] - 1)[np.cumsum(first) - 1]
+    stands_on = np.where(base < 0, np.uint8(_ABSENT), kinds[base])
+    alone = kinds == _ALONE
+    kinds[marks] = np.where(stands_on == _ABSENT, np.uint8(_OTHER), stands_on)  # on nothing: visible, but no word
+    return alone
+
+
+def hash_terms(texts: Sequence[str]) -> Hashes:
+    """Hash the words of some texts and, behind the first of each, the pairs of words that touch (see `terms`)."""
+    tokens = hash_tokens(texts)
+    first = np.flatnonzero(tokens.ends[:-1] == tokens.starts[1:]) if not tokens.joined.isascii() else np.zeros(0, int)
+    if not len(first):
+        return tokens
+    pairs = mix(tokens.values[first] * np.uint64(_BASE) + tokens.values[first + 1])
+    offsets = tokens.offsets + np.searchsorted(first, tokens.offsets)
+    return Hashes(
+        np.insert(tokens.values, first + 1, pairs),
+        offsets,
+        np.insert(tokens.starts, first + 1, tokens.starts[first]),
+        np.insert(tokens.ends, first + 1, tokens.ends[first + 1]),
+        tokens.joined,
+    )
 
 
 def ngrams(tokens: Hashes, n: int) -> Hashes:
@@ -150,10 +215,31 @@ def _classes(size: int) -> np.ndarray:
     """Class of each code point below `size`, by Python's own `re`, so that both forms agree on every character."""
     table = np.full(size, _OTHER, dtype=np.uint8)
     everything = "".join(map(chr, range(size)))
-    for pattern, kind in ((r"\w+", _WORD), (r"\s+", _ABSENT)):
+    for pattern, kind in ((r"\w+", _WORD), (r"\s+", _ABSENT), (rf"[{UNSPACED}]+", _ALONE)):
         for match in re.finditer(pattern, everything):
-            table[match.start() : match.end()] = kind
+            run = slice(match.start(), match.end())
+            table[run] = kind if kind != _ALONE else np.where(table[run] == _WORD, kind, table[run])
+    marks = [i for i in np.flatnonzero(table == _OTHER).tolist() if unicodedata.category(chr(i))[0] == "M"]
+    table[marks] = _MARK
+    if size > 128:
+        table[[ord(c) for c in JOINERS]] = _MARK
     return table
+
+
+@lru_cache(maxsize=2)
+def patterns(ascii_only: bool) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return the expressions for words, and for words and punctuation, of lower-cased text; from the same classes."""
+    word = r"\w+"
+    if not ascii_only:
+        mark, alone = (_ranges(_classes(sys.maxunicode + 1) == kind) for kind in (_MARK, _ALONE))
+        word = rf"[^\W{alone}]+(?:[{mark}]+[^\W{alone}]*)*|[{alone}][{mark}]*"
+    return re.compile(word), re.compile(rf"{word}|[^\w\s]+")
+
+
+def _ranges(members: np.ndarray) -> str:
+    """Write a set of code points as the inside of a character class."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], members.astype(np.int8), [0]])))
+    return "".join(f"\\U{a:08x}-\\U{z - 1:08x}" for a, z in edges.reshape(-1, 2).tolist())
 
 
 @lru_cache(maxsize=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from keepset.data import load_pool
 from keepset.errors import DataError, RecipeError, did_you_mean
-from keepset.files import canonical, write_atomic
+from keepset.files import canonical, json_text, write_atomic
 from keepset.job import encode_pool
 from keepset.recipe import DataSpec, LoraSpec, ModelSpec, TrainSpec
 from keepset.train.arguments import OURS
@@ -264,5 +263,5 @@ def training_facts(result: Any) -> dict[str, Any]:
 def save_facts(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write `evaluation.json` beside the weights."""
     if is_main():
-        write_atomic(out / "evaluation.json", json.dumps(facts, indent=1).encode())
+        write_atomic(out / "evaluation.json", json_text(facts, indent=1).encode())
     return facts

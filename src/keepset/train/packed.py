@@ -57,9 +57,10 @@ class PackedCollator:
 
 def trains_packed(model: Any) -> bool:
     """Say whether the model's attention serves packed rows in training, which is without attention dropout."""
-    config = model.config.get_text_config()
-    dropout = max(float(getattr(config, name, None) or 0) for name in ("attention_dropout", "attn_pdrop"))
-    return supports_packing(model) and dropout == 0
+    config = model.config.get_text_config().to_dict()
+    # attention_dropout, attn_pdrop, attention_probs_dropout_prob ...
+    dropout = [v for k, v in config.items() if "att" in k and "drop" in k and isinstance(v, int | float)]
+    return supports_packing(model) and not any(dropout)
 
 
 def collator_for(model: Any, pad_token_id: int) -> PackedCollator:

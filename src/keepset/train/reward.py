@@ -6,7 +6,6 @@ held-out pairs comes back with it and belongs beside every verdict it gives.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from keepset.errors import DataError, ModelError
 from keepset.evaluate.judge import reward_scores
 from keepset.evaluate.preference import correct, length_matched
 from keepset.evaluate.statistics import bootstrap_ci
-from keepset.files import write_atomic
+from keepset.files import json_text, write_atomic
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.sft import TrainResult, finished, plan_of, run_trainer, trainer_arguments
 
@@ -102,7 +101,7 @@ def train_reward(
     if heldout:
         model, _ = load_reward(spec, out)
         accuracy = pair_accuracy(model, heldout, seed=seed)
-        write_atomic(out / "heldout.json", json.dumps(accuracy, indent=1).encode())
+        write_atomic(out / "heldout.json", json_text(accuracy, indent=1).encode())
     return RewardResult(train, accuracy)
 
 
