@@ -13,8 +13,13 @@ from rich.console import Console
 
 from keepset.errors import KeepsetError
 from keepset.explain_pairs import pair_pulls, print_pair_pulls, tell_without
+from keepset.files import file_digest
+from keepset.job import Job
+from keepset.recipe import parse_recipe
 from keepset.report.payload import build_payload
 from keepset.report.run_data import read_run
+from keepset.run import Run
+from keepset.scoring import score
 from keepset.why import write_why
 from tolerance import FORWARD
 
@@ -58,6 +63,33 @@ def test_doing_without_rows_really_turns_the_decision(scores, pulls):
         assert (found["score"] < found["cut"]) == row["selected"]
         assert ("out, at the cut" if row["selected"] else "in, at the cut") in tell_without(found)
     assert turned
+
+
+def test_explaining_writes_nothing(small_run, tmp_path, scores):
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    (run / "quarantine.jsonl").unlink()  # whoever scores writes it
+    before = {p: file_digest(p) for p in run.rglob("*") if p.is_file()}
+    with Run(run).lock():  # somebody else is at work in it
+        pair_pulls(run, [scores[0]["id"]], "rose")
+    assert {p: file_digest(p) for p in run.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_options_that_change_the_score_change_what_is_told(small_run, tmp_path, outside):
+    data = Run(small_run).recipe().model_dump(mode="json")
+    shutil.copytree(small_run / "models/warmup", tmp_path / "models/warmup")
+    less = {"name": "less", "shots": 1, "options": {"last": 1}}
+    data |= {"run_dir": str(tmp_path), "methods": [less], "gradients": {"last_layers": 1, "max_completion_tokens": 2}}
+    if outside:
+        data["warmup"] = {"path": str(small_run / "models/warmup")}
+    made = parse_recipe(data)
+    table = score(Job(made, console=Console(file=io.StringIO())), made.methods[0]).to_pylist()
+    for row in table[:4]:
+        facts = pair_pulls(tmp_path, [row["id"]], "less")[row["id"]]
+        assert facts["exact"] and len(facts["weights"]) == 1 and len(facts["pairs"]) == 2
+        for pair in facts["pairs"]:
+            assert pair["value"] == pytest.approx(row[f"task.{pair['task']}"], abs=1e-6)
 
 
 def test_the_printed_form(scores, pulls):

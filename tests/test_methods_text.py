@@ -1,6 +1,8 @@
 """Words, hashes, BM25 and DSIR against slow and obvious twins."""
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from hashlib import sha256
 from math import log
@@ -241,3 +243,9 @@ def test_target_aware_text_methods_find_the_planted_tenth():
     }.items():
         recall[name] = truth[np.argsort(-scores)[:40]].mean()
     assert min(recall["bm25"], recall["dsir"], recall["rds"]) >= 0.9 and recall["random"] < 0.3, recall
+
+
+def test_bm25_says_nothing_on_stderr():
+    code = "from keepset.methods.bm25 import bm25; bm25(['a b', 'c'], ['a'], ['t'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""

@@ -152,7 +152,6 @@ def test_pool_names_and_rows_never_name_files(tiny_run, tmp_path, name):
     recipe.pool = [DataSpec(path=str(pool), name=name)]
     job = Job(recipe, console=Console(quiet=True), text_only=True)
     with job.run.lock():
-        job.save_quarantine([])
         score(job, recipe.methods[0])
         choose(job, "length", "50%")
     outside = [p for p in tmp_path.rglob("*") if p.is_file() and inside not in p.parents]

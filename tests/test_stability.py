@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepset.stability import difference_noise, score_noise, stability
+from keepset import scoring
+from keepset.job import Job
+from keepset.methods.knn_shapley import shapley_of_similarities
+from keepset.stability import BANDS, difference_noise, score_noise, stability
+from keepset.subsets import scored_tokens
+from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
 
 IDS = list("abcdef")
 
@@ -85,21 +92,87 @@ def test_noise_of_a_middle_perplexity_is_the_rows_it_may_pass():
 
 def test_noise_of_each_kind_of_score():
     losses = {"score": np.array([0.5]), "loss_ini": np.array([4.0]), "loss_ref": np.array([2.0]), "n_tokens": [8]}
-    for name, want in (("davir", 1e-6), ("davir-ref", 4e-6), ("rho-sum", 6e-6), ("rho-mean", 0.75e-6), ("x", 1e-6)):
+    for name, want in (("davir", 1e-6), ("davir-ref", 4e-6), ("rho-sum", 6e-6), ("rho-mean", 0.75e-6)):
         assert score_noise(name, {}, losses)[0] == pytest.approx(want), name
     one = {"score": np.array([-0.5])}
     assert score_noise("ifd", {}, one)[0] == pytest.approx(1e-6)
     assert score_noise("rds", {}, one)[0] == pytest.approx(2e-6)
-    assert score_noise("new", {}, one, relative=1e-3)[0] == pytest.approx(0.5e-3)
+    assert score_noise("loss-ref", {}, one, relative=1e-3)[0] == pytest.approx(0.5e-3)
+    assert score_noise("el2n", {}, one)[0] == pytest.approx(1e-6)
+    assert score_noise("knn-shapley", {"k": 1}, one)[0] == pytest.approx(4e-6)
     gradients = {**one, "ckpt0.norm": np.array([30.0]), "ckpt1.norm": np.array([10.0]),
                  "ckpt0.lr": np.array([1e-3]), "ckpt1.lr": np.array([3e-3])}  # fmt: skip
     for name, options, want in (("rose", {}, 1e-6), ("rose", {"cosine": False}, 15e-6), ("tracin", {}, 6e-8)):
         assert score_noise(name, options, gradients)[0] == pytest.approx(want), name
     assert score_noise("grad-norm", {}, gradients)[0] == pytest.approx(0.5e-6)
 
+    for column in ("ckpt0.store_rms", "ckpt1.store_rms"):  # a sketch: its own error is larger
+        gradients[column] = np.array([0.01])
+    assert score_noise("rose", {}, gradients) is score_noise("tracin", {}, gradients) is None
+    assert score_noise("less", {"map": "sign"}, {**one, "ckpt0.norm": np.ones(1)}) is None
 
-METHODS = ["davir", "davir-ref", "rho-sum", "rho-mean", "perplexity", "ifd", "rose", "less", "tracin", "grad-norm",
-           "grad-cosine", "rds", "rds+", "knn-shapley"]  # fmt: skip
+
+def test_every_method_has_a_band_or_says_that_it_has_none():
+    assert set(BANDS) == set(scoring.METHODS)
+    none = {name for name, band in BANDS.items() if band is None}
+    text = {name for name, method in scoring.METHODS.items() if "text" in method.needs}
+    solves, trains = {"influence", "datainf", "ekfac"}, {"in-run-shapley", "tmc-shapley"}
+    assert none == text | solves | trains | {"forgetting"}
+    assert score_noise("influence", {}, {"score": np.array([5000.0])}) is None
+    with pytest.raises(KeyError):
+        score_noise("new", {}, {})
+
+
+LOSSES = {
+    "loss": lambda x, t: x["loss_ini"] / t,
+    "loss-ref": lambda x, t: x["loss_ref"] / t,
+    "davir": lambda x, t: 1 - x["loss_ref"] / x["loss_ini"],
+    "davir-ref": lambda x, t: x["loss_ini"] / x["loss_ref"] - 1,
+    "rho-sum": lambda x, t: x["loss_ini"] - x["loss_ref"],
+    "rho-mean": lambda x, t: (x["loss_ini"] - x["loss_ref"]) / t,
+    "davir rejected": lambda x, t: 1 - x["loss_ref.rejected"] / x["loss_ini.rejected"],
+    "davir margin": lambda x, t: x["loss_ref.rejected"] / x["loss_ini.rejected"] - x["loss_ref"] / x["loss_ini"],
+    "ifd": lambda x, t: x["loss_ini"] / x["loss_alone"],
+    "perplexity": lambda x, t: -x["loss_ini"] / t,
+}
+SIDE = {"davir rejected": {"side": "rejected"}, "davir margin": {"side": "margin"}, "perplexity": {"prefer": "low"}}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_band_is_what_noise_of_the_losses_does_and_not_much_more(name):
+    rng = np.random.default_rng(0)
+    kinds = ("loss_ini", "loss_ref", "loss_ini.rejected", "loss_ref.rejected", "loss_alone")
+    losses, n_tokens = {kind: rng.gamma(3, 20, 400) for kind in kinds}, rng.integers(2, 60, 400)
+    score = LOSSES[name](losses, n_tokens)
+    columns = {**losses, "score": score, "n_tokens": n_tokens}
+    band = score_noise(name.split()[0], SIDE.get(name, {}), columns, relative=1e-5)
+    worst = np.zeros(400)
+    for signs in itertools.product((-1, 1), repeat=len(kinds)):
+        moved = {kind: x * (1 + 1e-5 * sign) for (kind, x), sign in zip(losses.items(), signs, strict=True)}
+        worst = np.maximum(worst, np.abs(LOSSES[name](moved, n_tokens) - score))
+    assert (worst <= band * 1.001).all() and (worst >= band * 0.999).all()
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_the_band_of_knn_shapley_covers_moved_similarities(k):
+    rng = np.random.default_rng(k)
+    similarities = rng.uniform(-1, 1, 40)
+    band = score_noise("knn-shapley", {"k": k}, {"score": np.zeros(40)}, relative=5e-4)[0]
+    for _ in range(200):
+        moved = similarities + 1e-3 * rng.choice([-1, 1], 40)  # either side of a cosine carries 5e-4
+        change = np.abs(shapley_of_similarities(moved, k) - shapley_of_similarities(similarities, k))
+        assert change.max() <= band
+
+
+def test_the_tokens_of_a_mean_are_those_that_were_scored(model_folder, data, tmp_path):  # noqa: F811
+    pool = [{"path": data["pairs"], "pairs": True}]
+    made = recipe(model_folder, data, tmp_path, methods=["rho-mean"], pool=pool)
+    job = Job(made, console=quiet())
+    chosen, whole = scored_tokens(job, made.methods[0]), job.n_tokens()
+    assert chosen.tolist() == [int(row.supervised.sum()) for row, _ in job.sides[1]] and (chosen < whole).all()
+
+
+METHODS = sorted(name for name, band in BANDS.items() if band is not None)
 
 
 def test_other_batches_stay_within_the_noise_and_rows_in_doubt_are_told(tmp_path):

@@ -101,6 +101,8 @@ def test_epochs_shots_and_checkpoints_in_a_run(tmp_path):
     job = run_recipe(recipe, console=quiet, out=quiet)
     result = job.run.load_json("comparison.json")
     points = [p for f in (job.run.path / "epochs").glob("*/points.json") for p in json.loads(f.read_text())]
+    made = json.loads((job.run.path / "manifest.json").read_text())["files"]  # what `reproduce` compares
+    assert {f"epochs/{p['model']}/points.json" for p in points} == {name for name in made if name.startswith("epochs/")}
     models = {p["model"] for p in points}
     assert len(models) == 4 and len(points) == 12
     last = {p["model"]: p for p in points if p["epoch"] == 3}

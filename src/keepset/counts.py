@@ -6,13 +6,15 @@ killed and resumed; only seconds are measured.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from keepset.cost import count_tokens, flops, trained_sides
-from keepset.encoding import content_only
 from keepset.recipe import MethodSpec, TrainSpec, parse_budget
 from keepset.scoring import METHODS, options_of
 from keepset.scoring_gradients import in_run_request, influence_request, retraining_request
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from keepset.encoding import Encoded
     from keepset.finals import Learner
     from keepset.job import Job
+    from keepset.stages_gradients import InfluenceRequest
+    from keepset.stages_shapley import InRun
 
     Sides = tuple[Encoded, ...]
 
@@ -78,55 +82,121 @@ def selection_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
     def users(need: str) -> str:
         return ", ".join(m.label for m in methods if need in METHODS[m.name].needs)
 
-    content = [m for m in methods if m.options.get("end_of_turn") is False]
-    whole = ", ".join(m.label for m in methods if "losses" in METHODS[m.name].needs and m not in content)
-    if whole:
-        found.append(forward(job, "losses under the base", whole, job.rows, r"losses \(base( and reference)?\)"))
-    if content:
-        logged = r"losses \((base-content and )?reference-content\)"
-        rows = [content_only(r) for r in job.rows]
-        inner = ", ".join(m.label for m in content)
-        found.append(forward(job, "losses without ends of turns", inner, rows, logged, times=2))
+    found += loss_work(job, methods)
     if users("error-norms"):
         norms = forward(job, "error norms under the base", users("error-norms"), job.rows, r"error norms \(base\)")
         found.append(norms)
     if users("answers"):
         answers = [answer_alone(r) for r in job.rows]
         found.append(forward(job, "losses of answers alone", users("answers"), answers, r"losses \(answers alone\)"))
-    if users("reference"):
-        found += reference_work(job, [m for m in methods if "reference" in METHODS[m.name].needs])
-        both = ", ".join(m.label for m in methods if m.options.get("side", "chosen") != "chosen")
-        if both and job.rejected is not None:
-            logged = r"losses \((base-rejected and )?reference-rejected\)"
-            found.append(forward(job, "losses of the rejected sides", both, job.rejected, logged, times=2))
     trained = ", ".join(m.label for m in methods if {"warmup", "gradients"} & set(METHODS[m.name].needs))
     if trained and not recipe.warmup.path:
-        from keepset.train.warmup import pick_subset
+        from keepset.stages import warmup_rows
 
-        spec = recipe.warmup
-        seed = recipe.seed if spec.seed is None else spec.seed
-        picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
-        sides = [job.sides[1][i] for i in picked]
-        found.append(training(job, "warm-up", trained, sides, spec, "train models/warmup"))
+        sides = [job.sides[1][i] for i in warmup_rows(job)[0]]
+        found.append(training(job, "warm-up", trained, sides, recipe.warmup, "train models/warmup"))
     if users("checkpoint-losses"):
         found.append(
             forward(job, "losses at the checkpoints", users("checkpoint-losses"), job.rows,
                     r"losses \(checkpoint-\d+\)", times=checkpoints(job))
         )  # fmt: skip
-    if users("gradients"):
-        found += gradient_work(job, methods)
-    if users("in-run"):
-        found += [in_run_work(job, m) for m in methods if m.name == "in-run-shapley"]
-    if users("retraining"):
-        found += [retraining_work(job, m) for m in methods if m.name == "tmc-shapley"]
-    if users("representations"):
-        pooled: dict[str, list[str]] = {}
-        for m in methods:
-            if "representations" in METHODS[m.name].needs and not m.options.get("embedding_model"):
-                pooled.setdefault(pooling(m), []).append(m.label)
-        for how, labels in pooled.items():
-            logged = rf"representations \({how}\)"
-            found.append(forward(job, f"representations ({how})", ", ".join(labels), job.rows, logged, head=False))
+    found += gradient_work(job, methods)
+    found += [in_run_work(job, run, some) for run, some in alike(methods, "in-run", in_run_request).items()]
+    found += [retraining_work(job, some) for some in alike(methods, "retraining", same_trainings).values()]
+    found += representation_work(job, methods)
+    return found
+
+
+def alike(
+    methods: list[MethodSpec], need: str, request: Callable[[dict[str, Any]], Any]
+) -> dict[tuple[Any, int | None], list[MethodSpec]]:
+    """The methods with a need, by what they ask for and by their shots: those of one group share it."""
+    found: dict[tuple[Any, int | None], list[MethodSpec]] = {}
+    for m in methods:
+        if need in METHODS[m.name].needs:
+            found.setdefault((request(m.options), m.shots), []).append(m)
+    return found
+
+
+def same_trainings(options: dict[str, Any]) -> Any:
+    """What Monte-Carlo Shapley values must have in common to share the sets that were trained on."""
+    return replace(retraining_request(options), permutations=0, tolerance=0.0)
+
+
+def names_of(methods: list[MethodSpec]) -> str:
+    """Their labels."""
+    return ", ".join(m.label for m in methods)
+
+
+def aimed(job: Job, shots: int | None) -> Job:
+    """The job as a method with so many `shots` sees it."""
+    return job if shots is None else job.with_shots(shots)
+
+
+def loss_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
+    """Sweeps of losses under base and reference: one for each token loss, whole, without ends of turns, or rejected."""
+    from keepset.stages import SubJob, of_loss
+
+    found: list[Work] = []
+    users = [m for m in methods if "losses" in METHODS[m.name].needs]
+    reference = [m for m in users if "reference" in METHODS[m.name].needs]
+    trained = reference_training(job, names_of(reference)) if reference else []
+    for loss in dict.fromkeys(token_loss(m) for m in users):
+        some, of = [m for m in users if token_loss(m) == loss], of_loss(loss)
+        content = [m for m in some if m.options.get("end_of_turn") is False]
+        whole = [m for m in some if m not in content]
+        under = [m for m in whole if m in reference]
+        sides = [m for m in whole if m.options.get("side", "chosen") != "chosen"]
+        if whole:
+            logged = rf"losses \(base( and reference)?{of}\)"
+            found.append(forward(job, f"losses under the base{of}", names_of(whole), job.rows, logged))
+        if under or content:
+            found, trained = [*found, *trained], []
+        if under:
+            logged = rf"losses \(((base and )?reference|fold\d+){of}\)"
+            found.append(forward(job, f"losses under the reference{of}", names_of(under), job.rows, logged))
+        if content:
+            rows = SubJob(job, np.arange(len(job.ids)), end_of_turn=False).rows
+            logged = rf"losses \((base-content|(base-content and )?reference-content){of}\)"
+            stage = f"losses without ends of turns{of}"
+            found.append(forward(job, stage, names_of(content), rows, logged, times=2))
+        if sides and job.rejected is not None:
+            logged = rf"losses \((base-rejected|(base-rejected and )?reference-rejected){of}\)"
+            stage = f"losses of the rejected sides{of}"
+            found.append(forward(job, stage, names_of(sides), job.rejected, logged, times=2))
+    return found
+
+
+def token_loss(spec: MethodSpec) -> str:
+    """Which loss of a token a method sums."""
+    return str(spec.options.get("token_loss", "ce"))
+
+
+def representation_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
+    """Hidden states or embeddings of the pool, and of each target that is aimed at."""
+    found: list[Work] = []
+    users = [m for m in methods if "representations" in METHODS[m.name].needs]
+    for how in dict.fromkeys(pooling(m) for m in users if not m.options.get("embedding_model")):
+        some = [m for m in users if not m.options.get("embedding_model") and pooling(m) == how]
+        logged = rf"representations \({how}\)"
+        found.append(forward(job, f"representations ({how})", names_of(some), job.rows, logged, head=False))
+        for shots in dict.fromkeys(m.shots for m in some):
+            of, who = aimed(job, shots), names_of([m for m in some if m.shots == shots])
+            stage = f"target representations ({how}{of.aim})"
+            chosen = [pair[0] for pair in of.target_pairs[0]]
+            found.append(forward(job, stage, who, chosen, re.escape(stage), head=False))
+    for name in dict.fromkeys(str(m.options["embedding_model"]) for m in users if m.options.get("embedding_model")):
+        from keepset.features.embeddings import TextEncoder
+
+        some, encoder = [m for m in users if m.options.get("embedding_model") == name], TextEncoder(name, device="meta")
+
+        def embedded(stage: str, who: str, texts: list[str], encoder: TextEncoder = encoder) -> Work:
+            return Work(stage, who, "forward", len(texts), *encoder.cost(texts), re.escape(stage))
+
+        found.append(embedded(f"embeddings ({name})", names_of(some), job.texts()))
+        for shots in dict.fromkeys(m.shots for m in some):
+            of, who = aimed(job, shots), names_of([m for m in some if m.shots == shots])
+            found.append(embedded(f"target embeddings ({name}{of.aim})", who, of.target_texts(with_chosen=True)))
     return found
 
 
@@ -152,10 +222,14 @@ def first_supervised(row: Encoded, n: int) -> Encoded:
 
 
 def gradient_passes(job: Job) -> float:
-    """Forward-equivalents of a gradient pass: the backward part ends below the lowest layer that is looked at."""
+    """Forward-equivalents of a gradient pass over the pool; a pair's weight in its loss takes policy and reference."""
+    return target_passes(job) + (2.0 if pair_gradients(job) else 0.0)
+
+
+def target_passes(job: Job) -> float:
+    """Forward-equivalents of plain gradients: the backward part ends below the lowest layer that is looked at."""
     depth, layers = job.recipe.gradients.last_layers, job.loaded.model.config.get_text_config().num_hidden_layers
-    weighing = 2.0 if pair_gradients(job) else 0.0  # a pair's weight in its loss: policy and reference, forward
-    return weighing + (2.0 if depth is None else 1.0 + min(1.0, depth / layers))
+    return 2.0 if depth is None else 1.0 + min(1.0, depth / layers)
 
 
 def answer_alone(row: Encoded, start: int = 0) -> Encoded:
@@ -168,8 +242,12 @@ def answer_alone(row: Encoded, start: int = 0) -> Encoded:
 
 def checkpoints(job: Job) -> int:
     """How many warm-up checkpoints the scores use."""
+    from keepset.train.warmup import list_checkpoints
+
     spec = job.recipe.warmup
-    return int(np.ceil(spec.num_train_epochs)) if spec.checkpoints == "all" else 1
+    if spec.checkpoints == "last":
+        return 1
+    return len(list_checkpoints(Path(spec.path))) if spec.path else int(np.ceil(spec.num_train_epochs))
 
 
 def pooling(spec: MethodSpec) -> str:
@@ -181,86 +259,123 @@ def pooling(spec: MethodSpec) -> str:
     )
 
 
-def reference_work(job: Job, specs: list[MethodSpec]) -> list[Work]:
-    """Training the reference (or one for each fold) and scoring every row under it."""
+def reference_training(job: Job, methods: str) -> list[Work]:
+    """Training the reference, or one for each fold; none where it is from elsewhere."""
     spec, found = job.recipe.reference, []
-    methods = ", ".join(m.label for m in specs)
-    whole = ", ".join(m.label for m in specs if m.options.get("end_of_turn") is not False)
-    folds = spec.folds if spec.folds >= 2 else 0
-    if folds:
+    if spec.folds >= 2:
         from keepset.methods.cross_fit import fold_of
 
-        fold = fold_of(job.ids, folds)
-        for k in range(folds):
+        fold = fold_of(job.ids, spec.folds)
+        for k in range(spec.folds):
             rows = [r for r, f in zip(job.sides[1], fold, strict=True) if f != k]
-            folder = f"train models/reference-fold{k}"
-            found.append(training(job, f"train reference {k + 1} of {folds}", methods, rows, spec, folder))
+            stage = f"train reference {k + 1} of {spec.folds}"
+            found.append(training(job, stage, methods, rows, spec, f"train models/reference-fold{k}"))
     elif not spec.path:
         found.append(training(job, "train the reference", methods, job.sides[1], spec, "train models/reference"))
-    logged = r"losses \(((base and )?reference|fold\d+)\)"
-    return [*found, forward(job, "losses under the reference", whole, job.rows, logged)] if whole else found
-
-
-def gradient_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
-    """One pass over the pool for each map and checkpoint, and the target's gradients."""
-    from keepset.stages_gradients import curvature_rows
-
-    users = [m for m in methods if "gradients" in METHODS[m.name].needs]
-    requests = {m.label: influence_request(m.name, m.options) for m in users}
-    sides = [side for pair in job.target_pairs[0] for side in pair if side is not None]
-    chosen = [pair[0] for pair in job.target_pairs[0]]
-    found: list[Work] = []
-    target_passes = gradient_passes(job) - (2.0 if pair_gradients(job) else 0.0)
-    for map_ in dict.fromkeys(r.map for r in requests.values()):
-        # influence functions look at the last checkpoint alone
-        many = checkpoints(job) if any(r.map == map_ and r.curvature is None for r in requests.values()) else 1
-        labels = ", ".join(label for label, r in requests.items() if r.map == map_)
-        logged = rf"gradients at \S+ \({map_}\)"
-        rows = [side for row in gradient_rows(job) for side in row]
-        found.append(
-            backward(job, f"gradients ({map_}) x{many}", labels, rows, logged, passes=gradient_passes(job), times=many)
-        )
-        plain = {label: replace(r, curvature=None) for label, r in requests.items() if r.map == map_}
-        for request in dict.fromkeys(plain.values()):
-            rows = chosen if request.loss == "sft" else sides
-            labels = ", ".join(label for label, r in plain.items() if r == request)
-            stage = f"target gradients ({request.loss}) x{many}"
-            found.append(backward(job, stage, labels, rows, "", passes=target_passes, times=many))
-    for label, request in requests.items():
-        if request.curvature is not None:
-            # conjugate gradients stop by themselves: some 30 products of two passes each are assumed
-            times = {"fisher": 1, "cg": 1 + 2 * 30}.get(request.curvature.solver, 2)
-            rows = curvature_rows(job, request.curvature)
-            stage = f"curvature ({request.curvature.solver})"
-            found.append(backward(job, stage, label, rows, "", passes=target_passes, times=times))
     return found
 
 
-def in_run_work(job: Job, spec: MethodSpec) -> Work:
-    """The SGD run of in-run Shapley: every batch and the target's gradients at every step."""
+def gradient_work(job: Job, methods: list[MethodSpec]) -> list[Work]:
+    """Passes over the pool, one for each map, checkpoint and target aimed at; the targets' gradients and solves."""
+    found: list[Work] = []
+    users = [m for m in methods if "gradients" in METHODS[m.name].needs]
+    stored: set[str] = set()  # maps whose rows are in the store: later targets only read them
+    for shots in dict.fromkeys(m.shots for m in users):
+        of = aimed(job, shots)
+        requests = {m.label: influence_request(m.name, m.options) for m in users if m.shots == shots}
+        for map_ in dict.fromkeys(r.map for r in requests.values()):
+            some = {label: r for label, r in requests.items() if r.map == map_}
+            if map_ not in stored:
+                found.append(pass_work(of, map_, some))
+            if job.recipe.gradients.store:
+                stored.add(map_)
+                found += [sample_work(of, label, r) for label, r in some.items()]
+        found += target_work(of, requests)
+    return found
+
+
+def last_alone(request: InfluenceRequest) -> bool:
+    """Whether a request looks at the last checkpoint alone: influence functions."""
+    return request.curvature is not None
+
+
+def pass_work(job: Job, map_: str, requests: dict[str, InfluenceRequest]) -> Work:
+    """Gradients of the pool's rows under one map, at every checkpoint that a request looks at."""
+    many = 1 if all(last_alone(r) for r in requests.values()) else checkpoints(job)
+    logged = rf"gradients at \S+ \({map_}{job.aim}\)"
+    rows = [side for row in gradient_rows(job) for side in row]
+    stage = f"gradients ({map_}{job.aim}) x{many}"
+    return backward(job, stage, ", ".join(requests), rows, logged, passes=gradient_passes(job), times=many)
+
+
+def sample_work(job: Job, label: str, request: InfluenceRequest) -> Work:
+    """The rows that a store's estimates are held against."""
+    from keepset.stored_gradients import sample_of
+
+    rows, many = gradient_rows(job), 1 if last_alone(request) else checkpoints(job)
+    some = [rows[i][0] for i in sample_of(len(rows), job.recipe.gradients.store_sample)]
+    stage, logged = f"sample of the store ({label})", rf"sample of gradients at \S+ \({request.map}{job.aim}\)"
+    return backward(job, stage, label, some, logged, passes=gradient_passes(job), times=many)
+
+
+def target_work(job: Job, requests: dict[str, InfluenceRequest]) -> list[Work]:
+    """The target's gradients for every distinct request, whatever the map, and the solves of influence functions."""
+    from keepset.stages_gradients import curvature_cost, curvature_rows, target_cost, target_rows
+
+    found: list[Work] = []
+    plain = {label: replace(r, curvature=None, map="sgd") for label, r in requests.items()}
+    for request in dict.fromkeys(plain.values()):
+        labels = [label for label, r in plain.items() if r == request]
+        many = 1 if all(last_alone(requests[label]) for label in labels) else checkpoints(job)
+        tokens, work = target_cost(job, request)
+        how = f"{request.loss}, a {request.normalise}{job.aim}"
+        if (request.loss, request.normalise) == ("dpo", "task"):
+            how += f", beta {request.beta:g}, reference {request.reference}"
+        found.append(
+            Work(
+                f"target gradients ({how}) x{many}", ", ".join(labels), "backward",
+                len(target_rows(job, request)), tokens * many, work * many,
+                rf"target gradients at \S+ \({request.loss}{job.aim}\)",
+            )
+        )  # fmt: skip
+    for curved in dict.fromkeys(r.curvature for r in requests.values() if r.curvature is not None):
+        labels = [label for label, r in requests.items() if r.curvature == curved]
+        logged = rf"curvature at \S+ \({curved.solver}{job.aim}\)"
+        rows = len(curvature_rows(job, curved))
+        found.append(
+            Work(f"curvature ({curved.solver}{job.aim})", ", ".join(labels), "backward", rows,
+                 *curvature_cost(job, curved), logged)
+        )  # fmt: skip
+    return found
+
+
+def in_run_work(job: Job, wanted: tuple[InRun, int | None], methods: list[MethodSpec]) -> Work:
+    """The SGD run of in-run Shapley: every batch, the target's gradients at every step, its loss before and after."""
     from keepset.stages_shapley import in_run_batches, in_run_cost
 
-    run = in_run_request(spec.options)
+    run, of = wanted[0], aimed(job, wanted[1])
     batches = [[job.rows[i] for i in batch] for batch in in_run_batches(job.ids, run)]
-    costs = [in_run_cost(job, batch, run.second_order) for batch in batches]
-    tokens, work = sum(t for t, _ in costs), sum(f for _, f in costs)
-    rows = sum(len(b) for b in batches)
-    return Work(f"in-run Shapley, {len(batches)} steps", spec.label, "backward", rows, tokens, work, "in-run Shapley")
+    costs = [in_run_cost(of, batch, run.second_order) for batch in batches]
+    target = forward(of, "", "", [chosen for chosen, _ in of.target_pairs[0]], times=2)
+    tokens, work = sum(t for t, _ in costs) + target.tokens, sum(f for _, f in costs) + target.flops
+    rows, logged = sum(len(b) for b in batches), re.escape(f"in-run Shapley{of.aim}")
+    stage = f"in-run Shapley{of.aim}, {len(batches)} steps"
+    return Work(stage, names_of(methods), "backward", rows, tokens, work, logged)
 
 
-def retraining_work(job: Job, spec: MethodSpec) -> Work:
+def retraining_work(job: Job, methods: list[MethodSpec]) -> Work:
     """The trainings of Monte-Carlo Shapley, each set of players once, none cut short by the tolerance."""
     from keepset.stages_shapley import players_of, retraining_cost, retraining_sets
 
-    run = retraining_request(spec.options)
-    players = players_of(job, run)
-    sets = [[job.rows[i] for p in some for i in players[p][1]] for some in retraining_sets(len(players), run)]
-    costs = [retraining_cost(job, rows) for rows in sets]
+    of, runs = aimed(job, methods[0].shots), [retraining_request(m.options) for m in methods]
+    players = players_of(job, runs[0])
+    wanted = set[frozenset[int]]().union(*(retraining_sets(len(players), run) for run in runs))
+    sets = [[job.rows[i] for p in some for i in players[p][1]] for some in wanted]
+    costs = [retraining_cost(of, rows) for rows in sets]
     tokens, work = sum(t for t, _ in costs), sum(f for _, f in costs)
-    rows = sum(len(s) for s in sets)
-    return Work(
-        f"train {len(sets)} models (Shapley)", spec.label, "train", rows, tokens, work, r"retraining \(Shapley\)"
-    )
+    rows, logged = sum(len(s) for s in sets), rf"retraining \(Shapley{of.aim}\)"
+    stage = f"train {len(sets)} models (Shapley{of.aim})"
+    return Work(stage, names_of(methods), "train", rows, tokens, work, logged)
 
 
 def final_work(job: Job) -> list[Work]:

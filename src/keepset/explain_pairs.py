@@ -30,6 +30,7 @@ from keepset.report.run_data import RunData, read_run
 if TYPE_CHECKING:
     from keepset.encoding import Encoded
     from keepset.job import Job
+    from keepset.train.warmup import Checkpoint
 
 SHOWN = 4
 TEXT = 140  # characters of a prompt or an answer
@@ -54,17 +55,17 @@ def pair_pulls(run_dir: Path, row_ids: Sequence[str], label: str | None = None) 
         KeepsetError: no such label, row, text or checkpoint, or a method that is no cosine of gradients.
     """
     from keepset.job import Job
-    from keepset.stages import warmup_checkpoints
 
     data = read_run(Path(run_dir))
     spec, label = gradient_spec(data, label)
     assert data.recipe is not None
-    if not (data.path / "models/warmup/done.json").exists():
-        raise KeepsetError(f"{run_dir}: no warm-up checkpoints here; `keepset score {spec.name}` trains them")
     ids = [str(data.ids[find_row(data, row_id)]) for row_id in row_ids]
     job = Job(data.recipe, console=Console(quiet=True))
+    if job.recipe.train.loss != "sft" and any(pool.pairs for pool in job.recipe.pool):
+        raise KeepsetError(f"{run_dir}: single validation rows are known for gradients of rows; here they are of pairs")
+    job = job if spec.shots is None else job.with_shots(spec.shots)
     rows = encoded(job, data, ids)
-    checkpoints = warmup_checkpoints(job)
+    checkpoints = checkpoints_of(job, spec)
     lr = np.array([c.mean_lr for c in checkpoints])
     weights = checkpoint_weights(lr if lr.any() else None, len(checkpoints))
     from keepset.scoring_gradients import influence_request
@@ -84,6 +85,24 @@ def pair_pulls(run_dir: Path, row_ids: Sequence[str], label: str | None = None) 
         without = without_pairs(data, label, id_, pairs) if by_best else None
         out[id_] = {"label": label, "weights": weights.tolist(), "exact": exact, "pairs": pairs, "without": without}
     return out
+
+
+def checkpoints_of(job: Job, spec: Any) -> list[Checkpoint]:
+    """The warm-up checkpoints that a method's scores sum up; read, never trained.
+
+    Raises:
+        KeepsetError: the run has none, or not whole ones.
+    """
+    from keepset.train.warmup import list_checkpoints
+
+    given = job.recipe.warmup
+    if not given.path:
+        if not (job.run.path / "models/warmup/done.json").exists():
+            raise KeepsetError(f"{job.run.path}: no warm-up checkpoints here; `keepset score {spec.name}` trains them")
+        job.run.require_whole("models/warmup")
+    found = list_checkpoints(Path(given.path) if given.path else job.run.path / "models/warmup")
+    found = found if given.checkpoints == "all" else found[-1:]
+    return found[-spec.options.get("last", 0) :]
 
 
 def gradient_spec(data: RunData, label: str | None) -> tuple[Any, str]:
@@ -107,14 +126,16 @@ def encoded(job: Job, data: RunData, ids: Sequence[str]) -> list[Encoded]:
     Raises:
         KeepsetError: a text is gone, or its row can't be encoded.
     """
+    from keepset.counts import first_supervised
     from keepset.encoding import RowRefused
 
-    rows = []
+    rows, cap = [], job.recipe.gradients.max_completion_tokens
     for id_ in ids:
         if id_ not in data.messages:
             raise KeepsetError(f"{data.path}: the text of row {id_} is gone: its pool file is not where it was")
         try:
-            rows.append(job.encoder.encode(data.messages[id_]))
+            row = job.encoder.encode(data.messages[id_])
+            rows.append(row if cap is None else first_supervised(row, cap))
         except RowRefused as refusal:
             raise KeepsetError(f"{data.path}: row {id_} can't be encoded: {refusal}") from None
     return rows
@@ -129,6 +150,7 @@ def cosines(job: Job, checkpoint: Path, rows: list[Encoded], request: Any) -> np
 
     pairs, _ = job.target_pairs
     budget, adam = job.recipe.batching.token_budget, load_adam(checkpoint)
+    top = job.recipe.gradients.last_layers
     found = []
     with attached(job.loaded.model, checkpoint) as model:
         numbers = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
@@ -137,9 +159,9 @@ def cosines(job: Job, checkpoint: Path, rows: list[Encoded], request: Any) -> np
             some = pairs[start : start + size]
             vectors = target_vectors(
                 model, some, np.arange(len(some)), loss=request.loss, beta=request.beta, reference="none",
-                normalise="pair", token_budget=budget,
+                normalise="pair", token_budget=budget, last_layers=top,
             )  # fmt: skip
-            told = influence(model, rows, vectors, adam=adam, map=request.map, token_budget=budget)
+            told = influence(model, rows, vectors, adam=adam, map=request.map, token_budget=budget, last_layers=top)
             found.append(told.dots / told.norms[:, None])
     return np.concatenate(found, axis=1)
 

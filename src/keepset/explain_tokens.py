@@ -101,7 +101,9 @@ def stored_losses(data: RunData, ids: Sequence[str], folder: Path) -> tuple[list
     from keepset.kept_tokens import kept_tokens
     from keepset.run import Run
 
-    run, stage = Run(data.path), "losses-" + folder.name.removeprefix("reference-")
+    assert data.recipe is not None
+    own = "reference" if data.recipe.reference.path else folder.name.removeprefix("reference-")  # else: any name
+    run, stage = Run(data.path), f"losses-{own}"
     befores = [kept_tokens(run, "losses-base", i) for i in ids]
     afters = [kept_tokens(run, stage, i) for i in ids]
     return None if any(x is None for x in (*befores, *afters)) else (befores, afters)

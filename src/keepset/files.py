@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,3 +78,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 def misfits(folder: Path, files: Mapping[str, str]) -> list[str]:
     """Those of the recorded files that are missing or don't have their checksum."""
     return [n for n, sha in files.items() if not (folder / n).is_file() or file_digest(folder / n) != sha]
+
+
+def free_memory() -> None:
+    """Give back what models that nobody holds take: trainers are cycles, which wait for the collector."""
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()

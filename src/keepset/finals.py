@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,15 @@ class Learner:
         self.job = job
         self.spec = job.recipe.train_model or job.recipe.model
         self.transfer = job.recipe.train_model is not None
+        self.holder = job if not self.transfer else copy(job)  # of the model in memory
+        if self.transfer:
+            self.holder.recipe, self.holder.held = job.recipe.model_copy(update={"model": self.spec}), {}
+            self.holder.__dict__.pop("fingerprint", None)
 
-    @cached_property
+    @property
     def loaded(self) -> Loaded:
-        """The untrained model."""
-        from keepset.model import load
-
-        return load(self.spec) if self.transfer else self.job.loaded
+        """The untrained model; loaded again where it was released."""
+        return self.holder.loaded
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -124,7 +127,7 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
     args, rows = (direct_args(job), learner.target_pairs) if direct else (job.recipe.train, learner.rows(subset))
     folder = model_folder(subset.name, seed)
     key = {
-        "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,
+        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
         "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
         **({"each_epoch": True} if job.recipe.evaluate.each_epoch else {}),
@@ -135,12 +138,14 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
         epochs = args.num_train_epochs
         job.say(f"training {subset.name} (seed {seed}): {len(rows)} rows, {n_tokens} tokens, {epochs:g} epochs")
         with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
+            work = flops(learner.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * epochs
+            job.release()
+            learner.holder.release()
             result = fit(
                 learner.spec, job.recipe.lora, rows, path, args, seed=seed, moments=job.recipe.evaluate.each_epoch,
                 console=job.console,
             )  # fmt: skip
-            spent["tokens"] = int(n_tokens * epochs)
-            spent["flops"] = flops(learner.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * epochs
+            spent.update(tokens=int(n_tokens * epochs), flops=work)
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens}
 
     return job.run.step(folder, key, work)
@@ -159,7 +164,7 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
         job.run.require_whole(model_folder(name, seed))
     pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
     key = {
-        "version": VERSION, "model": learner.loaded.fingerprint, "encoder": learner.encoder.fingerprint,
+        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
         "weights": [] if weights is None else [file_digest(p) for p in sorted(weights.glob("*.safetensors"))],
         "pairs": pairs[2].fingerprint() if pairs else None, "rows": rows[2].fingerprint() if rows else None,
         "columns": "by task", "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout", "each_epoch"}),
@@ -219,9 +224,8 @@ def measure(job: Job, learner: Learner, weights: Path | None) -> tuple[Items, di
     if (weights / "adapter_config.json").exists():
         with attached(learner.loaded.model, weights) as model:
             return measure_model(job, learner, model)
-    from keepset.model import load
-
-    return measure_model(job, learner, load(learner.spec.model_copy(update={"model_name_or_path": str(weights)})).model)
+    with learner.holder.instead(learner.spec.model_copy(update={"model_name_or_path": str(weights)})) as trained:
+        return measure_model(job, learner, trained.model)
 
 
 def measure_model(job: Job, learner: Learner, model: Any) -> tuple[Items, dict[str, Any] | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict
 from functools import cached_property
@@ -15,10 +16,10 @@ from keepset.data import Pool, Target, load_pool, load_target
 from keepset.data.pool import Message
 from keepset.data.turns import is_learnt
 from keepset.errors import DataError, RecipeError
-from keepset.files import canonical, write_atomic
+from keepset.files import canonical, free_memory, write_atomic
 from keepset.methods.text import count_words
 from keepset.progress import track
-from keepset.recipe import Recipe
+from keepset.recipe import ModelSpec, Recipe
 from keepset.run import Run
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Job:
         """
         self.recipe = recipe
         self.shots: int | None = None
+        self.held: dict[str, Loaded] = {}  # one for this job and its copies (`with_shots`)
         self.text_only = text_only
         self.console = console or Console(stderr=True)
         self.run = Run(recipe.run_dir)
@@ -78,6 +80,11 @@ class Job:
             raise DataError(f"{self.recipe.target[0].path}: no usable target row")
         return target
 
+    @property
+    def aim(self) -> str:
+        """How stages that aim at fewer shots than the recipe's target are told apart in `costs.jsonl`."""
+        return "" if self.shots is None else f", {self.shots} shots"
+
     def task_codes(self) -> tuple[list[str], np.ndarray]:
         """The target's task names (sorted) and each row's task as an index (m,)."""
         names, codes = np.unique(np.asarray(self.target.tasks, dtype=str), return_inverse=True)
@@ -94,13 +101,40 @@ class Job:
 
     # -- model and tokens ---------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def loaded(self) -> Loaded:
-        """The scoring model, without an adapter."""
+        """The scoring model, without an adapter; loaded again where it was released."""
         from keepset.model import load
 
-        self.say(f"model: {self.recipe.model.model_name_or_path}")
-        return load(self.recipe.model)
+        if "model" not in self.held:
+            self.say(f"model: {self.recipe.model.model_name_or_path}")
+            self.held["model"] = load(self.recipe.model)
+        return self.held["model"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The scoring model's (see `Loaded`), known also while it isn't in memory."""
+        return self.loaded.fingerprint
+
+    def release(self) -> None:
+        """Let the scoring model go: whoever trains, or runs another whole model, loads one of its own."""
+        if "model" in self.held:
+            _ = self.fingerprint
+        self.held.clear()
+        free_memory()
+
+    @contextmanager
+    def instead(self, spec: ModelSpec) -> Iterator[Loaded]:
+        """Hold another whole model of the same shape in the scoring model's place, so that one is in memory."""
+        from keepset.model import load
+
+        _ = self.fingerprint
+        self.release()
+        self.held["model"] = load(spec)
+        try:
+            yield self.held["model"]
+        finally:
+            self.release()
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -112,7 +146,7 @@ class Job:
 
     @cached_property
     def sides(self) -> tuple[np.ndarray, list[tuple[Encoded, ...]]]:
-        """Indices (n,) of the pool's usable rows and the tokens of their sides; refused rows go to quarantine.jsonl.
+        """Indices (n,) of the pool's usable rows and the tokens of their sides.
 
         A row has one side; of a pool of pairs two, chosen and rejected, and both must be usable.
 
@@ -122,24 +156,29 @@ class Job:
         """
         from keepset.encoding import what_is_lost
 
-        for name in ("train", "reference", "warmup"):
-            loss = getattr(self.recipe, name).loss
-            if loss != "sft" and not self.pool.has_pairs:
-                raise RecipeError(f"{name}.loss: {loss} trains on pairs; set `pairs: true` on the pool")
-        rows, refused = encode_pool(self.pool, self.encoder)
+        rows, refused = self.encoded
         usable = [i for i, row in enumerate(rows) if row is not None]
-        self.save_quarantine([self.refusal(index, reason, detail) for index, reason, detail in refused])
         cut = sum(any(side.truncated for side in rows[i] or ()) for i in usable)
         note = f", {cut} of them cut at max_length {self.recipe.model.max_length}" if cut else ""
         self.say(f"tokens: {len(rows)} rows = {len(usable)} usable + {len(refused)} quarantined{note}")
         for line in what_is_lost(side for i in usable for side in rows[i] or ()):
             self.say(line)
         if refused and self.recipe.strict:
-            first = self.refusal(*refused[0])
+            first = refused[0]
             raise DataError(f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}")
         if not usable:
-            raise DataError(f"no row of the pool is usable: {refused[0][1]}: {refused[0][2]}")
+            raise DataError(f"no row of the pool is usable: {refused[0]['reason']}: {refused[0]['detail']}")
         return np.array(usable), [rows[i] for i in usable]  # type: ignore[misc]
+
+    @cached_property
+    def encoded(self) -> tuple[list[tuple[Encoded, ...] | None], list[dict[str, Any]]]:
+        """The sides of each of the pool's rows as tokens, None where one is refused, and the refusals."""
+        for name in ("train", "reference", "warmup"):
+            loss = getattr(self.recipe, name).loss
+            if loss != "sft" and not self.pool.has_pairs:
+                raise RecipeError(f"{name}.loss: {loss} trains on pairs; set `pairs: true` on the pool")
+        rows, refused = encode_pool(self.pool, self.encoder)
+        return rows, [self.refusal(index, reason, detail) for index, reason, detail in refused]
 
     @cached_property
     def tokens(self) -> tuple[np.ndarray, list[Encoded]]:
@@ -157,9 +196,12 @@ class Job:
         return {"file": row["file"], "line": row["line"], "reason": reason, "detail": detail,
                 "excerpt": row["raw"][:200], "id": row["id"]}  # fmt: skip
 
-    def save_quarantine(self, refused: list[dict[str, Any]]) -> None:
-        """Write `quarantine.jsonl`: every row that was read but not used, with file, line and reason."""
-        entries = [asdict(q) for q in self.pool.quarantine] + refused
+    def save_quarantine(self) -> None:
+        """Write `quarantine.jsonl`: every row that was read but not used, with file, line and reason.
+
+        Call with the run folder locked.
+        """
+        entries = [asdict(q) for q in self.pool.quarantine] + ([] if self.text_only else self.encoded[1])
         write_atomic(
             self.run.path / "quarantine.jsonl", "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
         )
@@ -217,7 +259,7 @@ class Job:
 
     def data_key(self) -> dict[str, Any]:
         """What every feature's key holds: model, template and data."""
-        return {"model": self.loaded.fingerprint, "encoder": self.encoder.fingerprint, "pool": self.pool.fingerprint()}
+        return {"model": self.fingerprint, "encoder": self.encoder.fingerprint, "pool": self.pool.fingerprint()}
 
     def tracked(self, what: str, total: int, unit: str = "rows") -> Any:
         """A progress bar on this job's console."""

@@ -6,6 +6,7 @@ nats (float32), one for each supervised token.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def keep_tokens(folder: Path, ids: Sequence[str], token_nll: Sequence[np.ndarray
 
 
 def kept_tokens(run: Run, stage: str, row_id: str) -> np.ndarray | None:
-    """A row's token losses (nats, float32) under a stage's model; None if they were not kept, or under several models.
+    """A row's cross-entropies (nats, float32) under a stage's model; None if not kept, or kept under several models.
 
     Args:
         run: the run folder.
@@ -36,8 +37,11 @@ def kept_tokens(run: Run, stage: str, row_id: str) -> np.ndarray | None:
     found = []
     for path in sorted((run.path / "work" / stage).glob("*/tokens/*.parquet")):
         try:
+            key = json.loads((path.parents[1] / "key.json").read_text(encoding="utf-8"))
+            if key["token_loss"] != "ce":  # of a method with another loss
+                continue
             table = pq.read_table(path, filters=[("id", "=", row_id)])
-        except (pa.ArrowException, OSError):  # damaged: the models can be run again
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # damaged: the models can be run again
             continue
         found += [np.array(x, dtype=np.float32) for x in table["nll"].to_pylist()]
     return found[0] if len(found) == 1 else None

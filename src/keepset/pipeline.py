@@ -28,7 +28,8 @@ from keepset.job import Job
 from keepset.recipe import MethodSpec, Recipe
 from keepset.reference_check import check_reference
 from keepset.report import write_report
-from keepset.scoring import check_options, score, score_key
+from keepset.score_key import score_key
+from keepset.scoring import check_options, score
 from keepset.subsets import Kind, Subset, choose, choose_mix, control_methods, direct_subset, full_subset, stored_subset
 from keepset.variants import run_variants
 
@@ -80,6 +81,7 @@ def scored(job: Job, spec: MethodSpec) -> None:
 
 def choose_all(job: Job) -> list[Subset]:
     """Score by every method and control, and select at every budget."""
+    job.save_quarantine()
     _ = job.tokens  # the rows that every method and control share
     subsets: list[Subset] = []
     wanted: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
@@ -193,7 +195,7 @@ def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
     manifest: dict[str, Any] = {
         "recipe": job.recipe.model_dump(mode="json", exclude={"run_dir"}),
         "versions": versions(),
-        "model": None if job.text_only else {"fingerprint": job.loaded.fingerprint, "encoder": job.encoder.fingerprint},
+        "model": None if job.text_only else {"fingerprint": job.fingerprint, "encoder": job.encoder.fingerprint},
         "pool": {
             "rows_in": len(job.pool) + len(job.pool.quarantine),
             "usable": len(job.ids),
@@ -215,8 +217,9 @@ def made_files(job: Job) -> dict[str, str]:
     run = job.run
     files = {f"scores/{p.name}": file_digest(p) for p in sorted((run.path / "scores").glob("*.parquet"))}
     files |= {entry["file"]: entry["sha256"] for entry in run.load_json("subsets.json", {}).values()}
-    for done in sorted([*run.path.glob("models/*/done.json"), *run.path.glob("evaluation/*/done.json")]):
+    for done in sorted(p for kind in ("models", "evaluation", "epochs") for p in run.path.glob(f"{kind}/*/done.json")):
         folder = str(done.parent.relative_to(run.path))
         made = (run.done(folder) or {"files": {}})["files"]
-        files |= {f"{folder}/{name}": sha for name, sha in sorted(made.items()) if name.endswith(".safetensors")}
+        kept = (".safetensors", "points.json")  # others hold seconds
+        files |= {f"{folder}/{name}": sha for name, sha in sorted(made.items()) if name.endswith(kept)}
     return files

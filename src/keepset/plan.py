@@ -104,11 +104,14 @@ def probe(job: Job, kinds: set[str]) -> Rates:
     if "train" in kinds:
         importlib.import_module("trl")
         args, rows = job.recipe.train.model_copy(update={"num_train_epochs": 1}), spread("train")
+        work = flops(model, *count_tokens(rows), passes=3 if args.full else 2)
+        del model
+        job.release()  # as a run does
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             told = train_sft(job.recipe.model, job.recipe.lora, rows, Path(folder) / "probe", args, seed=0)
             overhead = time.perf_counter() - start - told.seconds
-        train = flops(model, *count_tokens(rows), passes=3 if args.full else 2) / told.seconds
+        train = work / told.seconds
     return Rates(forward, backward, train, overhead)
 
 

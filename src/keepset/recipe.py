@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from keepset.errors import RecipeError, did_you_mean
+from keepset.idle import refuse_idle
 
 
 class Strict(BaseModel):
@@ -373,8 +374,13 @@ def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     return list(current.model_fields)
 
 
-def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
+def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> Recipe:
     """Check a mapping against `Recipe`.
+
+    Args:
+        data: the mapping.
+        where: what messages begin with.
+        stored: it was taken up before: options that do nothing may stand in it.
 
     Raises:
         RecipeError: one line with the key's place, what is wrong and, for an unknown key, the closest known one.
@@ -382,7 +388,7 @@ def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: the top level must be a mapping of keys, not {type(data).__name__}")
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"]) or "top level"
@@ -391,6 +397,9 @@ def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
             hint = did_you_mean(key, known_keys(Recipe, first["loc"]))
             raise RecipeError(f"{where}: unknown key '{place}'{hint}") from None
         raise RecipeError(f"{where}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
+    if not stored:
+        refuse_idle(recipe, where)
+    return recipe
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -43,7 +43,8 @@ def recipe_of(manifest: dict[str, Any], folder: Path, run_dir: Path) -> Recipe:
         RecipeError: the recipe is of another version and can't be read.
     """
     data = json.loads(json.dumps(manifest["recipe"])) if isinstance(manifest["recipe"], dict) else manifest["recipe"]
-    recipe = parse_recipe({**data, "run_dir": str(run_dir)} if isinstance(data, dict) else data, where="manifest")
+    data = {**data, "run_dir": str(run_dir)} if isinstance(data, dict) else data
+    recipe = parse_recipe(data, where="manifest", stored=True)
     own = Run(folder).seen_from()
     if own is not None and own.resolve() != Path.cwd():
         recipe = located(recipe, own)

@@ -131,7 +131,7 @@ class Run:
             )
         data = self.recipe_data()
         data["run_dir"] = str(self.path)
-        return parse_recipe(data, where=str(path))
+        return parse_recipe(data, where=str(path), stored=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

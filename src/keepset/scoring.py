@@ -10,14 +10,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
 
 from keepset.errors import RecipeError, did_you_mean
-from keepset.files import digest
+from keepset.idle import refuse_idle_options
 from keepset.methods.bm25 import bm25
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
@@ -415,7 +414,7 @@ def check_options(spec: MethodSpec) -> None:
     """Check a method's options before anything runs.
 
     Raises:
-        RecipeError: an unknown option, or a value that isn't one of its choices.
+        RecipeError: an unknown option, a value that isn't one of its choices, or an option that does nothing.
     """
     known = options_of(spec.name)
     for key, value in spec.options.items():
@@ -430,6 +429,10 @@ def check_options(spec: MethodSpec) -> None:
         number = kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
         if not get_args(kind) and not number and not isinstance(value, kind):
             raise RecipeError(f"method {spec.name}: {key} must be {kind.__name__}, not '{value}'")
+    if spec.shots is not None and "target" not in METHODS[spec.name].needs:
+        raise RecipeError(f"method {spec.label}: shots does nothing here: {spec.name} looks at no target; remove it")
+    defaults = {key: default for key, (_, default) in known.items()}
+    refuse_idle_options(spec, {**defaults, **spec.options}, defaults)
 
 
 # -- scoring a job --------------------------------------------------------------------------------------------------
@@ -445,7 +448,10 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
     Raises:
         RecipeError: unknown method or option.
     """
+    from keepset.score_key import score_key
+
     check_options(spec)
+    job.save_quarantine()
     with job.run.timed(f"score {spec.label}") as spent:
         found = METHODS[spec.name].score(job if spec.shots is None else job.with_shots(spec.shots), **spec.options)
         spent["rows"] = len(found.score)
@@ -475,27 +481,6 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
     bad = int((~finite).sum())
     job.say(f"{spec.label}: {len(values)} rows in = {len(values) - bad} scored + {bad} quarantined")
     return table
-
-
-def score_key(job: Job, spec: MethodSpec) -> str:
-    """Hash of everything that a method's scores are made of."""
-    from keepset.stages import VERSION, weights_of
-
-    needs, outside, warm = METHODS[spec.name].needs, job.recipe.reference.path, job.recipe.warmup.path
-    gradients = {"gradients", "warmup"} & set(needs)
-    return digest(
-        {
-            "version": VERSION,
-            "ids": [str(i) for i in job.ids],
-            "data": {"pool": job.pool.fingerprint()} if job.text_only else job.data_key(),
-            "target": job.target.fingerprint() if "target" in needs else None,
-            "recipe": job.recipe.model_dump(mode="json", include={"seed", "lora", "warmup", "reference", "gradients"}),
-            "reference": weights_of(Path(outside)) if outside and "reference" in needs else None,
-            "warmup": [weights_of(p) for p in sorted(Path(warm).glob("checkpoint-*"))] if warm and gradients else None,
-            "train": job.recipe.train.model_dump(mode="json") if "retraining" in needs else None,
-            "method": spec.key(),
-        }
-    )
 
 
 def ranking(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:

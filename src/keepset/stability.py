@@ -10,7 +10,7 @@ doubt where some row that was left out has the same score within that noise, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,44 +91,134 @@ def difference_noise(loss_ini: ArrayLike, loss_ref: ArrayLike, *, relative: floa
     return 2 * relative * np.abs(np.asarray(loss_ref, float) / np.asarray(loss_ini, float))
 
 
+Columns = Mapping[str, np.ndarray]
+Band = Callable[[dict[str, Any], Columns, float], np.ndarray | None]
+
+
+def of_score(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """A score that is one loss, or one norm."""
+    return relative * np.abs(columns["score"])
+
+
+def of_mean_error(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """EL2N: a mean of distances between distributions; a probability near 1 has the noise of 1, not of its distance."""
+    return relative * np.maximum(np.abs(columns["score"]), 1.0)
+
+
+def of_quotient(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """IFD: a quotient of two losses."""
+    return 2 * relative * np.abs(columns["score"])
+
+
+def of_perplexity(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """The mean loss; under `prefer: mid` a place among the others: the rows it may pass."""
+    if options["prefer"] != "mid":
+        return of_score(options, columns, relative)
+    mean = columns["loss_ini"] / columns["n_tokens"]
+    ordered = np.sort(mean)
+    near = 1 + 2 * relative
+    within = np.searchsorted(ordered, mean * near, "right") - np.searchsorted(ordered, mean / near, "left") - 1
+    return within / max(1, len(mean) - 1)
+
+
+def of_davir(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """DavIR of the side that is scored; of a margin, both sides' noise together."""
+    sides = {"chosen": ("",), "rejected": (".rejected",), "margin": ("", ".rejected")}[options["side"]]
+    return sum(
+        (difference_noise(columns[f"loss_ini{s}"], columns[f"loss_ref{s}"], relative=relative) for s in sides),
+        np.zeros(len(columns["score"])),
+    )
+
+
+def of_davir_ref(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """The same over the reference's loss."""
+    return difference_noise(columns["loss_ref"], columns["loss_ini"], relative=relative)
+
+
+def of_drop(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """RHO summed: the noise of both losses."""
+    return relative * (np.abs(columns["loss_ini"]) + np.abs(columns["loss_ref"]))
+
+
+def of_mean_drop(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """RHO over the tokens that were scored."""
+    return of_drop(options, columns, relative) / columns["n_tokens"]
+
+
+def of_cosine(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """A cosine of states: both sides come from a model."""
+    return np.full(len(columns["score"]), 2 * relative)
+
+
+def of_neighbours(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray:
+    """KNN-Shapley: its slopes in the similarities sum to 2 / K at most (recursion of `methods/knn_shapley.py`)."""
+    return 2 / options["k"] * of_cosine(options, columns, relative)
+
+
+def of_gradients(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray | None:
+    """Cosines of gradients, or dot products with targets no longer than 1.
+
+    None from a store, whose own error is larger (`ckpt<c>.store_rms`), and where gradients are mapped to signs: an
+    entry near 0 may turn.
+    """
+    if "ckpt0.store_rms" in columns or options.get("map") == "sign":
+        return None
+    if options.get("cosine", True):
+        return np.full(len(columns["score"]), relative)
+    norms, lr = checkpoint_columns(columns)
+    return relative * (lr / lr.sum(axis=0) * norms).sum(axis=0)
+
+
+def of_tracin(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray | None:
+    """Dot products with unit targets, weighted by the learning rates."""
+    norms, lr = checkpoint_columns(columns)
+    return None if "ckpt0.store_rms" in columns else relative * (lr * norms).sum(axis=0)
+
+
+def of_gradient_norm(options: dict[str, Any], columns: Columns, relative: float) -> np.ndarray | None:
+    """A mean of norms."""
+    return None if "ckpt0.store_rms" in columns else of_score(options, columns, relative)
+
+
+def checkpoint_columns(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+    """Norms and learning rates of every checkpoint, (c, n) each."""
+    count = sum(name.startswith("ckpt") and name.endswith(".norm") for name in columns)
+    norms, lr = (np.stack([columns[f"ckpt{c}.{part}"] for c in range(count)]) for part in ("norm", "lr"))
+    return norms, lr
+
+
+BANDS: dict[str, Band | None] = {
+    "random": None, "length": None, "bm25": None, "dsir": None,  # no model: batches change nothing
+    "rds": of_cosine, "rds+": of_cosine, "knn-shapley": of_neighbours,
+    "perplexity": of_perplexity, "loss": of_score, "loss-ref": of_score, "ifd": of_quotient, "el2n": of_mean_error,
+    "forgetting": None,  # counts events: noise changes nothing or a whole one
+    "davir": of_davir, "davir-ref": of_davir_ref, "rho-sum": of_drop, "rho-mean": of_mean_drop,
+    "rose": of_gradients, "less": of_gradients, "grad-cosine": of_gradients, "tracin": of_tracin,
+    "grad-norm": of_gradient_norm,
+    # the solve multiplies noise by the curvature's condition, and a label that is drawn may turn
+    "influence": None, "datainf": None, "ekfac": None,
+    "in-run-shapley": None, "tmc-shapley": None,  # each step of a training passes its noise on
+}  # fmt: skip
+"""Each method's noise by its options (defaults filled in), its columns and the noise of one loss; None: not known."""
+
+
 def score_noise(
-    name: str, options: Mapping[str, Any], columns: Mapping[str, np.ndarray], *, relative: float = NOISE
-) -> np.ndarray:
-    """Absolute noise (n,) of a method's scores, from the columns stored beside them.
+    name: str, options: Mapping[str, Any], columns: Columns, *, relative: float = NOISE
+) -> np.ndarray | None:
+    """Absolute noise (n,) of a method's scores, from the columns stored beside them; None where it isn't known.
 
     Losses carry `relative`. A cosine carries it absolutely, whatever it is: its terms cancel, their rounding doesn't.
 
     Args:
         name: the method (not the label).
         options: its options.
-        columns: `score`, `n_tokens` and the method's parts, (n,) each.
+        columns: `score`, the method's parts, and `n_tokens`: the tokens its losses are summed over; (n,) each.
         relative: noise of one loss.
+
+    Raises:
+        KeyError: a method without an entry in `BANDS`.
     """
-    score = columns["score"]
-    if {"loss_ini", "loss_ref"} <= columns.keys() and name != "loss-ref":
-        ini, ref = columns["loss_ini"], columns["loss_ref"]
-        if name.startswith("rho"):
-            drop = relative * (np.abs(ini) + np.abs(ref))
-            return drop / columns["n_tokens"] if name == "rho-mean" else drop
-        return difference_noise(ref, ini, relative=relative) if name == "davir-ref" else (
-            difference_noise(ini, ref, relative=relative)
-        )  # fmt: skip
-    if name == "ifd":
-        return 2 * relative * np.abs(score)  # a quotient of two losses
-    if name == "perplexity" and options.get("prefer", "mid") == "mid":  # a place among the others
-        mean = columns["loss_ini"] / columns["n_tokens"]
-        ordered = np.sort(mean)
-        near = 1 + 2 * relative
-        within = np.searchsorted(ordered, mean * near, "right") - np.searchsorted(ordered, mean / near, "left") - 1
-        return within / max(1, len(mean) - 1)
-    if "ckpt0.norm" in columns and name != "grad-norm":
-        count = sum(column.endswith(".norm") for column in columns)
-        lr = np.stack([columns[f"ckpt{c}.lr"] for c in range(count)])
-        if name == "tracin":
-            return relative * sum(lr[c] * columns[f"ckpt{c}.norm"] for c in range(count))
-        if options.get("cosine", True):
-            return np.full(len(score), relative)
-        return relative * sum(lr[c] / lr.sum(axis=0) * columns[f"ckpt{c}.norm"] for c in range(count))
-    if name in ("rds", "rds+", "knn-shapley"):
-        return np.full(len(score), 2 * relative)  # both sides of the cosine come from a model
-    return relative * np.abs(score)
+    from keepset.scoring_gradients import with_defaults
+
+    band = BANDS[name]
+    return None if band is None else band(with_defaults(name, dict(options)), columns, relative)

@@ -166,10 +166,15 @@ def loss_sweep(
             keep_tokens(job.run.stage_folder(name, stages[name]), [names_of[id(row)] for row in some], tokens)
         return {name: {"nll": found.nll[k], "n_tokens": found.n_tokens} for k, name in enumerate(missing)}
 
-    names = " and ".join(name.removeprefix("losses-") for name in stages)
+    names = " and ".join(name.removeprefix("losses-") for name in stages) + of_loss(token_loss)
     with attached(job.loaded.model, adapter) if adapter is not None else nullcontext(job.loaded.model) as model:
         what = "error norms" if token_loss == "error-norm" else "losses"
         return sweep_rows(job, stages, f"{what} ({names})", batch, each=True)
+
+
+def of_loss(token_loss: str) -> str:
+    """How a sweep of another loss than the cross-entropy is told apart in `costs.jsonl`."""
+    return "" if token_loss in ("ce", "error-norm") else f", {token_loss}"
 
 
 def answer_losses(job: Job) -> Arrays:
@@ -202,22 +207,21 @@ def checkpoint_losses(job: Job) -> np.ndarray:
 def full_reference_losses(
     job: Job, path: Path, stages: dict[str, dict[str, Any]], token_loss: TokenLoss
 ) -> dict[str, Arrays]:
-    """Losses under a fully fine-tuned reference: a second model, loaded after the base is done."""
+    """Losses under a fully fine-tuned reference, which takes the base's place in memory."""
     from keepset.features.losses import row_losses
-    from keepset.model import load
 
     ((name, key),) = stages.items()
     shard_rows = job.recipe.batching.shard_rows
     if job.run.complete(name, key, job.ids, shard_rows):
         return job.run.sweep(stages, job.ids, lambda i, m: {}, shard_rows=shard_rows)
-    model = load(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})).model
     budget = job.recipe.batching.token_budget
 
     def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
-        found = row_losses(model, some, token_budget=budget, adapters=(True,), token_loss=token_loss)
+        found = row_losses(other.model, some, token_budget=budget, adapters=(True,), token_loss=token_loss)
         return {name: {"nll": found.nll[0], "n_tokens": found.n_tokens}}
 
-    return sweep_rows(job, stages, f"losses ({name.removeprefix('losses-')})", batch)
+    with job.instead(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})) as other:
+        return sweep_rows(job, stages, f"losses ({name.removeprefix('losses-')}{of_loss(token_loss)})", batch)
 
 
 # -- trained helpers: reference and warm-up -------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def train_key(job: Job, args: TrainSpec, ids: np.ndarray, seed: int) -> dict[str
     """Everything a training run depends on."""
     return {
         "version": VERSION,
-        "model": job.loaded.fingerprint,
+        "model": job.fingerprint,
         "encoder": job.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(),
         "args": args.key(),
@@ -258,9 +262,10 @@ def train_rows(
         passes = 3 if args.full else 2
         with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
             job.say(f"training {folder}: {len(sides)} rows, {n_tokens} tokens, {args.num_train_epochs:g} epochs")
+            work = flops(job.loaded.model, n_tokens, n_head, passes=passes) * args.num_train_epochs
+            job.release()
             result = fit(job.recipe.model, job.recipe.lora, sides, path, args, seed=seed, console=job.console)
-            spent["tokens"] = int(n_tokens * args.num_train_epochs)
-            spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=passes) * args.num_train_epochs
+            spent.update(tokens=int(n_tokens * args.num_train_epochs), flops=work)
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(sides), "tokens": n_tokens,
                 "losses": result.losses}  # fmt: skip
 
@@ -332,11 +337,20 @@ class SubJob:
         return getattr(self.job, name)
 
 
+def warmup_rows(job: Job) -> tuple[np.ndarray, int]:
+    """Indices of the rows that the warm-up is trained on, and its seed."""
+    from keepset.train.warmup import pick_subset
+
+    spec = job.recipe.warmup
+    seed = job.recipe.seed if spec.seed is None else spec.seed
+    return pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows), seed
+
+
 def warmup_checkpoints(job: Job) -> list[Checkpoint]:
     """The warm-up run's checkpoints, trained once and then reused."""
     from keepset.model import adapter_tokenizer
     from keepset.model_kind import check_same_tokens
-    from keepset.train.warmup import list_checkpoints, pick_subset, warmup
+    from keepset.train.warmup import list_checkpoints, warmup
 
     spec = job.recipe.warmup
     if spec.path:
@@ -344,8 +358,7 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
         for checkpoint in checkpoints:
             check_same_tokens(job.encoder.tokenizer, adapter_tokenizer(checkpoint.path), str(checkpoint.path))
         return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
-    seed = job.recipe.seed if spec.seed is None else spec.seed
-    picked = pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows)
+    picked, seed = warmup_rows(job)
     picked = picked[id_order(job.ids[picked])]
     sides = [job.sides[1][i] for i in picked]
 
@@ -353,9 +366,10 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
         n_tokens, n_head = count_tokens(trained_sides(sides, spec))
         with job.run.timed("train models/warmup", rows=len(sides)) as spent:
             job.say(f"warm-up: {len(sides)} rows, {n_tokens} tokens, {spec.num_train_epochs:g} epochs")
+            work = flops(job.loaded.model, n_tokens, n_head, passes=2) * spec.num_train_epochs
+            job.release()
             found = warmup(job.recipe.model, job.recipe.lora, sides, path, spec, seed=seed, console=job.console)
-            spent["tokens"] = int(n_tokens * spec.num_train_epochs)
-            spent["flops"] = flops(job.loaded.model, n_tokens, n_head, passes=2) * spec.num_train_epochs
+            spent.update(tokens=int(n_tokens * spec.num_train_epochs), flops=work)
         return {"rows": len(sides), "checkpoints": [c.path.name for c in found]}
 
     job.run.step("models/warmup", train_key(job, spec, job.ids[picked], seed), work)
@@ -381,34 +395,48 @@ def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]
 
     def queries() -> Arrays:
         chosen = [chosen for chosen, _ in job.target_pairs[0]]
-        return {"state": pool_states(model, chosen, token_budget=budget, pooling=pooling)}
+        with job.run.timed(f"target representations ({pooling}{job.aim})", rows=len(chosen)) as spent:
+            n_tokens, _ = count_tokens(chosen)
+            spent.update(tokens=n_tokens, flops=flops(model, n_tokens, 0))
+            return {"state": pool_states(model, chosen, token_budget=budget, pooling=pooling)}
 
     key = {"version": VERSION, **job.data_key(), "target": job.target.fingerprint()}
     return out[name]["state"], job.run.once(f"queries-{pooling}", key, queries)["state"]
 
 
+def embedding_weights(name: str) -> list[str]:
+    """Checksums of an embedding model's weights; the fingerprint of one on the hub."""
+    folder = Path(name).expanduser()
+    return weights_of(folder) if folder.is_dir() else [fingerprint(name)]
+
+
 def embeddings(job: Job, name: str) -> tuple[np.ndarray, np.ndarray]:
     """An embedding model's vectors of the pool's texts (n, d) and of the target's prompts + chosen answers (m, d)."""
     from keepset.features.embeddings import TextEncoder
+    from keepset.model import pick_device
 
     texts, goals = job.texts(), job.target_texts(with_chosen=True)
-    folder = Path(name).expanduser()
-    made = weights_of(folder) if folder.is_dir() else [fingerprint(name)]
-    key = {"version": VERSION, "pool": job.pool.fingerprint(), "encoder": made}
+    key = {"version": VERSION, "pool": job.pool.fingerprint(), "encoder": embedding_weights(name)}
     encoder: list[TextEncoder] = []  # loaded when the first vector is missing
 
-    def vectors(some: list[str]) -> Arrays:
+    def vectors(some: list[str], spent: dict[str, Any]) -> Arrays:
         if not encoder:
-            encoder.append(TextEncoder(name, device=job.loaded.model.device))
+            encoder.append(TextEncoder(name, device=pick_device(job.recipe.model.device)))
+        n_tokens, work = encoder[0].cost(some)
+        spent.update(
+            rows=spent["rows"] + len(some), tokens=spent["tokens"] + n_tokens, flops=spent["flops"] + work, skip=False
+        )
         return {"state": encoder[0](some, token_budget=job.recipe.batching.token_budget)}
 
     def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
-        return {"embeddings": vectors([texts[i] for i in indices])}
+        return {"embeddings": vectors([texts[i] for i in indices], spent)}
 
-    with job.run.timed(f"embeddings ({name})", rows=len(texts)) as spent, job.tracked("embeddings", len(texts)) as done:
+    nothing = {"rows": 0, "tokens": 0, "flops": 0.0, "skip": True}
+    with job.run.timed(f"embeddings ({name})", **nothing) as spent, job.tracked("embeddings", len(texts)) as done:
         out = job.run.sweep(
             {"embeddings": key}, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=done
         )
-        spent["skip"] = not encoder
     goal_key = {**key, "target": job.target.fingerprint()}
-    return out["embeddings"]["state"], job.run.once("queries-embeddings", goal_key, lambda: vectors(goals))["state"]
+    with job.run.timed(f"target embeddings ({name}{job.aim})", **nothing) as of_goals:
+        queries = job.run.once("queries-embeddings", goal_key, lambda: vectors(goals, of_goals))
+    return out["embeddings"]["state"], queries["state"]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepset.adapters import attached
-from keepset.counts import gradient_passes, gradient_rows, pair_gradients
+from keepset.cost import count_tokens, flops
+from keepset.counts import gradient_passes, gradient_rows, pair_gradients, target_passes
 from keepset.errors import RecipeError
 from keepset.files import digest
 from keepset.shards import Arrays
@@ -59,6 +60,27 @@ def curvature_rows(job: Job, wanted: Curvature) -> list[Encoded]:
     return [rows[i] for i in pick_subset(job.ids, 0.0, wanted.seed, min_rows=wanted.rows)]
 
 
+def curvature_cost(job: Job, wanted: Curvature) -> tuple[int, float]:
+    """Tokens and operations of a solve; of conjugate gradients, which stop by themselves, 30 products are assumed."""
+    times = {"fisher": 1, "cg": 1 + 2 * 30}.get(wanted.solver, 2)
+    n_tokens, n_head = count_tokens(curvature_rows(job, wanted))
+    return n_tokens * times, flops(job.loaded.model, n_tokens, n_head, passes=target_passes(job) * times)
+
+
+def target_rows(job: Job, request: InfluenceRequest) -> list[Encoded]:
+    """The target's sides that a request looks at."""
+    pairs = job.target_pairs[0]
+    return [side for pair in pairs for side in (pair[:1] if request.loss == "sft" else pair) if side is not None]
+
+
+def target_cost(job: Job, request: InfluenceRequest) -> tuple[int, float]:
+    """Tokens and operations of a target's gradients at one checkpoint, a pass under the reference included."""
+    n_tokens, n_head = count_tokens(target_rows(job, request))
+    again = (request.loss, request.normalise, request.reference) == ("dpo", "task", "base")
+    work = flops(job.loaded.model, n_tokens, n_head, passes=target_passes(job) + again)
+    return n_tokens * (1 + again), work
+
+
 def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]) -> dict[str, np.ndarray]:
     """Dots (c, n, j), norms (c, n), momentum share (c, n) and mean learning rates (c,) for `wanted`.
 
@@ -66,6 +88,8 @@ def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]
     """
     checkpoints = warmup_checkpoints(job)
     requests = list(dict.fromkeys([*(r for r in others if r.map == wanted.map), wanted]))  # in the recipe's order
+    if job.recipe.gradients.store:  # its rows are read for each target by itself
+        requests = [wanted]
     last = checkpoints[-1]
     checkpoints = [last] if wanted.curvature else checkpoints
     found = [
@@ -123,7 +147,9 @@ def checkpoint_influence(
 
     def plain(request: InfluenceRequest) -> GradientTarget:
         job.say(f"target gradients at {checkpoint.path.name}: {request.loss}, {len(pairs)} rows")
-        with job.run.timed(f"target gradients at {checkpoint.path.name} ({request.loss})"):
+        what = f"target gradients at {checkpoint.path.name} ({request.loss}{job.aim})"
+        with job.run.timed(what, rows=len(target_rows(job, request))) as spent:
+            spent["tokens"], spent["flops"] = target_cost(job, request)
             return target_vectors(
                 model, pairs, codes[kept], n_tasks=len(names), loss=request.loss, beta=request.beta,
                 reference=request.reference, normalise=request.normalise, token_budget=budget, last_layers=last_layers,
@@ -134,7 +160,9 @@ def checkpoint_influence(
         assert curved is not None
         target, some = target_of(replace(request, curvature=None)), curvature_rows(job, curved)
         job.say(f"curvature at {checkpoint.path.name}: {curved.solver}, {len(some)} rows")
-        with job.run.timed(f"curvature at {checkpoint.path.name} ({curved.solver})"):
+        with job.run.timed(f"curvature at {checkpoint.path.name} ({curved.solver}{job.aim})", rows=len(some)) as spent:
+            if curved.solver != "cg":  # which stops by itself
+                spent["tokens"], spent["flops"] = curvature_cost(job, curved)
             return solve_target(
                 model, target, some, solver=curved.solver, labels=curved.labels,  # type: ignore[arg-type]
                 damping=curved.damping, token_budget=budget, seed=curved.seed, last_layers=last_layers,
@@ -160,7 +188,7 @@ def checkpoint_influence(
 
     adam = load_adam(checkpoint.path)
     with attached(job.loaded.model, checkpoint.path) as model:
-        what = f"gradients at {checkpoint.path.name} ({kind})"
+        what = f"gradients at {checkpoint.path.name} ({kind}{job.aim})"
         if job.recipe.gradients.store and pair_gradients(job):
             raise RecipeError("gradients.store: holds gradients of single rows, not of pairs; leave it out")
         if job.recipe.gradients.store:
@@ -171,5 +199,9 @@ def checkpoint_influence(
                 )
                 for request in requests
             }
+        shard_rows = job.recipe.batching.shard_rows
+        for name, key in stages.items():  # before the sweep, so that their time isn't counted in it as well
+            if not job.run.complete(name, key, job.ids, shard_rows):
+                target_of(by_name[name])
         out = sweep_rows(job, stages, what, batch, rows=rows, passes=gradient_passes(job))
     return {by_name[name]: arrays for name, arrays in out.items()}

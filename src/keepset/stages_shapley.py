@@ -93,11 +93,13 @@ def run_steps(job: Job, spec: InRun, model: Any, path: Path) -> dict[str, Any]:
 
     def target_loss() -> float:
         found = row_losses(model, target, token_budget=budget)
+        spent["tokens"] += count_tokens(target)[0]
+        spent["flops"] += flops(job.loaded.model, *count_tokens(target))
         return float((weights.T @ (found.nll[0] / found.n_tokens)).mean())
 
     state = load_state(path) if path.exists() else {}
     if not state:
-        state = {"values": np.zeros((len(job.ids), len(names))), "step": np.array(0), "before": np.array(target_loss())}
+        state = {"values": np.zeros((len(job.ids), len(names))), "step": np.array(0)}
     with torch.no_grad():
         for n, p in adapter.items():
             if f"adapter.{n}" in state:
@@ -105,11 +107,13 @@ def run_steps(job: Job, spec: InRun, model: Any, path: Path) -> dict[str, Any]:
     values, batches = state["values"], in_run_batches(job.ids, spec)
     done = int(state["step"])
     with (
-        job.run.timed("in-run Shapley", rows=len(job.ids)) as spent,
+        job.run.timed(f"in-run Shapley{job.aim}", rows=len(job.ids)) as spent,
         job.tracked("in-run Shapley", len(batches), "steps") as advance,
     ):
         spent.update(tokens=0, flops=0.0)
         advance(done)
+        if "before" not in state:
+            state["before"] = np.array(target_loss())
         for number, indices in enumerate(batches[done:], start=done + 1):
             rows = [job.rows[i] for i in indices]
             step = in_run_step(
@@ -125,7 +129,7 @@ def run_steps(job: Job, spec: InRun, model: Any, path: Path) -> dict[str, Any]:
             tensors = {f"adapter.{n}": p.detach().cpu().numpy() for n, p in adapter.items()}
             write_atomic(path, save({**tensors, **state, "values": values, "step": np.array(number)}))
             advance(1)
-    return {"steps": len(batches), "drop": float(state["before"]) - target_loss()}
+        return {"steps": len(batches), "drop": float(state["before"]) - target_loss()}
 
 
 def load_state(path: Path) -> dict[str, np.ndarray]:
@@ -204,6 +208,8 @@ def retraining_values(job: Job, spec: Retrain) -> tuple[np.ndarray, np.ndarray, 
     from keepset.features.retraining import Retraining
     from keepset.model import apply_lora
 
+    if pair_gradients(job):
+        raise RecipeError("tmc-shapley trains on single rows, not on pairs; use rose, less or grad-cosine")
     players = players_of(job, spec)
     names, codes = job.task_codes()
     pairs, kept = job.target_pairs
@@ -211,8 +217,7 @@ def retraining_values(job: Job, spec: Retrain) -> tuple[np.ndarray, np.ndarray, 
     key = {
         "version": VERSION, **job.data_key(), "tasks": names, "target": job.target.fingerprint(),
         "players": [[str(i) for i in sorted(job.ids[rows])] for _, rows in players],
-        "lora": job.recipe.lora.model_dump(), "seed": spec.seed,
-        "args": [args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size],
+        "seed": spec.seed, **retraining_args(job),
     }  # fmt: skip
     name = f"work/retraining-{digest(key)[:16]}.json"
     known: dict[str, float] = known_utilities(job, name)
@@ -225,7 +230,7 @@ def retraining_values(job: Job, spec: Retrain) -> tuple[np.ndarray, np.ndarray, 
         )  # fmt: skip
         expected = len(retraining_sets(len(players), spec))
         with (
-            job.run.timed("retraining (Shapley)", rows=len(job.ids)) as spent,
+            job.run.timed(f"retraining (Shapley{job.aim})", rows=len(job.ids)) as spent,
             job.tracked("retraining", expected, "models") as advance,
         ):
             spent.update(tokens=0, flops=0.0)
@@ -241,6 +246,15 @@ def retraining_values(job: Job, spec: Retrain) -> tuple[np.ndarray, np.ndarray, 
     for (rows, _), v, e in zip(players, estimate.values, estimate.standard_errors, strict=True):
         value[rows], error[rows] = v / len(rows), e / len(rows)
     return value, error, estimate
+
+
+def retraining_args(job: Job) -> dict[str, Any]:
+    """What of the recipe those trainings follow."""
+    args = job.recipe.train
+    return {
+        "lora": job.recipe.lora.model_dump(),
+        "args": [args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size],
+    }
 
 
 def known_utilities(job: Job, name: str) -> dict[str, float]:

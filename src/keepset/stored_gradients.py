@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from keepset.job import Job
 
 
+def sample_of(n: int, size: int) -> np.ndarray:
+    """Indices of the rows that are scored exactly too, spread over all n."""
+    return np.unique(np.linspace(0, n - 1, size).round().astype(int))
+
+
 def stored_influence(
     job: Job,
     model: Any,
@@ -55,7 +60,7 @@ def stored_influence(
     spec, budget = job.recipe.gradients, job.recipe.batching.token_budget
     last_layers = spec.last_layers
     depends = {
-        "model": job.loaded.fingerprint,
+        "model": job.fingerprint,
         "encoder": job.encoder.fingerprint,
         "adapter": adapter,
         "last_layers": str(last_layers),
@@ -97,10 +102,12 @@ def stored_influence(
     dots, norms = store.dots(projected), store.norms
     rms = spearman = float("nan")
     if spec.store_sample:
-        at = np.unique(np.linspace(0, len(rows) - 1, spec.store_sample).round().astype(int))
-        exact = influence(
-            model, [rows[i] for i in at], target, adam=adam, map=kind, token_budget=budget, last_layers=last_layers
-        )
+        at = sample_of(len(rows), spec.store_sample)
+        some = [rows[i] for i in at]
+        with job.run.timed(f"sample of {what}", rows=len(at)) as spent:
+            n_tokens, n_head = count_tokens(some)
+            spent.update(tokens=n_tokens, flops=flops(model, n_tokens, n_head, passes=gradient_passes(job)))
+            exact = influence(model, some, target, adam=adam, map=kind, token_budget=budget, last_layers=last_layers)
         error = store_error(dots[at], exact.dots, exact.norms, target_lengths(target))
         rms, spearman = error.rms, float(np.median(error.spearman))
     return {

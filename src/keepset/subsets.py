@@ -15,9 +15,8 @@ from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
 from keepset.files import file_digest
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label, parse_budget
-from keepset.scoring import METHODS
 from keepset.select import select
-from keepset.stability import COARSE_NOISE, NOISE, Stability, score_noise, stability
+from keepset.stability import BANDS, COARSE_NOISE, NOISE, Stability, score_noise, stability
 
 if TYPE_CHECKING:
     from keepset.job import Job
@@ -86,20 +85,30 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
 def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stability | None:
     """The chosen rows that numerical noise might have left out, and the other way round.
 
-    None where noise can't decide or the score alone doesn't: text methods (their numbers don't depend on batches),
-    policies other than top-k, dropped duplicates.
+    None where the noise isn't known or can't decide (`stability.BANDS`), or the score alone doesn't: other policies
+    than top-k, dropped duplicates.
     """
     spec = next((m for m in job.recipe.methods if m.label == label), None)
     plain = job.recipe.select.policy == "top_k" and job.recipe.select.dedup == "none"
-    if spec is None or not plain or METHODS[spec.name].cost in ("free", "text"):
+    if spec is None or not plain or BANDS[spec.name] is None:
         return None
     columns = {name: table[name].to_numpy() for name in table.column_names if pa.types.is_floating(table[name].type)}
     relative = NOISE if job.recipe.model.dtype == "float32" else COARSE_NOISE
     with np.errstate(divide="ignore", invalid="ignore"):  # rows without a score, which don't count
-        columns["n_tokens"] = table["n_tokens"].to_numpy()
+        columns["n_tokens"] = scored_tokens(job, spec)
         noise = score_noise(spec.name, spec.options, columns, relative=relative)
+    if noise is None:
+        return None
     chosen = pc.is_in(table["id"], pa.array(job.ids[indices].astype(str))).to_numpy()
     return stability(columns["score"], table["id"].to_numpy(zero_copy_only=False), chosen, noise=noise)
+
+
+def scored_tokens(job: Job, spec: MethodSpec) -> np.ndarray:
+    """(n,) tokens that a method's losses are summed over: of a pair the chosen side's, ends of turns as it wants."""
+    from keepset.stages import SubJob
+
+    rows = SubJob(job, np.arange(len(job.ids)), end_of_turn=spec.options.get("end_of_turn", True)).rows
+    return np.array([int(row.supervised.sum()) for row in rows])
 
 
 def apply_overrides(table: pa.Table, path: Path) -> pa.Table:

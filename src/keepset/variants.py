@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
+from keepset.errors import RecipeError
+from keepset.idle import idle
 from keepset.job import Job
 from keepset.overlap import agreement, print_agreement
 from keepset.recipe import Recipe, VariantSpec, parse_recipe, set_key
@@ -24,7 +26,12 @@ def variant_recipe(recipe: Recipe, variant: VariantSpec) -> Recipe:
     data["controls"] = {"random_seeds": [], "longest": False, "base": False}
     for key, value in variant.set.items():
         set_key(data, key, value)
-    return parse_recipe(data, where=f"variants.{variant.label}")
+    where = f"variants.{variant.label}"
+    found = parse_recipe(data, where=where, stored=True)  # what it changes may idle what is left
+    for key, why in idle(found):
+        if key in variant.set:
+            raise RecipeError(f"{where}: {key}: {why}")
+    return found
 
 
 def run_variants(job: Job, out: Console | None, *, force: bool = False) -> dict[str, Any]:

@@ -134,8 +134,6 @@ def score(
         methods=[spec.model_dump()], force=force, text_only=text_only,
     )  # fmt: skip
     with job.run.lock():
-        if text_only:
-            job.save_quarantine([])
         table = score_job(job, spec)
         record(job, diagnose_scores(table, spec.label, folds=job.recipe.reference.folds))
     if as_json:

@@ -29,7 +29,7 @@ class TextEncoder:
 
         Args:
             name: hub name or folder with safetensors weights; no code from its repository is run.
-            device: where it runs.
+            device: where it runs; `meta`: no weights are read, to count what it would cost.
 
         Raises:
             ModelError: it can't be loaded.
@@ -46,9 +46,13 @@ class TextEncoder:
             if AutoConfig.from_pretrained(path).is_encoder_decoder:
                 raise ModelError(f"embedding_model {name}: an encoder-decoder; name a model that is an encoder alone")
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            # The pooler stands after the states that are read; a head is another task's.
-            self.model: Any = read(AutoModel, path, drawn=r"(^|\.)pooler\.", spare=head_of_another_task,
-                                   use_safetensors=True, dtype=torch.float32)  # fmt: skip
+            if str(device) == "meta":
+                with torch.device("meta"):
+                    self.model: Any = AutoModel.from_config(AutoConfig.from_pretrained(path))
+            else:
+                # The pooler stands after the states that are read; a head is another task's.
+                self.model = read(AutoModel, path, drawn=r"(^|\.)pooler\.", spare=head_of_another_task,
+                                  use_safetensors=True, dtype=torch.float32)  # fmt: skip
         self.model.to(device).eval()
         self.device = torch.device(device)
         positions = getattr(self.model.config, "max_position_embeddings", None) or MOST_TOKENS
@@ -62,7 +66,7 @@ class TextEncoder:
             texts: any text, the empty one too.
             token_budget: padded tokens a batch holds.
         """
-        ids = [self.tokenizer(t, truncation=True, max_length=self.most)["input_ids"] or [self.blank] for t in texts]
+        ids = self.tokens(texts)
         out = np.zeros((len(texts), int(self.model.config.hidden_size)), dtype=np.float32)
         order = np.argsort([len(i) for i in ids], kind="stable")
         start = 0
@@ -75,6 +79,17 @@ class TextEncoder:
                 out[some] = self.means([ids[i] for i in some])
                 start = stop
         return out
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut to the most that the model takes."""
+        return [self.tokenizer(t, truncation=True, max_length=self.most)["input_ids"] or [self.blank] for t in texts]
+
+    def cost(self, texts: Sequence[str]) -> tuple[int, float]:
+        """Tokens of the texts, and operations of a forward pass over them (see `keepset.cost`)."""
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
+        weights = sum(p.numel() for p in self.model.parameters() if p.ndim == 2 and id(p) not in tables)
+        n_tokens = sum(len(ids) for ids in self.tokens(texts))
+        return n_tokens, 2.0 * weights * n_tokens
 
     @property
     def blank(self) -> int:

@@ -14,6 +14,7 @@ s is linear in the query's word counts, so a task's mean is one sparse product.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Literal
@@ -67,6 +68,7 @@ def bm25(
     if not len(docs):
         return np.zeros(0), np.zeros((0, len(names)))
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells each step of its work at DEBUG, on stderr
     index = bm25s.BM25(k1=k1, b=b, method=method, csc_backend="scipy")
     ids = _TermIds(docs, vocabulary)
     index.index(

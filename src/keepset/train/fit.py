@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keepset.files import free_memory
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.sft import TrainResult, train_sft
 
@@ -43,14 +44,17 @@ def fit(
     Raises:
         RecipeError, DataError: as the two functions.
     """
-    if args.loss == "sft":
-        rows = [row[0] for row in sides]
-        return train_sft(
-            spec, lora, rows, out, args, seed=seed, save_each_epoch_with_moments=moments, console=console
-        )  # fmt: skip
-    from keepset.train.preference import train_dpo
+    try:
+        if args.loss == "sft":
+            rows = [row[0] for row in sides]
+            return train_sft(
+                spec, lora, rows, out, args, seed=seed, save_each_epoch_with_moments=moments, console=console
+            )  # fmt: skip
+        from keepset.train.preference import train_dpo
 
-    pairs = [(row[0], row[1]) for row in sides]
-    return train_dpo(
-        spec, lora, pairs, out, args, loss=args.loss, beta=args.beta, seed=seed, moments=moments, console=console
-    )  # fmt: skip
+        pairs = [(row[0], row[1]) for row in sides]
+        return train_dpo(
+            spec, lora, pairs, out, args, loss=args.loss, beta=args.beta, seed=seed, moments=moments, console=console
+        )  # fmt: skip
+    finally:
+        free_memory()  # the trained model goes before the next one comes
