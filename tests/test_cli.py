@@ -277,6 +277,6 @@ def test_the_command_page_is_current():
     assert page == (root / "docs/cli.md").read_text(), "run python docs/make_cli.py"
 
 
-def test_init_makes_the_folder_it_writes_into(tmp_path):
+def test_init_makes_the_folder_it_writes_into(tmp_path, core):
     assert core("init", tmp_path / "new" / "recipe.yaml").returncode == 0
     assert (tmp_path / "new" / "recipe.yaml").is_file()

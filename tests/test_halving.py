@@ -88,6 +88,7 @@ WHATS = ["losses", "losses of both", "representations", "influence", "target", "
 @pytest.mark.parametrize("what", WHATS)
 def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
     from conftest import random_rows, tiny_lora, tiny_model
+    from keepset import packing
     from keepset.evaluate.preference import pair_logps
     from keepset.features.influence import influence
     from keepset.features.losses import row_losses
@@ -95,6 +96,7 @@ def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
     from keepset.features.targets import target_vectors
 
     model, rows = tiny_lora(tiny_model("llama")), random_rows(9)
+    packing.bare(model).keepset_engine = packing.Engine(packed=True)  # checked before memory was short
     pairs = [(r, None) for r in random_rows(2, seed=5)]
 
     def numbers():

@@ -66,18 +66,18 @@ def test_what_is_no_manifest_is_told_in_one_line(tmp_path, text, message):
 
 
 def test_the_recipe_means_the_same_files_from_any_folder(tmp_path, monkeypatch):
-    home, away = tmp_path / "home", tmp_path / "away"
+    home, away = tmp_path / "there", tmp_path / "away"
     for folder in (home / "m", away):
         folder.mkdir(parents=True)
     (home / "m" / "config.json").write_text("{}")
-    for name in ("home/pool.jsonl", "away/pool.jsonl", "home/runs"):
+    for name in ("there/pool.jsonl", "away/pool.jsonl", "there/runs"):
         (tmp_path / name).write_text("{}") if name.endswith("l") else (tmp_path / name).mkdir()
     monkeypatch.chdir(home)
     recipe = {"model": {"model_name_or_path": "m"}, "pool": "pool.jsonl", "methods": ["random"]}
     Run("runs/x").adopt(parse_recipe(recipe))
     assert recipe_of({"recipe": recipe}, Path("runs/x"), Path("new")).pool[0].path == "pool.jsonl"
     monkeypatch.chdir(away)
-    found = recipe_of({"recipe": recipe}, Path("../home/runs/x"), Path("new"))
+    found = recipe_of({"recipe": recipe}, Path("../there/runs/x"), Path("new"))
     assert found.pool[0].path == str(home / "pool.jsonl") and found.model.model_name_or_path == str(home / "m")
     # a manifest by itself: from here, else from beside it
     (home / "pool.jsonl").rename(home / "other.jsonl")

@@ -36,6 +36,7 @@ from keepset.errors import ModelError
 from keepset.features.losses import row_losses
 from keepset.model_kind import UNMASKED
 from keepset.packing import Engine
+from keepset.stopping import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -294,6 +295,8 @@ def _error(model: Any, engine: Engine, rows: list[Probe], truth: _Truth) -> floa
             return float("inf")
         return worst
     except Exception as error:  # an architecture that can't be run this way
+        if out_of_memory(error):
+            raise
         log.debug("%s, %s: %s", _name(inner), engine, _line(error))
         return float("inf")
     finally:
