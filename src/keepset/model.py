@@ -32,9 +32,12 @@ FUSED = {
     "q_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "q_b_proj", "query"),
     "k_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "kv_b_proj", "key"),
     "v_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "kv_b_proj", "value"),
-    "o_proj": ("attn.c_proj", "attention.dense", "self_attention.dense", "out_proj", "attention.output.dense"),
+    "o_proj": (
+        *("attn.c_proj", "attention.dense", "self_attention.dense", "self_attn.dense"),
+        *("out_proj", "attention.output.dense"),
+    ),
 }
-"""What a LoRA target is called where Llama's name does not exist (GPT-2, Phi-3, GPT-NeoX, MPT, DeepSeek, BERT)."""
+"""What a LoRA target is called where Llama's name does not exist (GPT-2, Phi, GPT-NeoX, MPT, DeepSeek, BERT)."""
 
 
 _ENGINES: dict[tuple[Any, ...], Any] = {}
