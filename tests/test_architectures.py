@@ -202,3 +202,56 @@ def test_labels_drawn_where_the_head_is_the_models_own_code() -> None:
         want = torch.cat([x.flatten() for x in torch.autograd.grad(loss.mean(), lora)])
         assert float((g - want).norm() / want.norm()) < 1e-4
     assert architectures.relative(nll, torch.cat(losses)) < 1e-5
+
+
+def test_rows_beyond_the_positions_of_a_model(tmp_path: Path, tokenizer: Any) -> None:
+    """MPT's are called max_seq_len: such rows are quarantined, and a model's own failure is one line."""
+    from transformers import AutoConfig
+
+    from keepset.errors import ModelError
+    from keepset.features.losses import row_losses
+    from keepset.model import context_length
+
+    model = architectures.tiny_model("mpt", max_seq_len=40)
+    assert context_length(model.config) == 40
+    assert context_length(AutoConfig.for_model("gpt2", n_positions=48)) == 48
+    assert context_length(AutoConfig.for_model("bloom")) is None
+    rows = [architectures.Row(np.arange(5, 60, dtype=np.int32), np.arange(55) > 9)]
+    with pytest.raises(ModelError, match="mpt: its own code can't run rows of 54 tokens"):
+        row_losses(model, rows, token_budget=100)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    from keepset.errors import ModelError
+    from keepset.features.checks import check
+
+    model = architectures.tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="not finite; model.layers.1.mlp.up_proj.weight of the checkpoint is not"):
+        check(model)
+
+
+def test_what_a_load_says_is_said_once(
+    tmp_path: Path, tokenizer: Any, capsys: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two loads and two adapters under the command line's own handler; transformers' reports are not shown."""
+    import logging
+
+    from keepset import cli
+    from keepset.model import apply_lora, load
+    from keepset.recipe import LoraSpec, ModelSpec
+
+    def twice(**_: Any) -> None:
+        for _ in range(2):
+            apply_lora(load(ModelSpec(model_name_or_path=str(tmp_path), device="cpu")).model, LoraSpec(), 0)
+
+    saved(tmp_path, tokenizer, "bloom")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("transformers.distributed.tensor_parallel"), "handlers", [caplog.handler])
+    monkeypatch.setattr(cli, "app", twice)
+    monkeypatch.setattr(cli, "stop_on_signals", lambda: None)
+    cli.main()
+    said = capsys.readouterr().err
+    assert said.count("can't be run packed") == 1 and said.count("are called query_key_value") == 1
+    assert not caplog.messages  # such as which layers were not sharded

@@ -216,7 +216,7 @@ def quiet_report() -> Iterator[list[str]]:
         return False
 
     level = logger.level
-    if shown > logging.WARNING:  # a level of its own from WARNING on makes transformers check a tensor-parallel plan too
+    if shown > logging.WARNING:  # a level of its own of WARNING makes transformers report on tensor parallelism
         logger.setLevel(logging.INFO)
     logger.addFilter(keep)
     try:

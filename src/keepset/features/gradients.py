@@ -305,7 +305,7 @@ def _run_apart(
         found.setdefault(name, []).append((left, right, scale, places.lengths[0]))
 
     losses = [
-        run_rows(model, recorder, [row], lambda _row_of, _n, own=own: own, keep, u)[0]  # type: ignore[misc]
+        run_rows(model, recorder, [row], lambda _row_of, _n, own=own: own, keep, u)[0]
         for row, own, u in zip(rows, weights, drawn, strict=True)
     ]
     with torch.no_grad():
