@@ -238,7 +238,7 @@ def test_what_a_load_says_is_said_once(
     """Two loads and two adapters under the command line's own handler; transformers' reports are not shown."""
     import logging
 
-    from keepset import cli
+    from keepset import cli, model
     from keepset.model import apply_lora, load
     from keepset.recipe import LoraSpec, ModelSpec
 
@@ -249,6 +249,7 @@ def test_what_a_load_says_is_said_once(
     saved(tmp_path, tokenizer, "bloom")
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr(logging.getLogger("transformers.distributed.tensor_parallel"), "handlers", [caplog.handler])
+    monkeypatch.setattr(model, "_ENGINES", {})
     monkeypatch.setattr(cli, "app", twice)
     monkeypatch.setattr(cli, "stop_on_signals", lambda: None)
     cli.main()
