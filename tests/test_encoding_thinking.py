@@ -16,6 +16,7 @@ from rich.console import Console
 
 from conftest import CHATML, tiny_tokenizer
 from keepset.encoding import Encoder, RowRefused, encode_all, what_is_lost
+from keepset.errors import ModelError
 from keepset.evaluate.generate import prompt_ids
 from keepset.inspect_ import inspect_data, print_inspection
 from keepset.recipe import ModelSpec
@@ -116,6 +117,16 @@ def test_messages_that_are_not_written_and_turns_without_an_end_are_counted() ->
     assert supervised(endless, "a", "b") == "b"
     (told,) = what_is_lost([endless.encode(talk("a", "b")), endless.encode([{"role": "text", "content": "a b"}])])
     assert told.startswith("1 rows: the chat template writes no end of turn after the answer")
+
+
+def test_several_templates_and_no_default() -> None:
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.chat_template = {"tool_use": REWRITES, "default": CHATML}
+    assert Encoder(tokenizer, ModelSpec()).template == CHATML
+    tokenizer.chat_template = {"tool_use": REWRITES, "rag": CHATML}
+    with pytest.raises(ModelError, match="chat templates rag, tool_use and none called default"):
+        Encoder(tokenizer, ModelSpec())
+    assert Encoder(tokenizer, ModelSpec(chat_template="plain")).template != CHATML
 
 
 def test_an_answer_of_thinking_alone_is_refused_where_it_is_dropped() -> None:

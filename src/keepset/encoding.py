@@ -78,6 +78,7 @@ class Encoded:
         lost: whether the template drops text (thinking) of the last answer, or else of an earlier one.
         left_out: the role of the first message that the template does not write at all; empty if it writes them all.
         endless: the template writes no end of turn after the last supervised answer.
+        twice: the template writes a thinking block before a supervised answer that brings its own.
     """
 
     input_ids: np.ndarray
@@ -87,6 +88,7 @@ class Encoded:
     lost: Lost = ""
     left_out: str = ""
     endless: bool = False
+    twice: bool = False
 
 
 def content_only(row: Encoded) -> Encoded:
@@ -106,7 +108,14 @@ def what_is_lost(rows: Iterable[Encoded]) -> list[str]:
     """A line each for the rows of which the template drops text, whole messages or the end of turn; else none."""
     found: Counter[str] = Counter()
     for row in rows:
-        found.update([row.lost, f"no {row.left_out}" if row.left_out else "", "endless" if row.endless else ""])
+        found.update(
+            [
+                row.lost,
+                f"no {row.left_out}" if row.left_out else "",
+                "endless" if row.endless else "",
+                "twice" if row.twice else "",
+            ]
+        )
     names = {"earlier": "earlier answers", "last": "the last answer"}
     told = {
         **{k: f"drops text (thinking) of {name}; what it leaves is supervised" for k, name in names.items()},
@@ -115,6 +124,7 @@ def what_is_lost(rows: Iterable[Encoded]) -> list[str]:
             for k in sorted(found)
             if k.startswith("no ")
         },
+        "twice": "writes a thinking block of its own before the answer's; both are supervised",
         "endless": "writes no end of turn after the answer; a model trained on them does not learn to stop",
     }
     return [f"{found[kind]} rows: the chat template {words}" for kind, words in told.items() if found[kind]]
@@ -129,6 +139,7 @@ class Rendered:
     every_token: bool = False
     lost: Lost = ""
     left_out: str = ""
+    twice: bool = False
 
 
 class Encoder:
@@ -169,7 +180,12 @@ class Encoder:
     def _read_template(self) -> str:
         chosen, own = self.spec.chat_template, self.tokenizer.chat_template
         if isinstance(own, Mapping):
-            own = own.get("default") or next(iter(own.values()))
+            if chosen is None and "default" not in own:
+                raise ModelError(
+                    f"the tokenizer has the chat templates {', '.join(sorted(own))} and none called default; "
+                    "write one to a file and give it as chat_template"
+                )
+            own = own.get("default")
         if chosen is not None and chosen != "plain":
             try:
                 return Path(chosen).read_text(encoding="utf-8")
@@ -226,7 +242,7 @@ class Encoder:
             raise RowRefused("no-supervised-token", "no assistant message with text to supervise")
         text = self._turns.render(messages)
         places, lost = self._turns.places(text, messages)
-        spans = []
+        spans, twice = [], False
         for i in wanted:
             found = [n for n, place in enumerate(places) if place[0] == i]
             if len(found) != 1:
@@ -236,6 +252,9 @@ class Encoder:
             literal = text[places[n - 1][2] if n else 0 : start]
             written = self._turns.written_before(literal) or 0
             if literal[len(literal) - written :].strip() or self._turns.own_tags.match(text, start):
+                twice |= bool(self._turns.own_tags.match(text, start)) and bool(
+                    self._turns.own_tags.search(literal, len(literal) - written)
+                )
                 start -= written
             reach = places[n + 1][1] if n + 1 < len(places) else len(text)
             first, last = self._turns.end_of_turn(text[end:reach]) or (0, 0)
@@ -246,7 +265,7 @@ class Encoder:
         written_ones = {i for i, _, _ in places}
         left_out = [m["role"] for i, m in enumerate(messages) if i not in written_ones and m["content"].strip()]
         lost_of: Lost = "" if not lost else "last" if answers[-1] in lost else "earlier"
-        return Rendered(text, spans, lost=lost_of, left_out=next(iter(left_out), ""))
+        return Rendered(text, spans, lost=lost_of, left_out=next(iter(left_out), ""), twice=twice)
 
     def _plain_text(self, content: str) -> Rendered:
         if not content.strip():
@@ -286,7 +305,16 @@ class Encoder:
             after = f" in the first {self.max_length} tokens" if truncated else ""
             raise RowRefused("no-supervised-token", f"no supervised token{after}")
         endless = bool(rendered.spans) and rendered.spans[-1][2] == rendered.spans[-1][3]
-        return Encoded(input_ids, supervised, truncated, tuple(turn_ends), rendered.lost, rendered.left_out, endless)
+        return Encoded(
+            input_ids,
+            supervised,
+            truncated,
+            tuple(turn_ends),
+            rendered.lost,
+            rendered.left_out,
+            endless,
+            rendered.twice,
+        )
 
     def _tokenise(self, texts: list[str]) -> list[Any]:
         """Return tokenizers' own encodings: transformers' lists of lists would cost a fifth more."""
