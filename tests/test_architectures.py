@@ -142,14 +142,116 @@ def test_longrope_rows_at_the_limit(packed: bool) -> None:
         assert np.isclose(row_losses(model, [row], token_budget=300).nll[0, 0], got[i], rtol=1e-6)
 
 
-def test_pairs_that_cannot_run_alone_are_refused() -> None:
-    from keepset.errors import ModelError
-    from keepset.features.targets import target_vectors
+def together(peft: Any, rows: list[Any], uniform: Any = None) -> tuple[Any, list[Any]]:
+    """Token losses and each row's flat gradient of its mean loss, of one call of `run_rows`."""
+    from keepset.features.gradients import mean_weights, products, recording, run_rows
+
+    found: dict[str, Any] = {}
+
+    def sink(name: str, left: Any, right: Any, scale: float, places: Any) -> None:
+        out = torch.empty(len(rows), left.shape[1], right.shape[1])
+        found[name] = products(left, right, places, out) * scale
+
+    with recording(peft) as recorder:
+        nll, _ = run_rows(peft, recorder, rows, mean_weights, sink, uniform)
+        return nll, [torch.cat([found[n][i].flatten() for n in recorder.shapes]) for i in range(len(rows))]
+
+
+def adapted(model: Any, targets: Any = "all-linear") -> Any:
     from keepset.model import apply_lora
     from keepset.recipe import LoraSpec
 
-    name, changes = architectures.VARIANTS["llama, LongRoPE"]
-    peft = apply_lora(architectures.tiny_model(name, **changes), LoraSpec(lora_r=2), 0)
-    rows = [architectures.Row(np.arange(5, 5 + n), np.arange(n) > 3) for n in (10, 30)]
-    with pytest.raises(ModelError, match="set max_length to 24"):
-        target_vectors(peft, [(rows[0], rows[1])], np.zeros(1, dtype=int), loss="dpo", token_budget=200)
+    peft = apply_lora(model, LoraSpec(lora_r=2, lora_target_modules=targets), 0).eval()
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    return peft
+
+
+@pytest.mark.parametrize("name", ["llama, LongRoPE", "glm_moe_dsa"])
+def test_gradients_of_rows_that_run_apart(name: str) -> None:
+    """A pair's sides, some longer than other rows allow: as autograd's, one row at a time."""
+    model_type, changes = architectures.VARIANTS.get(name, (name, {}))
+    targets = ["q_proj", "o_proj"] if model_type == "llama" else ["o_proj", "q_b_proj"]
+    peft = adapted(architectures.tiny_model(model_type, **changes), targets)
+    rng = np.random.default_rng(5)
+    rows = [architectures.Row(rng.integers(5, 390, n), np.arange(n) > n // 2) for n in (10, 30, 41, 24)]
+    nll, got = together(peft, rows)
+    assert architectures.relative(nll, np.concatenate(architectures.own_losses(peft, rows))) < 1e-5
+    for g, w in zip(got, architectures.own_gradients(peft, rows), strict=True):
+        assert float((g - w).norm() / w.norm()) < 1e-4
+
+
+def test_labels_drawn_where_the_head_is_the_models_own_code() -> None:
+    """Each is where the distribution function of the model's own softmax passes the number; gradients follow."""
+    peft = adapted(architectures.tiny_model("minicpm3"))
+    rng = np.random.default_rng(6)
+    rows = [architectures.Row(rng.integers(5, 390, n), np.arange(n) > n // 2) for n in (9, 14)]
+    uniform = torch.from_numpy(rng.random(sum(int(r.supervised.sum()) for r in rows)))
+    nll, got = together(peft, rows, uniform)
+    lora, place, losses = [p for n, p in peft.named_parameters() if "lora_" in n], 0, []
+    for row, g in zip(rows, got, strict=True):
+        logits = peft.get_base_model()(input_ids=torch.as_tensor(row.input_ids)[None], use_cache=False).logits[0, :-1]
+        logits = logits[torch.as_tensor(row.supervised[1:])]
+        below = logits.detach().double().softmax(-1).cumsum(-1).numpy()
+        drawn = [int((b < u).sum()) for b, u in zip(below, uniform[place : place + len(below)].numpy(), strict=True)]
+        place += len(below)
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(drawn), reduction="none")
+        losses.append(loss.detach())
+        want = torch.cat([x.flatten() for x in torch.autograd.grad(loss.mean(), lora)])
+        assert float((g - want).norm() / want.norm()) < 1e-4
+    assert architectures.relative(nll, torch.cat(losses)) < 1e-5
+
+
+def test_rows_beyond_the_positions_of_a_model(tmp_path: Path, tokenizer: Any) -> None:
+    """MPT's are called max_seq_len: such rows are quarantined, and a model's own failure is one line."""
+    from transformers import AutoConfig
+
+    from keepset.errors import ModelError
+    from keepset.features.losses import row_losses
+    from keepset.model import context_length
+
+    model = architectures.tiny_model("mpt", max_seq_len=40)
+    assert context_length(model.config) == 40
+    assert context_length(AutoConfig.for_model("gpt2", n_positions=48)) == 48
+    assert context_length(AutoConfig.for_model("bloom")) is None
+    rows = [architectures.Row(np.arange(5, 60, dtype=np.int32), np.arange(55) > 9)]
+    with pytest.raises(ModelError, match="mpt: its own code can't run rows of 54 tokens"):
+        row_losses(model, rows, token_budget=100)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    from keepset.errors import ModelError
+    from keepset.features.checks import check
+
+    model = architectures.tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="not finite; model.layers.1.mlp.up_proj.weight of the checkpoint is not"):
+        check(model)
+
+
+def test_what_a_load_says_is_said_once(
+    tmp_path: Path, tokenizer: Any, capsys: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two loads and two adapters under the command line's own handler; transformers' reports are not shown."""
+    import logging
+
+    from keepset import cli
+    from keepset.model import apply_lora, load
+    from keepset.recipe import LoraSpec, ModelSpec
+
+    def twice(**_: Any) -> None:
+        for _ in range(2):
+            apply_lora(load(ModelSpec(model_name_or_path=str(tmp_path), device="cpu")).model, LoraSpec(), 0)
+
+    saved(tmp_path, tokenizer, "bloom")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("transformers.distributed.tensor_parallel"), "handlers", [caplog.handler])
+    monkeypatch.setattr(cli, "app", twice)
+    monkeypatch.setattr(cli, "stop_on_signals", lambda: None)
+    cli.main()
+    said = capsys.readouterr().err
+    assert said.count("can't be run packed") == 1 and said.count("are called query_key_value") == 1
+    assert not caplog.messages  # such as which layers were not sharded

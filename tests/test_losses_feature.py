@@ -44,6 +44,33 @@ def test_a_pass_has_the_same_bits_whatever_runs_beside_it(architecture: str) -> 
     assert (row_losses(model.unload(), rows, token_budget=256, adapters=(False,)).nll[0] == both[0]).all()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=["lora", "whole"]
+)
+def test_an_adapter_on_the_head_is_off_in_the_pass_of_the_base(changes: dict, tied: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    rows = random_rows(6, prefix=10)
+    peft = get_peft_model(
+        tiny_model("llama", tie_word_embeddings=tied), LoraConfig(**{"target_modules": ["q_proj"], **changes})
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    for token_loss in ("ce", "error-norm"):
+        both = row_losses(peft, rows, token_budget=200, adapters=(False, True), token_loss=token_loss).nll
+        with peft.disable_adapter():
+            base = row_losses(peft, rows, token_budget=200, merge=False, token_loss=token_loss).nll[0]
+            if token_loss == "ce":
+                np.testing.assert_allclose(base, one_by_one(peft, rows), rtol=FORWARD)
+        np.testing.assert_allclose(both[0], base, rtol=FORWARD)
+        assert not np.allclose(both[0], both[1], rtol=1e-3)
+        if token_loss == "ce":
+            np.testing.assert_allclose(both[1], one_by_one(peft, rows), rtol=2 * FORWARD)
+
+
 def test_merged_weights_leave_the_model_as_it_was() -> None:
     peft = tiny_lora(tiny_model("llama"))
     before = {n: p.detach().clone() for n, p in peft.named_parameters()}

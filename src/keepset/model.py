@@ -32,9 +32,12 @@ FUSED = {
     "q_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "q_b_proj", "query"),
     "k_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "kv_b_proj", "key"),
     "v_proj": ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv", "kv_b_proj", "value"),
-    "o_proj": ("attn.c_proj", "attention.dense", "self_attention.dense", "out_proj", "attention.output.dense"),
+    "o_proj": (
+        *("attn.c_proj", "attention.dense", "self_attention.dense", "self_attn.dense"),
+        *("out_proj", "attention.output.dense"),
+    ),
 }
-"""What a LoRA target is called where Llama's name does not exist (GPT-2, Phi-3, GPT-NeoX, MPT, DeepSeek, BERT)."""
+"""What a LoRA target is called where Llama's name does not exist (GPT-2, Phi, GPT-NeoX, MPT, DeepSeek, BERT)."""
 
 
 _ENGINES: dict[tuple[Any, ...], Any] = {}
@@ -44,13 +47,17 @@ REMEDIES = {
     "does not recognize this architecture": "upgrade transformers, or check model_type in config.json",
     "trust_remote_code": "if you trust that code, set trust_remote_code: true and pin model_revision",
     "quantiz": "or name the checkpoint that is not quantised",
-    "metadata": "the file is damaged or cut short: get it again",
+    "deserializing header": "a .safetensors file there is damaged, cut short or a Git LFS pointer: get it again",
+    "backend tokenizer": "it has no tokenizer.json: get all of the tokenizer's files",
     "no file named model.safetensors": "get the whole model again",
     "No such file or directory": "model.safetensors.index.json names it: get the whole model again",
     "does not appear to have a file named model.safetensors": "weights are read from safetensors only",
     "does not appear to have a file named config.json": "an adapter is no model: name its base model",
 }
 """What to do about what transformers and safetensors say."""
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+"""What configurations call the longest input (Llama, GPT-2, MPT, Whisper)."""
 
 
 @dataclass
@@ -131,6 +138,7 @@ def load_tokenizer(spec: ModelSpec, *, causal: bool = True) -> Any:
         config = AutoConfig.from_pretrained(source, **options)
         if causal:
             check_config(config, source)
+    with one_line(f"{source}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
@@ -156,8 +164,9 @@ def adapter_tokenizer(folder: Path) -> Any | None:
 
 def context_length(config: Any) -> int | None:
     """Return the longest input a model has positions for, if its config says so."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length and length > 0 else None
+    text = config.get_text_config()
+    lengths = [n for name in POSITIONS if type(n := getattr(text, name, None)) is int and n > 0]
+    return min(lengths, default=None)
 
 
 class one_line:
@@ -173,9 +182,10 @@ class one_line:
         # safetensors raises its own SafetensorError, huggingface_hub its own HTTP errors: all are plain Exceptions
         # here.
         if isinstance(error, Exception) and not isinstance(error, ModelError):
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            remedy = next((f"; {words}" for cause, words in REMEDIES.items() if cause in str(error)), "")
-            raise ModelError(f"{self.source}: can't be loaded: {lines[0][:300].rstrip('.')}{remedy}") from error
+            text = f"transformers knows no {error}" if isinstance(error, KeyError) else str(error)
+            lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+            remedy = next((f"; {words}" for cause, words in REMEDIES.items() if cause in text), "")
+            raise ModelError(f"{self.source}: can't be loaded: {lines[0][:300].rstrip('.:')}{remedy}") from error
 
 
 def pick_device(name: str) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from keepset import attention, head
 from keepset.errors import ModelError
+from keepset.stopping import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +276,13 @@ def _states(
     model: Any, ids: Tensor, positions: Tensor, mask: Tensor | None, segments: attention.Segments | None
 ) -> Tensor:
     if segments is None:  # a model counts positions its own way; padding stands on the right, where it moves none
-        return decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        try:
+            return decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        except (IndexError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
+            kind, line = bare(model).config.model_type, str(error).strip().splitlines()[0][:200]
+            raise ModelError(f"{kind}: its own code can't run rows of {ids.shape[1]} tokens: {line}") from error
     # A 4-dimensional mask is passed on as it is, so transformers builds none; packed attention does not look at it.
     out = decoder_of(model)(
         input_ids=ids,

@@ -216,7 +216,8 @@ def quiet_report() -> Iterator[list[str]]:
         return False
 
     level = logger.level
-    logger.setLevel(min(shown, logging.WARNING))
+    if shown > logging.WARNING:  # a level of its own of WARNING makes transformers report on tensor parallelism
+        logger.setLevel(logging.INFO)
     logger.addFilter(keep)
     try:
         yield conversions

@@ -41,6 +41,21 @@ def complain(text: str) -> None:
     Console(stderr=True).print(f"keepset: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
 
 
+class Once(logging.Filter):
+    """Lets each message pass once: what a load says is not said again at the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        text = record.getMessage()
+        new = text not in self.said
+        self.said.add(text)
+        return new
+
+
 def main() -> None:
     """Run a command; what a user can mend is printed in one line, with its exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
@@ -48,7 +63,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows no "…" gets "?"
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[logging.StreamHandler(sys.stderr)])
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(Once())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:
         stop_on_signals()
         app(standalone_mode=False)

@@ -163,7 +163,7 @@ class _Truth:
                 beginnings.append(logits[: row.prompt])
                 self.scale = max(self.scale, float(logits.abs().max()))
             if not all(bool(torch.isfinite(x).all()) for x in self.nll):
-                raise ModelError(f"{_name(inner)}: the model's losses are not finite; try dtype: float32")
+                raise ModelError(f"{_name(inner)}: the model's losses are not finite; {_why_not_finite(inner)}")
         finally:
             for hook in hooks:
                 hook.remove()
@@ -171,6 +171,14 @@ class _Truth:
         if not all(_close(other, beginnings[0], tolerance(inner.dtype)) for other in beginnings[1:SHARING]):
             raise ModelError(f"{_name(inner)}: {type(inner).__name__} is not causal: {UNMASKED}")
         self.states = {k: v for k, v in self.states.items() if len(v) == len(rows) and all(x is not None for x in v)}
+
+
+def _why_not_finite(inner: Any) -> str:
+    """What to do about it: weights that are not finite are the checkpoint's fault."""
+    for name, parameter in inner.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"{name} of the checkpoint is not: get it again"
+    return "try dtype: float32" if inner.dtype != torch.float32 else "the checkpoint's weights are too large"
 
 
 def _logits(inner: Any, ids: np.ndarray) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,7 +31,18 @@ from keepset.errors import ModelError
 from keepset.features import checks
 from keepset.features.llama_pass import LlamaPass, Places, lay_out, serves
 from keepset.features.matrices import Linear, find_linears
-from keepset.packing import Batch, Row, bare, engine, full_span, last_hidden, pack, token_nll
+from keepset.packing import (
+    Batch,
+    Row,
+    bare,
+    engine,
+    full_span,
+    last_hidden,
+    own_logits,
+    pack,
+    token_nll,
+    vocabulary,
+)
 
 log = logging.getLogger(__name__)
 LOGITS = 1 << 22
@@ -160,10 +171,7 @@ def _wanted(model: nn.Module, recorder: Recorder) -> tuple[list[checks.Probe], d
     if key in seen:
         return [], {}
     seen.add(key)
-    rows = checks.probes(model)
-    if recorder.apart is not None:  # rows that run alone are verified alone
-        rows = [row for row in rows if len(row.input_ids) <= recorder.apart][-2:] or rows[-1:]
-    rows = rows[-2:]
+    rows = checks.probes(model)[-2:]
     return rows, dict(zip(recorder.shapes, checks.own_gradient(model, rows[-1], list(recorder.shapes)), strict=True))
 
 
@@ -261,15 +269,11 @@ def run_rows(
     Returns:
         (S,) float32 token losses in nats and (S,) the row of each, in row order.
 
-    Raises:
-        ModelError: labels are to be drawn and the head is recorded, or not a plain linear layer.
+    Rows that others would change run one at a time; the sink gets their factors together.
     """
     longest = max(len(r.input_ids) for r in rows)
     if recorder.apart is not None and longest > recorder.apart and len(rows) > 1:
-        raise ModelError(
-            f"a row of {longest} tokens must run alone in this model (its positions depend on the longest row beside "
-            f"it), and a pair's sides can't: set max_length to {recorder.apart} or less"
-        )
+        return _run_apart(model, recorder, rows, weigh, sink, uniform)
     if recorder.written is not None and (recorder.span is None or longest <= recorder.span):
         return _run_written(model, recorder.written, rows, weigh, sink, uniform)
     device = recorder.anchor.device
@@ -281,6 +285,35 @@ def run_rows(
             return _run_autograd(model, recorder, batch, weights, uniform), batch.row_of
     finally:
         recorder.sink = recorder.places = recorder.head_places = None
+
+
+def _run_apart(
+    model: nn.Module,
+    recorder: Recorder,
+    rows: Sequence[Row],
+    weigh: LossWeights,
+    sink: Sink,
+    uniform: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    counts = [int(np.count_nonzero(row.supervised)) for row in rows]
+    row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(recorder.anchor.device)
+    weights = weigh(row_of, len(rows)).split(counts)
+    drawn = [None] * len(rows) if uniform is None else uniform.split(counts)
+    found: dict[str, list[tuple[Tensor, Tensor, float, int]]] = {}
+
+    def keep(name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
+        found.setdefault(name, []).append((left, right, scale, places.lengths[0]))
+
+    losses = [
+        run_rows(model, recorder, [row], lambda _row_of, _n, own=own: own, keep, u)[0]
+        for row, own, u in zip(rows, weights, drawn, strict=True)
+    ]
+    with torch.no_grad():
+        for name, parts in found.items():
+            left, right, scales, lengths = zip(*parts, strict=True)
+            places = Places(list(lengths), (np.cumsum(lengths) - lengths).tolist())
+            sink(name, torch.cat(left), torch.cat(right), scales[0], places)
+    return torch.cat(losses), row_of
 
 
 def _run_written(
@@ -305,9 +338,9 @@ def _run_autograd(
 ) -> Tensor:
     inner = bare(model)
     output = inner.get_output_embeddings()
-    if uniform is not None and (recorder.head is not None or not recorder.linear_head):
-        raise ModelError("labels are drawn from the model only where its head is a plain linear layer without adapter")
     hidden = last_hidden(model, batch)
+    if uniform is not None and (recorder.head is not None or not recorder.linear_head):
+        batch = replace(batch, labels=_drawn_labels(model, hidden[batch.predict], uniform))
     if recorder.head is not None:
         counts = np.bincount(batch.row_of.cpu().numpy(), minlength=len(batch.lengths))
         recorder.head_places = Places(counts.tolist(), (np.cumsum(counts) - counts).tolist())
@@ -372,6 +405,17 @@ def head_gradient(
         g.mul_(weights[part, None])
         grad[part] = mapping.backward(z, g).to(hidden.dtype) @ weight
     return nll, grad
+
+
+@torch.no_grad()
+def _drawn_labels(model: nn.Module, hidden: Tensor, uniform: Tensor) -> Tensor:
+    """(S,) labels drawn from the logits that the model's own code makes of the hidden states (S, d)."""
+    size = max(1, head.CHUNK // vocabulary(model))
+    parts = []
+    for h, u in zip(hidden.split(size), uniform[:, None].split(size), strict=True):
+        z = own_logits(model, h).float()
+        parts.append(_drawn(z, z.logsumexp(1, keepdim=True), u)[:, 0])
+    return torch.cat(parts)
 
 
 def _drawn(z: Tensor, lse: Tensor, uniform: Tensor) -> Tensor:

@@ -106,12 +106,12 @@ def row_losses(
                 shared = prefix if len(index) > 1 else 0
                 batch = packing.pack(rows, index, packed=packed, device=device, prefix=shared, trim=True, apart=apart)
                 for k, on in enumerate(adapters):
-                    if own is not None:
-                        hidden = own[k](batch)
+                    if own is not None:  # its head is a plain linear layer, the same with the adapter on and off
+                        values = token_values(model, own[k](batch), batch.labels, token_loss)
                     else:
                         with _pass(model, on, peft, weights):
                             hidden = packing.last_hidden(model, batch)[batch.predict]
-                    values = token_values(model, hidden, batch.labels, token_loss)
+                            values = token_values(model, hidden, batch.labels, token_loss)
                     sums = packing.row_sums(values, batch.row_of, len(index))
                     done.append((k, index, sums, values if per_token else None))
 
@@ -245,6 +245,7 @@ def merged_weights(model: Any) -> list[tuple[Any, Tensor, Tensor]] | None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     out: list[tuple[Any, Tensor, Tensor]] = []
+    embedding = packing.bare(model).get_input_embeddings().weight
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     for module in layers:
         plain = (
@@ -261,7 +262,7 @@ def merged_weights(model: Any) -> list[tuple[Any, Tensor, Tensor]] | None:
         if not plain:
             return None
         base = module.get_base_layer().weight
-        if base.dtype != torch.float32:
+        if base.dtype != torch.float32 or base is embedding:  # a tied head's weight must not take the embedding along
             return None
         name = module.active_adapters[0]
         up, down = module.lora_B[name].weight, module.lora_A[name].weight

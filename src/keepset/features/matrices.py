@@ -105,7 +105,8 @@ def plain_linear(module: nn.Module) -> Linear:
 
 def _plain(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool]:
     """Weight as (out, in), bias, and whether the parameter is stored transposed."""
-    if type(module) is nn.Linear:
+    dense = isinstance(module, nn.Linear) and module.weight.shape == (module.out_features, module.in_features)
+    if dense and module.weight.is_floating_point():  # a subclass (Falcon's) is verified like the rest
         return module.weight.detach(), None if module.bias is None else module.bias.detach(), False
     if type(module) is Conv1D:
         return module.weight.detach().T, module.bias.detach(), True
