@@ -121,6 +121,27 @@ def test_chatml_token_by_token(tokenizer: object) -> None:
     assert not row.supervised[0] and row.input_ids.dtype == np.int32
 
 
+PHI3 = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}{{ eos_token }}"
+
+
+@pytest.mark.parametrize("sides", [(), ("rstrip",), ("lstrip",), ("lstrip", "rstrip")])
+def test_a_header_that_swallows_the_answers_blanks_is_not_supervised(sides: tuple[str, ...]) -> None:
+    """Phi-3's `<|assistant|>` takes the blanks after it along, Phi-4's tokens those on both sides."""
+    from tokenizers import AddedToken
+
+    t = tiny_tokenizer(PHI3)
+    names = ["<|user|>", "<|assistant|>", "<|end|>"]
+    t.add_tokens([AddedToken(n, special=True, normalized=False, **dict.fromkeys(sides, True)) for n in names])
+    encoder = Encoder(t, ModelSpec())
+    for answer in ("one", "\n one", "one \n", "\t\none\n\n"):
+        row = encoder.encode(chat(answer, answer, "more?", answer))
+        first, second = pieces(encoder, row)
+        assert ["".join(p.split()) for p in (first, second)] == ["one<|end|>", "one<|end|><|im_end|>"]
+        assert row.supervised[list(row.ends)].all()
+        ends = [token for token in t.convert_ids_to_tokens(row.input_ids[list(row.ends)]) if token.startswith("<")]
+        assert ends == ["<|end|>", "<|end|>", "<|im_end|>"]
+
+
 def test_bos_stands_once() -> None:
     from tokenizers.processors import TemplateProcessing
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from conftest import CHATML, tiny_tokenizer
 from keepset.encoding import Encoder, RowRefused, encode_all, what_is_lost
+from keepset.errors import ModelError
 from keepset.evaluate.generate import prompt_ids
 from keepset.inspect_ import inspect_data, print_inspection
 from keepset.recipe import ModelSpec
@@ -95,6 +96,37 @@ def test_how_many_rows_lose_what_is_counted() -> None:
     assert what_is_lost(rows) == [told]  # type: ignore[arg-type]
     rows, _ = encode_all(encoder_for(CUTS), [talk("a", THOUGHT, "b", "c"), talk("a", THOUGHT)])
     assert [line.split(":")[0] for line in what_is_lost(rows)] == ["1 rows", "1 rows"]  # type: ignore[arg-type]
+
+
+FOLDS = (  # Mistral-7B-Instruct-v0.3: the system text stands in the last message, where that is the user's
+    "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if loop.last and m['role'] == 'user' %}{{ messages[0]['content'] }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+def test_messages_that_are_not_written_and_turns_without_an_end_are_counted() -> None:
+    system = [{"role": "system", "content": "Be brief."}]
+    rows, refused = encode_all(
+        encoder_for(FOLDS), [[*system, *talk("a", "b")], talk("a", "b"), [*system, *talk("c", "d")]]
+    )
+    assert not refused and [row.left_out for row in rows if row] == ["system", "", "system"]
+    told = "2 rows: the chat template does not write a system message; they are scored without it"
+    assert what_is_lost(row for row in rows if row) == [told]
+    endless = encoder_for("{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\n\n' }}{% endfor %}")
+    assert supervised(endless, "a", "b") == "b"
+    (told,) = what_is_lost([endless.encode(talk("a", "b")), endless.encode([{"role": "text", "content": "a b"}])])
+    assert told.startswith("1 rows: the chat template writes no end of turn after the answer")
+
+
+def test_several_templates_and_no_default() -> None:
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.chat_template = {"tool_use": REWRITES, "default": CHATML}
+    assert Encoder(tokenizer, ModelSpec()).template == CHATML
+    tokenizer.chat_template = {"tool_use": REWRITES, "rag": CHATML}
+    with pytest.raises(ModelError, match="chat templates rag, tool_use and none called default"):
+        Encoder(tokenizer, ModelSpec())
+    assert Encoder(tokenizer, ModelSpec(chat_template="plain")).template != CHATML
 
 
 def test_an_answer_of_thinking_alone_is_refused_where_it_is_dropped() -> None:

@@ -20,7 +20,7 @@ import trl
 from tokenizers import AddedToken
 
 from conftest import tiny_tokenizer
-from keepset.encoding import Encoder, RowRefused, content_only
+from keepset.encoding import Encoder, RowRefused, content_only, what_is_lost
 from keepset.recipe import ModelSpec
 from keepset.template import clock
 
@@ -171,3 +171,11 @@ def test_thinking_between_other_tokens(name: str) -> None:
     messages = talk("Name a fish.", "It is <|channel>thought\nIt swims.\n<channel|>Trout.")
     assert ours(encoder, messages) == ["It is Trout.<turn|>"]
     assert encoder.encode(messages).lost == "last" and encoder.encode(TALKS["two"]).lost == ""
+
+
+def test_a_thinking_block_before_the_answer_s_own_is_counted() -> None:
+    """Qwen3.8 puts an empty block before every answer that has no `reasoning_content`; Qwen3 reads the answer's."""
+    told = "1 rows: the chat template writes a thinking block of its own before the answer's; both are supervised"
+    for name, want in (("qwen3_8", [told]), ("qwen3", [])):
+        encoder = encoder_for(name)
+        assert what_is_lost(encoder.encode(TALKS[kind]) for kind in ("one", "thought")) == want

@@ -320,3 +320,46 @@ def test_a_warm_up_of_one_step_still_scores(model_folder, data, tmp_path):
     table = score(Job(recipe(model_folder, data, tmp_path, warmup=warmup), console=console), MethodSpec(name="rose"))
     assert np.isfinite(np.array(table["score"].to_pylist())).all()
     assert "its checkpoints count alike" in console.file.getvalue()
+
+
+def test_other_held_out_rows_order_or_names_are_evaluated_anew(model_folder, data, tmp_path, monkeypatch):
+    """The items of two models are paired by place; by content alone a reordered file would pair others' rows."""
+    from keepset import finals
+    from keepset.job import Job
+
+    measured = []
+
+    def measure(job, learner, weights):
+        measured.append(1)
+        n = [len(learner.eval_pairs[0]), len(learner.eval_rows[0])]
+        one = {f"pair.{k}": np.ones(n[0]) for k in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
+        return one | {"row.nll": np.ones(n[1]), "row.n_tokens": np.ones(n[1])}, None
+
+    monkeypatch.setattr(finals, "measure", measure)
+    monkeypatch.setattr(finals, "summarise", lambda *a: {})
+    files = {k: tmp_path / f"{k}.jsonl" for k in ("pairs", "rows")}
+    lines = {k: Path(data[k]).read_text().splitlines() for k in files}
+    asked = tmp_path / "asked.jsonl"
+
+    def evaluated(**more):
+        evaluate = {"pairs": [{"path": str(files["pairs"])}], "heldout": [{"path": str(files["rows"])}],
+                    "gsm8k": {"path": str(asked)}, **more}  # fmt: skip
+        job = Job(recipe(model_folder, data, tmp_path / "run", evaluate=evaluate), console=quiet(), force=True)
+        measured.clear()
+        finals.evaluate_final(job, finals.Learner(job), "base", None, None)
+        return bool(measured)
+
+    write = {k: lambda rows, k=k: files[k].write_text("\n".join(rows) + "\n") for k in files}
+    for k in files:
+        write[k](lines[k])
+    asked.write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    assert evaluated() and not evaluated()
+    for k in files:
+        write[k](lines[k][::-1])
+        assert evaluated() and not evaluated()
+        write[k](lines[k][:-1])
+        assert evaluated() and not evaluated()
+    assert evaluated(heldout=[{"path": str(files["rows"]), "name": "other"}])
+    assert evaluated() and not evaluated()
+    asked.write_text('{"question": "1+2?", "answer": "#### 3"}\n')
+    assert evaluated() and not evaluated()

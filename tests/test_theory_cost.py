@@ -73,6 +73,11 @@ def goals(job, sides=1) -> float:
     return forward([side for pair in job.target_pairs[0] for side in pair[:sides]])
 
 
+def states(job) -> float:
+    """Hidden states of the pool and of the target's chosen sides, without the head."""
+    return 2 * W * (size(job.rows)[0] + size([pair[0] for pair in job.target_pairs[0]])[0])
+
+
 def curvature(job) -> float:
     return forward(job.rows)  # the pool is smaller than the 64 rows that are drawn
 
@@ -82,9 +87,9 @@ FORMULAS = {
     "loss": lambda job: forward(job.rows),
     "el2n": lambda job: forward(job.rows),
     "ifd": lambda job: forward(job.rows) + answers(job),
-    "rds": lambda job: 2 * W * size(job.rows)[0],
-    "rds+": lambda job: 2 * W * size(job.rows)[0],
-    "knn-shapley": lambda job: 2 * W * size(job.rows)[0],
+    "rds": states,
+    "rds+": states,
+    "knn-shapley": states,
     "davir": lambda job: 2 * forward(job.rows) + 2 * forward(job.rows),  # both models; one epoch of training
     "davir-ref": lambda job: 4 * forward(job.rows),
     "rho-sum": lambda job: 4 * forward(job.rows),
@@ -97,7 +102,7 @@ FORMULAS = {
     "influence": lambda job: 2 * (forward(job.rows) + goals(job) + curvature(job)) + warm_up(job),
     "datainf": lambda job: 2 * (forward(job.rows) + goals(job) + 2 * curvature(job)) + warm_up(job),
     "ekfac": lambda job: 2 * (forward(job.rows) + goals(job) + 2 * curvature(job)) + warm_up(job),
-    "in-run-shapley": lambda job: 2 * (forward(job.rows) + goals(job)) + warm_up(job),  # one step holds this pool
+    "in-run-shapley": lambda job: 2 * (forward(job.rows) + 2 * goals(job)) + warm_up(job),  # one step holds this pool
 }
 
 

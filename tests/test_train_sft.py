@@ -235,6 +235,33 @@ def test_from_a_model_folder_and_back(tmp_path):
     assert trained.model.peft_config["default"].r == 2
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+def test_other_weights_in_the_same_folder_are_trained_anew(kind, tmp_path):
+    """The folder's name alone once told a finished training: the old base's adapter was taken for the new one's."""
+    from keepset.train.fit import fit as fit_by
+    from keepset.train.reward import train_reward
+
+    base = ModelSpec(model_name_or_path=str(tmp_path / "base"), device="cpu")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    rows = random_rows(6, seed=3)
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    args = spec(num_train_epochs=2, warmup_ratio=0, loss="sft" if kind == "reward" else kind)
+
+    def train(out):
+        if kind == "reward":
+            train_reward(base, LORA, pairs, tmp_path / out, args, seed=0)
+        else:
+            fit_by(base, LORA, pairs, tmp_path / out, args, seed=0)
+        return weights(tmp_path / out)
+
+    tiny_model().save_pretrained(tmp_path / "base")
+    first = train("out")
+    assert same(first, train("out"))
+    tiny_model(seed=1).save_pretrained(tmp_path / "base")
+    second = train("out")
+    assert not same(first, second) and same(second, train("fresh"))
+
+
 TWO = """
 import sys
 from pathlib import Path

@@ -45,6 +45,18 @@ def test_agreement_by_hand():
         agreement({"a": a, "b": a.slice(0, 0)})
 
 
+@pytest.mark.parametrize("pool", ["a", ["a"], [{"path": "a"}]])
+def test_a_key_reaches_what_stands_in_a_short_form(pool):
+    keys = {"pool": pool, "methods": ["davir"]}
+    set_key(keys, "pool.0.limit", 5)
+    set_key(keys, "methods.0.label", "d")
+    assert keys == {"pool": [{"path": "a", "limit": 5}], "methods": [{"name": "davir", "label": "d"}]}
+    set_key(keys, "pool.0", "b")
+    assert keys["pool"] == ["b"]
+    with pytest.raises(RecipeError, match="from 0 to 0"):
+        set_key(keys, "pool.1.limit", 5)
+
+
 def test_a_key_may_lead_through_a_list():
     keys = {"pool": [{"path": "a"}, {"path": "b"}]}
     set_key(keys, "pool.1.limit", 5)

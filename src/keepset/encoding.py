@@ -76,6 +76,9 @@ class Encoded:
         truncated: the row was cut at `max_length`.
         ends: positions of the supervised tokens that end a turn, in order.
         lost: whether the template drops text (thinking) of the last answer, or else of an earlier one.
+        left_out: the role of the first message that the template does not write at all; empty if it writes them all.
+        endless: the template writes no end of turn after the last supervised answer.
+        twice: the template writes a thinking block before a supervised answer that brings its own.
     """
 
     input_ids: np.ndarray
@@ -83,6 +86,9 @@ class Encoded:
     truncated: bool = False
     ends: tuple[int, ...] = ()
     lost: Lost = ""
+    left_out: str = ""
+    endless: bool = False
+    twice: bool = False
 
 
 def content_only(row: Encoded) -> Encoded:
@@ -99,14 +105,29 @@ def content_only(row: Encoded) -> Encoded:
 
 
 def what_is_lost(rows: Iterable[Encoded]) -> list[str]:
-    """A line each for the rows whose earlier or last answers the template shortens; none if it keeps all."""
-    found: Counter[str] = Counter(row.lost for row in rows)
+    """A line each for the rows of which the template drops text, whole messages or the end of turn; else none."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        found.update(
+            [
+                row.lost,
+                f"no {row.left_out}" if row.left_out else "",
+                "endless" if row.endless else "",
+                "twice" if row.twice else "",
+            ]
+        )
     names = {"earlier": "earlier answers", "last": "the last answer"}
-    return [
-        f"{found[kind]} rows: the chat template drops text (thinking) of {name}; what it leaves is supervised"
-        for kind, name in names.items()
-        if found[kind]
-    ]
+    told = {
+        **{k: f"drops text (thinking) of {name}; what it leaves is supervised" for k, name in names.items()},
+        **{
+            k: f"does not write a {k[3:]} message; they are scored without it"
+            for k in sorted(found)
+            if k.startswith("no ")
+        },
+        "twice": "writes a thinking block of its own before the answer's; both are supervised",
+        "endless": "writes no end of turn after the answer; a model trained on them does not learn to stop",
+    }
+    return [f"{found[kind]} rows: the chat template {words}" for kind, words in told.items() if found[kind]]
 
 
 @dataclass(frozen=True)
@@ -117,6 +138,8 @@ class Rendered:
     spans: list[tuple[int, int, int, int]]
     every_token: bool = False
     lost: Lost = ""
+    left_out: str = ""
+    twice: bool = False
 
 
 class Encoder:
@@ -144,7 +167,8 @@ class Encoder:
         self._adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in automatic[:1]
         self.template = self._read_template()
         self._turns = Template(self.template, tokenizer, start=tokenizer.bos_token if self._adds_bos else "")
-        self._check_vocabulary(tokenizer.convert_tokens_to_ids(sorted(self._turns.tokens)), ModelError)
+        self._control_ids = tokenizer.convert_tokens_to_ids(sorted(self._turns.tokens))
+        self._check_vocabulary(self._control_ids, ModelError)
 
     def _check_vocabulary(self, ids: Any, refuse: Callable[[str], Exception]) -> None:
         """Raise `refuse(why)` if an id has no row in the model's embedding (`keepset_vocabulary`)."""
@@ -156,7 +180,12 @@ class Encoder:
     def _read_template(self) -> str:
         chosen, own = self.spec.chat_template, self.tokenizer.chat_template
         if isinstance(own, Mapping):
-            own = own.get("default") or next(iter(own.values()))
+            if chosen is None and "default" not in own:
+                raise ModelError(
+                    f"the tokenizer has the chat templates {', '.join(sorted(own))} and none called default; "
+                    "write one to a file and give it as chat_template"
+                )
+            own = own.get("default")
         if chosen is not None and chosen != "plain":
             try:
                 return Path(chosen).read_text(encoding="utf-8")
@@ -180,6 +209,9 @@ class Encoder:
         turns = self._turns
         if turns.dissects or turns.header or len(turns.ends) != 1 or turns.tells_date:
             options.append(2)  # earlier versions gave other dates, refusals or masks
+        added = self.tokenizer.added_tokens_decoder
+        if any(t.rstrip or t.lstrip for i, t in added.items() if i in self._control_ids):
+            options.append(3)  # earlier versions supervised a header that swallows blanks
         digest = hashlib.sha256(json.dumps(options).encode())
         digest.update(backend.to_str().encode())
         return digest.hexdigest()
@@ -210,7 +242,7 @@ class Encoder:
             raise RowRefused("no-supervised-token", "no assistant message with text to supervise")
         text = self._turns.render(messages)
         places, lost = self._turns.places(text, messages)
-        spans = []
+        spans, twice = [], False
         for i in wanted:
             found = [n for n, place in enumerate(places) if place[0] == i]
             if len(found) != 1:
@@ -220,6 +252,9 @@ class Encoder:
             literal = text[places[n - 1][2] if n else 0 : start]
             written = self._turns.written_before(literal) or 0
             if literal[len(literal) - written :].strip() or self._turns.own_tags.match(text, start):
+                twice |= bool(self._turns.own_tags.match(text, start)) and bool(
+                    self._turns.own_tags.search(literal, len(literal) - written)
+                )
                 start -= written
             reach = places[n + 1][1] if n + 1 < len(places) else len(text)
             first, last = self._turns.end_of_turn(text[end:reach]) or (0, 0)
@@ -227,7 +262,10 @@ class Encoder:
         if not any(text[start:end].strip() for start, end, _, _ in spans):
             raise RowRefused("no-supervised-token", "the chat template drops the whole answer")
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        return Rendered(text, spans, lost="" if not lost else "last" if answers[-1] in lost else "earlier")
+        written_ones = {i for i, _, _ in places}
+        left_out = [m["role"] for i, m in enumerate(messages) if i not in written_ones and m["content"].strip()]
+        lost_of: Lost = "" if not lost else "last" if answers[-1] in lost else "earlier"
+        return Rendered(text, spans, lost=lost_of, left_out=next(iter(left_out), ""), twice=twice)
 
     def _plain_text(self, content: str) -> Rendered:
         if not content.strip():
@@ -247,11 +285,13 @@ class Encoder:
         else:
             places = np.asarray(tokens.offsets, dtype=np.int64).reshape(-1, 2)
             starts, ends = places[:, 0], places[:, 1]
+            control = np.isin(input_ids, self._control_ids)
             for start, end, first, last in rendered.spans:
-                supervised |= (starts < end) & (ends > start)
+                # a control token may have swallowed the answer's blanks (Phi-3's `<|assistant|>` is `rstrip`)
+                supervised |= (starts < end) & (ends > start) & ~(control & ((starts < start) | (ends > end)))
                 inside = np.flatnonzero((starts < last) & (ends > first))
                 if len(inside):  # and blanks that the template puts before it (Llama 2)
-                    supervised[np.searchsorted(starts, end) : inside[-1] + 1] = True
+                    supervised[min(np.searchsorted(starts, end), inside[0]) : inside[-1] + 1] = True
                     turn_ends += range(inside[0], inside[-1] + 1)
         supervised[:1] = False
         n, truncated = len(input_ids), False
@@ -264,7 +304,17 @@ class Encoder:
         if not supervised.any():
             after = f" in the first {self.max_length} tokens" if truncated else ""
             raise RowRefused("no-supervised-token", f"no supervised token{after}")
-        return Encoded(input_ids, supervised, truncated, tuple(turn_ends), rendered.lost)
+        endless = bool(rendered.spans) and rendered.spans[-1][2] == rendered.spans[-1][3]
+        return Encoded(
+            input_ids,
+            supervised,
+            truncated,
+            tuple(turn_ends),
+            rendered.lost,
+            rendered.left_out,
+            endless,
+            rendered.twice,
+        )
 
     def _tokenise(self, texts: list[str]) -> list[Any]:
         """Return tokenizers' own encodings: transformers' lists of lists would cost a fifth more."""

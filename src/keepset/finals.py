@@ -151,6 +151,11 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
     return job.run.step(folder, key, work)
 
 
+def in_order(data: Pool | Target, group: str) -> str:
+    """Name held-out data by the rows in their order, which the items are paired by, and the groups they count in."""
+    return digest([data.table["id"].to_pylist(), data.table[group].to_pylist()])
+
+
 def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base: Items | None) -> tuple[dict, Items]:
     """Evaluate a trained model (or the untrained base: seed None), unless that was done.
 
@@ -166,7 +171,8 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
     key = {
         "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
         "weights": [] if weights is None else [file_digest(p) for p in sorted(weights.glob("*.safetensors"))],
-        "pairs": pairs[2].fingerprint() if pairs else None, "rows": rows[2].fingerprint() if rows else None,
+        "pairs": in_order(pairs[2], "task") if pairs else None, "rows": in_order(rows[2], "source") if rows else None,
+        "gsm8k": in_order(load_pool(spec.gsm8k), "source") if spec.gsm8k else None,
         "columns": "by task", "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout", "each_epoch"}),
     }  # fmt: skip
 

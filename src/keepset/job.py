@@ -73,7 +73,9 @@ class Job:
             RecipeError: the recipe names none.
         """
         if not self.recipe.target:
-            raise RecipeError("target: this method needs validation rows or pairs; add `target:` to the recipe")
+            raise RecipeError(
+                "target: this method needs validation rows or pairs; add `target:` to the recipe, or give --target"
+            )
         target = load_target(self.recipe.target, seed=self.recipe.seed, strict=self.recipe.strict)
         self.say(f"target: {len(target)} rows in {len(set(target.tasks))} tasks, {len(target.quarantine)} quarantined")
         if len(target) == 0:

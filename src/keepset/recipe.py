@@ -331,14 +331,22 @@ def parse_budget(budget: int | str, n_rows: int, n_tokens: int | None) -> tuple[
     return unit, int(number)
 
 
+SHORT = {"pool": "path", "target": "path", "methods": "name"}
+"""Lists of sections that a text may stand for, and the key whose value it is then."""
+
+
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested mappings; a number is a place in a list (`pool.0.limit`).
+    """Set `a.b.c` in nested mappings; a number is a place in a list (`pool.0.limit`), short forms included.
 
     Raises:
         RecipeError: the key leads through something that holds no keys.
     """
     *parents, last = key.split(".")
     inner: Any = data
+    if len(path := [*parents, last]) > 1 and path[1].isdecimal() and path[0] in SHORT and path[0] in data:
+        short, given = SHORT[path[0]], data[path[0]]
+        given = given if isinstance(given, list) else [given]
+        data[path[0]] = [{short: one} if isinstance(one, str) and len(path) > 2 else one for one in given]
     for name in parents:
         if isinstance(inner, list):
             inner = inner[_place(inner, name, key)]

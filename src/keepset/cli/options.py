@@ -35,19 +35,19 @@ def hush(quiet: bool) -> bool:
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=hush, help="no progress, only results and mistakes")]
 
 
-def apply_setting(data: dict[str, Any], text: str) -> None:
-    """Apply `a.b.c=value` (the value is YAML) to nested mappings and lists."""
+def apply_setting(data: dict[str, Any], text: str, option: str = "--set") -> None:
+    """Apply `a.b.c=value` (the value is YAML), given by `option`, to nested mappings and lists."""
     import yaml
 
     from keepset.recipe import set_key
 
     key, separator, value = text.partition("=")
     if not separator:
-        raise RecipeError(f"--set '{text}': write it as key=value")
+        raise RecipeError(f"{option} '{text}': write it as key=value")
     try:
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"--set '{text}': not YAML: {getattr(error, 'problem', error)}") from None
+        raise RecipeError(f"{option} '{text}': not YAML: {getattr(error, 'problem', error)}") from None
     set_key(data, key, parsed)
 
 
@@ -70,7 +70,9 @@ def open_job(
     path = run_dir / "recipe.yaml"
     data: dict[str, Any] = Run(run_dir).recipe().model_dump(mode="json") if path.exists() else {"methods": []}
     if not path.exists() and not pool:
-        raise RecipeError(f"{run_dir} is no run folder yet: name a --pool to start one")
+        raise RecipeError(
+            f"{run_dir} is no run folder yet; start one with `keepset run` or `keepset score METHOD --pool FILE`"
+        )
     data["run_dir"] = str(run_dir)
     if pool:
         data["pool"] = pool

@@ -122,7 +122,7 @@ def score(
 
     options: dict[str, Any] = {}
     for text in option or []:
-        apply_setting(options, text)
+        apply_setting(options, text, "-o")
     spec = MethodSpec(name=method, label=label or method, options=options)
     check_options(spec)
     has_model = importlib.util.find_spec("transformers") is not None

@@ -21,7 +21,7 @@ from keepset.errors import DataError, RecipeError, did_you_mean
 from keepset.packing import Batch, pack, row_sums, token_nll
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.packed import MICRO_TOKENS, PackedSteps, Tokens, to_device, trains_packed
-from keepset.train.sft import TrainResult, check_rows, finished, plan_of, run_trainer, trainer_arguments
+from keepset.train.sft import TrainResult, base_weights, check_rows, finished, plan_of, run_trainer, trainer_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -171,13 +171,15 @@ def train_dpo(
 
     check_loss(loss)
     beta = losses.pair_beta(loss, beta)
-    done = finished(out, pair_plan(spec, lora, pairs, args, seed, loss, beta, gamma, moments)) if resume else None
+    base = base_weights(spec)
+    plan = pair_plan(spec, lora, pairs, args, seed, base, loss, beta, gamma, moments)
+    done = finished(out, plan) if resume else None
     if done is not None:
         return done
     loaded = load(spec)
     return fit_dpo(
         loaded.model, loaded.tokenizer, spec, lora, pairs, out, args, loss=loss, beta=beta, gamma=gamma, seed=seed,
-        reference=reference, moments=moments, resume=resume, console=console,
+        base=base, reference=reference, moments=moments, resume=resume, console=console,
     )  # fmt: skip
 
 
@@ -194,12 +196,13 @@ def fit_dpo(
     beta: float,
     gamma: float = 1.0,
     seed: int,
+    base: str = "",
     reference: PairLogps | None = None,
     moments: bool = False,
     resume: bool = True,
     console: Console | None = None,
 ) -> TrainResult:
-    """`train_dpo` of a model that is in memory; the model is changed. Arguments as there."""
+    """`train_dpo` of a model that is in memory; the model is changed. Arguments as there, `base` as of `fit_sft`."""
     from datasets import Dataset
     from trl import DPOConfig
 
@@ -207,7 +210,7 @@ def fit_dpo(
 
     check_loss(loss)
     check_rows([one for pair in pairs for one in pair])
-    plan = pair_plan(spec, lora, pairs, args, seed, loss, beta, gamma, moments)
+    plan = pair_plan(spec, lora, pairs, args, seed, base, loss, beta, gamma, moments)
     done = finished(out, plan) if resume else None
     if done is not None:
         return done
@@ -309,6 +312,7 @@ def pair_plan(
     pairs: Sequence[Pair],
     args: TrainSpec,
     seed: int,
+    base: str,
     loss: str,
     beta: float,
     gamma: float,
@@ -316,4 +320,4 @@ def pair_plan(
 ) -> str:
     """`plan_of` for pairs."""
     more = (loss, beta, gamma, *(("moments",) if moments else ()))
-    return plan_of(spec, lora, [one for pair in pairs for one in pair], args, seed, *more)
+    return plan_of(spec, lora, [one for pair in pairs for one in pair], args, seed, base, *more)

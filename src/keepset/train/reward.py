@@ -19,7 +19,7 @@ from keepset.evaluate.preference import correct, length_matched
 from keepset.evaluate.statistics import bootstrap_ci
 from keepset.files import json_text, write_atomic
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.train.sft import TrainResult, finished, plan_of, run_trainer, trainer_arguments
+from keepset.train.sft import TrainResult, base_weights, finished, plan_of, run_trainer, trainer_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,7 +84,7 @@ def train_reward(
     both = sum(_key(p) in seen for p in heldout)
     if both:
         raise DataError(f"{both} of {len(heldout)} held-out pairs are training pairs; remove them")
-    plan = plan_of(spec, lora, [one for pair in pairs for one in pair], args, seed, "reward")
+    plan = plan_of(spec, lora, [one for pair in pairs for one in pair], args, seed, base_weights(spec), "reward")
     train = finished(out, plan) if resume else None
     if train is None:
         model, tokenizer = reward_model(spec, seed)

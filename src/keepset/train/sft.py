@@ -89,12 +89,13 @@ def train_sft(
     """
     from keepset.model import load
 
-    done = finished(out, plan_of(spec, lora, rows, args, seed, save_each_epoch_with_moments)) if resume else None
+    base = base_weights(spec)
+    done = finished(out, plan_of(spec, lora, rows, args, seed, base, save_each_epoch_with_moments)) if resume else None
     if done is not None:
         return done
     loaded = load(spec)
     return fit_sft(
-        loaded.model, loaded.tokenizer, spec, lora, rows, out, args, seed=seed, resume=resume,
+        loaded.model, loaded.tokenizer, spec, lora, rows, out, args, seed=seed, base=base, resume=resume,
         save_each_epoch_with_moments=save_each_epoch_with_moments, console=console,
     )  # fmt: skip
 
@@ -109,16 +110,20 @@ def fit_sft(
     args: TrainSpec,
     *,
     seed: int,
+    base: str = "",
     resume: bool = True,
     save_each_epoch_with_moments: bool = False,
     console: Console | None = None,
 ) -> TrainResult:
-    """`train_sft` of a model that is in memory; the model is changed. Arguments as there."""
+    """`train_sft` of a model that is in memory; the model is changed. Arguments as there.
+
+    `base` names the model's weights (`base_weights`): what another base left in `out` is no result of this one.
+    """
     from datasets import Dataset
     from trl import SFTConfig
 
     check_rows(rows)
-    plan = plan_of(spec, lora, rows, args, seed, save_each_epoch_with_moments)
+    plan = plan_of(spec, lora, rows, args, seed, base, save_each_epoch_with_moments)
     done = finished(out, plan) if resume else None
     if done is not None:
         return done
@@ -340,10 +345,24 @@ def finished(out: Path, plan: str) -> TrainResult | None:
     return result
 
 
-def plan_of(spec: ModelSpec, lora: LoraSpec, rows: Sequence[Encoded], args: TrainSpec, seed: int, *more: Any) -> str:
-    """Hash everything a training's result depends on."""
+def base_weights(spec: ModelSpec) -> str:
+    """What the weights are that a training starts from; a name alone would stay when the folder gets others.
+
+    Raises:
+        ModelError: nothing there, or as `weights.fingerprint`.
+    """
+    from keepset.model import resolve
+    from keepset.weights import fingerprint
+
+    return fingerprint(resolve(spec), spec.model_revision, code=spec.trust_remote_code)
+
+
+def plan_of(
+    spec: ModelSpec, lora: LoraSpec, rows: Sequence[Encoded], args: TrainSpec, seed: int, base: str, *more: Any
+) -> str:
+    """Hash everything a training's result depends on; `base` is of `base_weights`."""
     tokens = digest([digest(np.asarray(r.input_ids, dtype=np.int32).tobytes() + r.supervised.tobytes()) for r in rows])
-    parts = {"model": spec.model_dump(mode="json"), "args": args.key(), "rows": tokens, "seed": seed}
+    parts = {"model": spec.model_dump(mode="json"), "args": args.key(), "rows": tokens, "seed": seed, "base": base}
     return digest(canonical({**parts, "lora": None if args.full else lora.model_dump(), "more": list(more)}))
 
 
