@@ -38,7 +38,7 @@ test-other-cpu: .venv/.ready  ## the default test suite with the kernels of a pr
 test-slow: .venv/.ready  ## the long tests too, with the real models
 	$(BIN)/python -m pytest -m "slow or real_model"
 
-architectures: .venv/.ready  ## every causal architecture of transformers: equal to 1e-4, or refused (6 minutes)
+architectures: .venv/.ready  ## every causal architecture of transformers: equal to 1e-4, or refused (3 minutes)
 	$(BIN)/python tests/architectures.py --out docs/architectures.md
 
 lint: .venv/.ready  ## ruff and mypy
