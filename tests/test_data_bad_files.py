@@ -360,6 +360,19 @@ def test_folder_with_splits_gives_the_split_asked_for(tmp_path: Path) -> None:
         load_pool(DataSpec.model_validate({"path": str(tmp_path), "split": "dev"}))
 
 
+def test_files_of_a_folder_that_are_left_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for k, name in enumerate(("train-00000", "more")):
+        write_rows(tmp_path / f"{name}.jsonl", [good("alpaca", k)])
+    (tmp_path / "old.jsonl.bz2").write_bytes(b"BZh9")
+    (tmp_path / "dataset_infos.json").write_text("{}")  # about the data, not data
+    assert len(load_pool(tmp_path)) == 1
+    assert f"{tmp_path}: not read, since other names tell splits and these none: more.jsonl" in caplog.messages
+    assert f"{tmp_path}: not read, as files of another kind: old.jsonl.bz2" in caplog.messages
+    (tmp_path / "train-00000.jsonl").unlink()
+    caplog.clear()
+    assert len(load_pool(tmp_path)) == 1 and len(caplog.messages) == 1
+
+
 def test_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(FileRefused, match="holds no data files"):
@@ -517,6 +530,8 @@ PLACED = {
     ),
     "an unnamed last column": ("x.csv", b"instruction,output,\na,b,\n", r"columns those at 3 have no name: name them"),
     "a name twice": ("x.csv", b"instruction,output,output\na,b,c\n", "two columns are named 'output'; rename one"),
+    "Excel's first line": ("x.csv", b"sep=,\ninstruction,output\na,b\n", "Excel's `sep=`: take it out"),
+    "capitals": ("x.csv", b"Instruction, output\na,b\n", "as alpaca they must be written instruction, output, or"),
     "semicolons": ("x.csv", b"instruction;output\na;b\n", r"divided by ';', not by ','.*read_csv\(OLD, sep=';'\)"),
     "tabs": ("x.csv", b"instruction\toutput\na\tb\n", "divided by a tab, not by ',': name the file .tsv"),
     "commas": ("x.tsv", b"instruction,output\na,b\n", "divided by ',', not by a tab: name the file .csv"),

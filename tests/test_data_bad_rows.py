@@ -78,6 +78,25 @@ def test_damaged_text(tmp_path: Path, kind: str, dialect: str) -> None:
     check(write_lines(tmp_path / "x.jsonl", rows), dialect, reason)
 
 
+def test_numbers_that_are_refused_are_named_by_their_column(tmp_path: Path) -> None:
+    told = {
+        '"x": 1, "score": NaN': "the number NaN in 'score'",
+        '"meta": {"a": [0, {"b": -Infinity}]}': "the number -Infinity in 'meta'",
+        '"x": 1e999': "the number 1e999 overflows in 'x'",
+        '"id": 9223372036854775808, "y": 2': "the integer 9223372036854775808 in 'id'",
+    }
+    rows = [f'{{"prompt": "q", "completion": "a", {tail}}}' for tail in told]
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    assert [q.detail for q in load_pool(tmp_path / "x.jsonl", allow_empty=True).quarantine] == list(told.values())
+
+
+def test_two_rows_on_the_last_line_are_not_a_row_cut_short(tmp_path: Path) -> None:
+    row = json.dumps(good("alpaca", 1))
+    (tmp_path / "x.jsonl").write_text(row + "\n" + row + row)
+    (bad,) = load_pool(tmp_path / "x.jsonl").quarantine
+    assert (bad.reason, bad.line) == ("bad-json", 2) and "something follows the JSON value" in bad.detail
+
+
 @pytest.mark.parametrize("dialect", ALL)
 def test_truncated_last_line(tmp_path: Path, dialect: str) -> None:
     rows = lines(dialect)
@@ -247,6 +266,12 @@ PAIR_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "label null": ("shp", {"labels": None}, "null-field"),
     "rated tie": ("preference", {"score_chosen": 7.0, "score_rejected": 7.0}, "score-tie"),
     "rated the other way": ("preference", {"score_chosen": 1, "score_rejected": 8}, "label-against-scores"),
+    "rated the other way, Argilla": (
+        "preference",
+        {"chosen-rating": 1.0, "rejected-rating": 4.5},
+        "label-against-scores",
+    ),
+    "rated alike": ("preference", {"chosen_rating": 3, "rejected_rating": 3}, "score-tie"),
     "voted the other way": ("stack-exchange", {"chosen_score": 1, "rejected_score": 8}, "label-against-scores"),
     "chosen by the user": ("preference-chat", {"chosen": [A("a"), U("q")]}, "last-turn-not-assistant"),
     "chosen without Human:": ("hh-rlhf", {"chosen": "just an answer"}, "wrong-type"),

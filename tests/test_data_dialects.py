@@ -101,6 +101,12 @@ SFT_CASES: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
     "query and response": ({"query": "q", "response": "a", "type": "x"}, [U("q"), A("a")]),
     "text": ({"text": " as it is \n"}, [{"role": "text", "content": " as it is \n"}]),
     "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [U("q"), A("a")]),
+    "tables put together: messages null": (
+        {"messages": None, "prompt": "q", "completion": "a", "chosen": None, "rejected": None},
+        [U("q"), A("a")],
+    ),
+    "tables put together: completion null": ({"prompt": "q", "completion": None, "response": "a"}, [U("q"), A("a")]),
+    "tables put together: all but a text null": ({"text": "t", "messages": None}, [{"role": "text", "content": "t"}]),
 }
 
 
@@ -181,6 +187,18 @@ PAIR_CASES: dict[str, tuple[dict[str, Any], tuple[Any, Any, Any]]] = {
         },
         ([S("s"), U("q")], [A("a")], [A("b")]),
     ),
+    "LLaMA-Factory with OpenAI's messages": (
+        {"messages": [S("s"), U("q")], "chosen": A("a"), "rejected": A("b")},
+        ([S("s"), U("q")], [A("a")], [A("b")]),
+    ),
+    "messages that end on a tool": (
+        {"messages": [U("q"), A("call"), T("42")], "chosen": A("a"), "rejected": "b"},
+        ([U("q"), A("call"), T("42")], [A("a")], [A("b")]),
+    ),
+    "HH-RLHF with CRLF": (
+        {"chosen": (HH + " b").replace("\n", "\r\n"), "rejected": (HH + " c\n").replace("\n", "\r\n")},
+        ([U("q"), A("a"), U("r")], [A("b")], [A("c")]),
+    ),
     "Stack Exchange": (
         {"title": "t", "body": "b", "chosen": "c", "rejected": "r", "chosen_score": 5, "rejected_score": 0},
         ([U("t\n\nb")], [A("c")], [A("r")]),
@@ -219,6 +237,11 @@ def test_a_pool_takes_messages_where_a_target_takes_the_pair() -> None:
     assert detect(row, pairs_first=False) == "messages"
     assert detect(row, pairs_first=True) == "preference"
     assert detect({"a": 1}, pairs_first=True) is None
+    # a chat that stops before the answer, and a plain text, can only be a pair's prompt
+    for prompt in ({"messages": [U("q")]}, {"conversation": [{"from": "human", "value": "q"}]}):
+        row = prompt | {"chosen": "a", "rejected": "b"}
+        assert detect(row, pairs_first=False) == detect(row, pairs_first=True) == "llamafactory-preference"
+    assert detect({"text": "t", "chosen": "a", "rejected": "b"}, pairs_first=False) == "preference"
 
 
 def test_implicit_prompt_agrees_with_trl_on_messages(tmp_path: Path) -> None:

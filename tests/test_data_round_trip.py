@@ -99,6 +99,22 @@ def test_parquet_types_survive(tmp_path: Path) -> None:
     assert again.to_pylist() == table.take([2, 0]).to_pylist()
 
 
+def test_an_image_column_beside_text_comes_back(tmp_path: Path) -> None:
+    """Rows without a picture are used, whatever empty form it has, and are the file's own rows in Parquet."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = [None, {"bytes": b"\x89PNG\xff", "path": None}, {"bytes": None, "path": None}, {"bytes": b"", "path": ""}]
+    prompts = ["a", "b", "c", "<image> in words"]
+    table = pa.table({"prompt": prompts, "completion": ["x"] * 4, "image": pa.array(images, kind)})
+    pq.write_table(table, tmp_path / "in.parquet")
+    pool = load_pool(tmp_path / "in.parquet")
+    assert [(q.line, q.reason) for q in pool.quarantine] == [(2, "non-text-content")]
+    write_subset(pool, [2, 0, 1], tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet").equals(table.take([3, 0, 2]))
+    for name in ("out.jsonl", "out.csv", "out.parquet"):
+        write_subset(pool, [0, 1, 2], tmp_path / name)
+        assert load_pool(tmp_path / name).ids.tolist() == pool.ids.tolist()
+
+
 def test_rows_from_json_infer_their_types_and_mixed_columns_become_text(tmp_path: Path) -> None:
     texts = ['{"a": 1, "b": [1]}', '{"b": "x", "c": {"d": null}, "a": 2.5}', '{"e": true}']
     table = rows_table(texts)

@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 KEPT = ""  # the row is used, and reads as it does without the field
 
 # What comes of a value, by hand: (where, first name, first dialect) of a line of the table -> value -> reason, or KEPT.
-EMPTY = [(None, KEPT), ("", KEPT), ([], KEPT), ({}, KEPT), ("[]", KEPT), ("null", KEPT)]
+EMPTY = [(None, KEPT), ("", KEPT), ([], KEPT), ({}, KEPT), ("[]", KEPT), ("null", KEPT), ("[null, []]", KEPT),
+         ('{"bytes": null, "path": ""}', KEPT), ("{'bytes': None, 'path': None}", KEPT)]  # fmt: skip
 UNWANTED = [
     (False, "undesirable"),
     ("False", "undesirable"),
@@ -330,6 +331,16 @@ PROMPT_CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]] | str]] = {
     "an empty one and a full one": ({"question": "", "query": "q"}, [U("q")]),
     "a number": ({"question": 3}, "wrong-type"),
     "none": ({}, [U("The spider has")]),
+    "none, with notes": ({"source": "web", "category": "open qa", "n": 3, "tags": ["a"], "id": "The spider has"},
+                         [U("The spider has")]),
+    "a context alone": ({"context": "How many legs?"}, "two-prompts"),
+    "a post": ({"post": "Legs?"}, "two-prompts"),
+    "a text": ({"text": "Legs?"}, "two-prompts"),
+    "a column of words": ({"asked": "How many legs has it?"}, "two-prompts"),
+    "a column that the beginning holds": ({"context": " spider  has "}, [U("The spider has")]),
+    "a chat": ({"dialog": [U("q")]}, "two-prompts"),
+    "a null prompt and a question": ({"prompt": None, "instruction": "q", "input": None, "context": "x"}, "null-field"),
+    "a null input and a context": ({"instruction": "q", "input": None, "context": "x"}, [U("q\nx")]),
     "user beside a prompt is a name": ({"prompt": "q", "user": "Ann"}, [U("q")]),
     "two prompts": ({"prompt": "q", "question": "r"}, "two-prompts"),
     "two prompts of one text": ({"prompt": "Answer: what is  q?", "question": "what is q?"},
@@ -348,7 +359,7 @@ def test_the_prompt_of_a_pair(tmp_path: Path, kind: str) -> None:
     if isinstance(want, str):
         assert [q.reason for q in target.quarantine] == [want]
         return
-    told = ("eight legs.", "six legs.") if kind == "none" else tuple(SIDES.values())
+    told = ("eight legs.", "six legs.") if want == [U("The spider has")] else tuple(SIDES.values())
     assert target.pair(0) == (want, [A(told[0])], [A(told[1])])
     assert load_pool(path).messages(0) == [*want, A(told[0])]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from keepset.data.fields import check_row, empty, prompt_column
+from keepset.data.fields import SIDE_SCORES, check_row, empty, prompt_column
 from keepset.data.parts import (
     Row,
     folded,
@@ -21,6 +21,7 @@ from keepset.data.parts import (
     instruction_text,
     is_hh,
     need,
+    no_other_text,
     not_repeated,
     one_prompt,
     read_completion,
@@ -30,7 +31,7 @@ from keepset.data.parts import (
     with_system,
 )
 from keepset.data.reasons import RowProblem
-from keepset.data.turns import CONTEXT, Turn, check_chat, looks_hh, read_turns, split_hh
+from keepset.data.turns import CONTEXT, ROLES, Turn, check_chat, looks_hh, read_turns, split_hh
 from keepset.data.written import spoken
 from keepset.errors import DataError, did_you_mean
 
@@ -94,9 +95,8 @@ def preference(row: Row) -> Pair:
     """
     name, chosen = need(row, "chosen")
     _, rejected = need(row, "rejected")
-    _check_scores(
-        row.get("score_chosen", row.get("chosen_score")), row.get("score_rejected", row.get("rejected_score"))
-    )
+    for better, worse in SIDE_SCORES:
+        _check_scores(row.get(better), row.get(worse))
     if "prompt" in row and row["prompt"] is None:
         raise RowProblem("null-field", "'prompt' is null")
     column = prompt_column(row)
@@ -106,6 +106,8 @@ def preference(row: Row) -> Pair:
         sides = (chosen, rejected) if texts else (read_turns(chosen, "chosen"), read_turns(rejected, "rejected"))
         with_history(row, [])
         prompt, chosen, rejected = _shared_text(*sides) if texts else _shared_turns(*sides)
+        if type(sides[0]) is str and not looks_hh(sides[0]):
+            no_other_text(row, prompt[0][1])
         return _led(row, column, prompt), chosen, rejected
     value = instruction_text(row) if column == "instruction" else spoken(column, row[column])
     strip = is_hh(value)
@@ -166,7 +168,7 @@ def shp(row: Row) -> Pair:
 
 def llamafactory_preference(row: Row) -> Pair:
     """LLaMA-Factory's ranking form: `conversations` is the prompt, `chosen` and `rejected` are one message each."""
-    name, value = need(row, "conversations")
+    name, value = need(row, "conversations", "conversation", "messages")
     return _pair(
         read_turns(value, name), read_completion(*need(row, "chosen")), read_completion(*need(row, "rejected"))
     )
@@ -175,7 +177,8 @@ def llamafactory_preference(row: Row) -> Pair:
 def stack_exchange(row: Row) -> Pair:
     """Stack Exchange: `title`, a blank line, `body` is the prompt; `chosen` and `rejected` are answers."""
     prompt = text_field(row, "title", blank="empty-prompt") + "\n\n" + text_field(row, "body")
-    _check_scores(row.get("chosen_score"), row.get("rejected_score"))
+    for better, worse in SIDE_SCORES:
+        _check_scores(row.get(better), row.get(worse))
     return _pair(
         [("user", prompt.strip())], read_completion(*need(row, "chosen")), read_completion(*need(row, "rejected"))
     )
@@ -306,7 +309,7 @@ def _pair_dialect(row: Row) -> str | None:
         return "shp"
     if "chosen" not in row or "rejected" not in row:
         return None
-    if "conversations" in row:
+    if "conversations" in row or _is_prompt(row.get("messages")) or _is_prompt(row.get("conversation")):
         return "llamafactory-preference"
     if "prompt" not in row and "title" in row and "body" in row:
         return "stack-exchange"
@@ -316,12 +319,23 @@ def _pair_dialect(row: Row) -> str | None:
 def detect(row: Row, *, pairs_first: bool) -> str | None:
     """Name the dialect of one raw row from its columns, or None; a target looks for pairs first, a pool for SFT.
 
-    `conversations` beside `chosen` and `rejected` are always a pair: alone they end on the user.
+    `conversations` beside `chosen` and `rejected` are always a pair: alone they end on the user. So are `messages` that
+    do, and a `text`. A null column counts only where nothing else names a dialect.
     """
+    given = {name: value for name, value in row.items() if value is not None}
+    if len(given) < len(row) and (found := detect(given, pairs_first=pairs_first)):
+        return found  # tables that were put together hold a null column for each name of the others
     pair, sft = _pair_dialect(row), _sft_dialect(row)
-    if pair == "llamafactory-preference":
+    if pair == "llamafactory-preference" or (pair and sft == "text"):
         return pair
     return (pair or sft) if pairs_first else (sft or pair)
+
+
+def _is_prompt(value: Any) -> bool:
+    """Tell whether a chat stops before an answer."""
+    last = value[-1] if type(value) is list and value else None
+    role = last.get("role", last.get("from")) if type(last) is dict else None
+    return type(role) is str and ROLES.get(role.strip().lower()) in ("user", "tool", "system")
 
 
 def as_sft(dialect: str) -> Callable[[Row], list[Turn]]:

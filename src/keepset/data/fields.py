@@ -9,6 +9,8 @@ it. `docs/data.md` prints the table; a test holds the page and every row of the 
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -26,19 +28,34 @@ TEMPLATED = (*CHATS, *PAIRS)
 TEXT_PROMPTS = ("prompt-completion", "alpaca", "question-answer", "preference")
 
 SYSTEM = ("system", "system_prompt")
+SIDE_SCORES = tuple(
+    (name.format("chosen"), name.format("rejected")) for name in ("{}_score", "score_{}", "{}_rating", "{}-rating")
+)
+"""The columns that hold a pair's scores: of the chosen side, of the rejected one."""
 PROMPTS = ("prompt", "question", "instruction", "query", "problem", "user", "input")
 """The columns that can hold a pair's prompt, the first that is given first."""
 
 
 def empty(value: Any) -> bool:
     """Tell whether a value says nothing: null, blank, false, an empty list or object, or one of nothing but such."""
-    if value is None or value is False:
+    if value is None or value is False or value == b"":
         return True
     if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null", "None")
+        text = value.strip()
+        return text in ("", "[]", "{}", "null", "None") or (text[0] in "[{" and len(text) <= 200 and _written(text))
     if isinstance(value, Mapping):
         return all(empty(v) for v in value.values())
     return isinstance(value, (list, tuple)) and all(empty(v) for v in value)
+
+
+def _written(text: str) -> bool:
+    """Tell whether a list or an object, as JSON or Python text, says nothing: `[null]` in a cell of a CSV file."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return empty(read(text))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return False
 
 
 def flag(value: Any) -> bool | None:
@@ -146,12 +163,14 @@ FIELDS: tuple[Field, ...] = (
     Field(("context",), "row", ("preference",), "honoured", "joined to `instruction`; beside others: refused if not "
           "in the prompt", _honoured),
     Field(("tools", "functions"), "row", TEMPLATED, "refused", "unless empty", _TOOLS),
-    Field(("image", "images", "video", "videos", "audio", "audios", "pixel_values"), "row", EVERY, "refused",
+    Field(("image", "images", "video", "videos", "audio", "audios", "pixel_values", "image_url", "image_urls",
+           "image_path", "image_paths", "image_file", "video_path", "audio_path"), "row", EVERY, "refused",
           "unless empty; `<image>` in a text alone is text", _MEDIA),
-    Field(("label", "kto_tag"), "row", CHATS, "refused",
+    Field(("label", "kto_tag", "desirable", "is_desirable"), "row", CHATS, "refused",
           "where false or 0: an answer that is not wanted; other values than these and true, 1 are carried along",
           _false_is_refused("undesirable", "an answer that is not wanted (unpaired preference data)", numbers=True)),
-    Field(("label", "kto_tag"), "row", ("text",), "refused", "where false; numbers are carried along (classes)",
+    Field(("label", "kto_tag", "desirable", "is_desirable"), "row", ("text",), "refused",
+          "where false; numbers are carried along (classes)",
           _false_is_refused("undesirable", "an answer that is not wanted (unpaired preference data)", numbers=False)),
     Field(("weight", "sample_weight", "loss_weight", "loss_scale"), "row", EVERY, "refused", "unless 1", _weight),
     Field(("train", "training", "trainable"), "row", EVERY, "refused",
@@ -166,8 +185,8 @@ FIELDS: tuple[Field, ...] = (
     Field(("labels",), "row", tuple(d for d in EVERY if d != "shp"), "refused", "where it is a list", _list_is_refused),
     Field(("chat_template_kwargs",), "row", TEMPLATED, "refused", "unless empty",
           _refused("unused-field", "changes how the row is rendered, which is not followed")),
-    Field(("chosen_score", "rejected_score", "score_chosen", "score_rejected"), "row",
-          ("preference", "stack-exchange"), "honoured", "a tie, or rejected above chosen: refused", _honoured),
+    Field(tuple(name for pair in SIDE_SCORES for name in pair), "row", ("preference", "stack-exchange"),
+          "honoured", "a tie, or rejected above chosen: refused", _honoured),
     Field(("split",), "row", EVERY, "carried", "no row is left out for it: filter the file", _carried),
     Field(("reasoning_content", "reasoning", "thinking", "thought"), "row", EVERY, "carried",
           "not rendered: put it into the answer if it is to be learnt", _carried),
@@ -184,13 +203,14 @@ FIELDS: tuple[Field, ...] = (
     Field(("mask",), "message", (), "refused", "unless null: it can mean either side", _mask),
     Field(("train_detail", "training_detail", "train_details", "training_details"), "message", (), "refused",
           "unless empty", _refused("unused-field", "marks parts of a message, and whole ones are followed")),
-    Field(("reasoning_content", "reasoning", "thinking", "thought", "thoughts"), "message", (), "refused",
+    Field(("reasoning_content", "reasoning", "reasoning_details", "thinking", "thought", "thoughts"), "message", (),
+          "refused",
           "unless empty", _refused("reasoning-field", "holds reasoning beside the content; put it into the content as "
                                    "your model's template writes it (<think>…</think>)")),
     Field(("tool_calls", "function_call"), "message", (), "refused", "unless empty",
           _refused("tool-calls", "holds structured tool calls")),
-    Field(("image", "images", "video", "videos", "audio", "audios"), "message", (), "refused", "unless empty",
-          _MEDIA),
+    Field(("image", "images", "image_url", "video", "videos", "audio", "audios"), "message", (), "refused",
+          "unless empty", _MEDIA),
     Field(("refusal",), "message", (), "refused", "unless empty",
           _refused("unused-field", "is a text beside the content")),
     Field(("channel", "recipient"), "message", (), "refused", "unless empty (Harmony)",
@@ -200,7 +220,7 @@ FIELDS: tuple[Field, ...] = (
     Field(("name", "tool_call_id"), "message", (), "carried", "not rendered", _carried),
 )  # fmt: skip
 
-#: Which columns hold the text of a row, by dialect: of each group the first that is there.
+#: Which columns hold the text of a row, by dialect: of each group the first that is given.
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations", "conversation"),),
@@ -211,7 +231,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "preference": (("chosen",), ("rejected",)),
     "hh-rlhf": (("chosen",), ("rejected",)),
     "shp": (("history",), ("human_ref_A",), ("human_ref_B",), ("labels", "label"), ("score_A",), ("score_B",)),
-    "llamafactory-preference": (("conversations",), ("chosen",), ("rejected",)),
+    "llamafactory-preference": (("conversations", "conversation", "messages"), ("chosen",), ("rejected",)),
     "stack-exchange": (("title",), ("body",), ("chosen",), ("rejected",)),
 }
 #: The keys that every message has.
@@ -295,10 +315,10 @@ def trained(message: Mapping[str, Any], role: str, place: str) -> bool:
 
 def carried(row: Mapping[str, Any], dialect: str) -> list[str]:
     """Name the columns of a usable row that neither its dialect reads nor a rule understood; null ones left out."""
-    used = {next((name for name in group if name in row), "") for group in COLUMNS[dialect]}
+    used = {next((name for name in group if row.get(name) is not None), "") for group in COLUMNS[dialect]}
     if dialect == "preference":
         used |= {prompt_column(row) or ""}
-        used |= {"input" if "input" in row else "context"} if "instruction" in used else set()
+        used |= {"input" if row.get("input") is not None else "context"} if "instruction" in used else set()
     rules = {name: rule for name, rule in ROW_RULES[dialect].items() if name not in (*PROMPTS, "context")}
     return [
         name

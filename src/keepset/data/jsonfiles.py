@@ -80,7 +80,9 @@ def _lines(stream: io.BufferedReader, file: str, first: bytes, line: int) -> Ite
             problem = (bad.reason, bad.detail)
             if b"\r" in data.strip() and b"\n" not in data.strip():
                 problem = (bad.reason, "lines end in CR alone (old Mac): convert them: tr '\\r' '\\n' < OLD > NEW")
-            elif bad.reason == "bad-json" and not data.endswith(b"\n") and data.lstrip()[:1] == b"{":
+            elif bad.reason != "bad-json" or "the JSON value" in bad.detail:
+                pass  # not JSON, or more than one value
+            elif not data.endswith(b"\n") and data.lstrip()[:1] == b"{":
                 problem = ("truncated-line", f"the file stops in the middle of its last row: {bad.detail}")
         except StreamDamaged as error:
             problem = ("truncated-archive", str(error))

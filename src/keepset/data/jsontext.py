@@ -55,6 +55,8 @@ def parse_row(text: str) -> dict[str, Any]:
         row, end = _scan(text, 0)
     except StopIteration as stop:
         raise RowProblem("bad-json", f"no JSON value at character {int(stop.value) + 1}") from None
+    except RowProblem as bad:
+        raise RowProblem(bad.reason, bad.detail + _place(text)) from None
     except json.JSONDecodeError as error:
         if error.msg.startswith("Invalid control character"):
             if text[error.pos : error.pos + 1] == "\0":
@@ -67,7 +69,8 @@ def parse_row(text: str) -> dict[str, Any]:
         if text[end:].lstrip().startswith("\ufeff"):
             told = "a byte-order mark: two files were put together without a line break"
             raise RowProblem("bad-json", f"after the JSON value, at character {end + 1}, stands {told}")
-        raise RowProblem("bad-json", f"something follows the JSON value at character {end + 1}")
+        rest = text[end:].lstrip()[:20]
+        raise RowProblem("bad-json", f"something follows the JSON value at character {end + 1}: {rest}")
     if type(row) is not dict:
         raise RowProblem("not-an-object", f"a JSON {_kind(row)}, not an object")
     if text.count("[") + text.count("{") > MAX_DEPTH and depth(row) > MAX_DEPTH:
@@ -75,6 +78,33 @@ def parse_row(text: str) -> dict[str, Any]:
     if "\\u" in text:
         check_escapes(text, row)
     return row
+
+
+def _place(text: str) -> str:
+    """Name the column of the number that was refused, if the rest of the text is sound."""
+    found: list[str] = []
+
+    def tried(read: Any) -> Any:
+        def number(digits: str) -> Any:
+            try:
+                return read(digits)
+            except RowProblem:
+                return found
+
+        return number
+
+    try:
+        row = json.loads(text, parse_constant=tried(_constant), parse_int=tried(_int), parse_float=tried(_float))
+    except (ValueError, RecursionError):
+        return ""
+    stack = [(name, value) for name, value in row.items()] if type(row) is dict else []
+    while stack:
+        name, value = stack.pop()
+        if value is found:
+            return f" in '{name[:60]}'"
+        inner = value.values() if type(value) is dict else value if type(value) is list else ()
+        stack += [(name, part) for part in inner]
+    return ""
 
 
 def check_escapes(text: str, row: Any) -> None:

@@ -131,7 +131,10 @@ def _dialect_of(opened: OpenFile, objects: list[dict[str, Any]], *, pairs_first:
         raise FileRefused(opened.file, "message-tree", detail)
     columns = ", ".join(dict.fromkeys(str(k)[:40] for k in list(objects[0])[:12])) or "(none)"
     known = ", ".join([*SFT, *PAIRS])
-    detail = f"the columns {columns} fit no known dialect; rename them, or name the dialect with `format`: {known}"
+    plain = {str(name).strip().lower(): value for name, value in objects[0].items()}
+    close = detect(plain, pairs_first=pairs_first)
+    remedy = f"as {close} they must be written {', '.join(plain)}" if close else "rename them"
+    detail = f"the columns {columns} fit no known dialect; {remedy}, or name the dialect with `format`: {known}"
     raise FileRefused(opened.file, "unknown-dialect", detail)
 
 

@@ -12,41 +12,47 @@ from keepset.data.written import spoken
 Row = dict[str, Any]
 
 _OTHERS = {*PROMPTS, "context"} - {"user"}
+UNNAMED = ("context", "text", "message", "post", "history", "dialogue", "title", "body", "inputs")
+"""Columns that hold a prompt in data whose prompt has another name than `PROMPTS`."""
 
 
 def text_field(row: Row, *names: str, blank: str | None = None) -> str:
-    """Return the first of these columns that is there, as text.
+    """Return the first of these columns that is given, as text.
 
     Raises:
         RowProblem: `missing-column`, `null-field`, `wrong-type`, `chat-as-text`, or the code `blank` if it is blank.
     """
-    for name in names:
-        if name in row:
-            value = row[name]
-            if type(value) is not str:
-                if value is None:
-                    raise RowProblem("null-field", f"'{name}' is null")
-                raise RowProblem("wrong-type", f"'{name}' is {type_name(value)}, not text")
-            if blank is not None and (not value or value.isspace()):
-                raise RowProblem(blank, f"'{name}' is empty")
-            if spoken(name, value) is not value:
-                raise RowProblem("chat-as-text", f"'{name}' is text that holds a chat: write it as `messages`")
-            return value
-    raise RowProblem("missing-column", f"no column '{names[0]}'")
+    name = _first(row, names)
+    value = row[name]
+    if type(value) is not str:
+        if value is None:
+            raise RowProblem("null-field", f"'{name}' is null")
+        raise RowProblem("wrong-type", f"'{name}' is {type_name(value)}, not text")
+    if blank is not None and (not value or value.isspace()):
+        raise RowProblem(blank, f"'{name}' is empty")
+    if spoken(name, value) is not value:
+        raise RowProblem("chat-as-text", f"'{name}' is text that holds a chat: write it as `messages`")
+    return value
 
 
 def need(row: Row, *names: str) -> tuple[str, Any]:
-    """Return the name and the value of the first of these columns that is there, a chat written as text read.
+    """Return the name and the value of the first of these columns that is given, a chat written as text read.
 
     Raises:
         RowProblem: `missing-column`, `null-field`, `chat-as-text`.
     """
-    for name in names:
-        if name in row:
-            if row[name] is None:
-                raise RowProblem("null-field", f"'{name}' is null")
-            return name, spoken(name, row[name])
-    raise RowProblem("missing-column", f"no column '{names[0]}'")
+    name = _first(row, names)
+    if row[name] is None:
+        raise RowProblem("null-field", f"'{name}' is null")
+    return name, spoken(name, row[name])
+
+
+def _first(row: Row, names: tuple[str, ...]) -> str:
+    """Return the first of these columns that is given; one that is null only if there is no other."""
+    there = [name for name in names if name in row]
+    if not there:
+        raise RowProblem("missing-column", f"no column '{names[0]}'")
+    return next((name for name in there if row[name] is not None), there[0])
 
 
 def read_prompt(name: str, value: Any) -> list[Turn]:
@@ -76,7 +82,7 @@ def is_hh(value: Any) -> bool:
 
 def input_column(row: Row) -> str:
     """Name the column that is joined to `instruction`."""
-    return "input" if "input" in row else "context"
+    return "input" if row.get("input") is not None or row.get("context") is None else "context"
 
 
 def instruction_text(row: Row) -> str:
@@ -125,6 +131,25 @@ def one_prompt(row: Row, prompt: list[Turn], *used: str) -> None:
         if other not in whole and (instruction or whole) not in other:
             raise RowProblem(
                 "two-prompts", f"'{name}' is not in the prompt ('{used[0]}') and would be lost: join them, or drop it"
+            )
+
+
+def no_other_text(row: Row, shared: str) -> None:
+    """Refuse a pair whose prompt would be what both texts begin with, although another column may hold it.
+
+    That is a chat, `UNNAMED`, or a text of four words or more, unless `shared` holds it.
+    """
+    for name, value in row.items():
+        if name in ("chosen", "rejected", *SYSTEM) or empty(value):
+            continue
+        if type(value) is list:
+            held = type(value[0]) is not dict or not {"role", "from"} & value[0].keys()
+        else:
+            wordy = type(value) is str and (name in UNNAMED or len(value.split()) >= 4)
+            held = not wordy or folded(value) in folded(shared)
+        if not held:
+            raise RowProblem(
+                "two-prompts", f"'{name}' may be the prompt and would be lost: name it `prompt`, or drop it"
             )
 
 

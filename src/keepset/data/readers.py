@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +16,12 @@ from keepset.data.reasons import FileRefused, Quarantined
 from keepset.data.streams import open_bytes
 from keepset.data.tables import Batches, open_arrow, open_hub, open_parquet, read_csv, saved_dataset_files, table_rows
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED = (".gz", ".zst")
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_UNREAD = (".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".xlsx")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(:[\w.-]+)?")
 
@@ -48,7 +53,7 @@ def is_data_file(name: str) -> bool:
     lowered = name.lower()
     for suffix in _PACKED:
         lowered = lowered.removesuffix(suffix)
-    return lowered.endswith(SUFFIXES) and not name.startswith((".", "_"))
+    return lowered.endswith(SUFFIXES) and not name.startswith((".", "_")) and name not in _ABOUT
 
 
 def open_all(path: str, split: str) -> Iterator[OpenFile]:
@@ -109,6 +114,9 @@ def folder_files(folder: Path, split: str) -> list[str]:
         root, files = folder, _walk(folder)
     if not files:
         raise FileRefused(str(folder), "no-such-file", f"the folder holds no data files ({' '.join(SUFFIXES)})")
+    unread = [p for p in root.rglob("*") if p.suffix.lower() in _UNREAD and p.is_file()]
+    if unread:
+        log.warning("%s: not read, as files of another kind: %s", folder, _names(unread, root))
     told = {file: found for file in files if (found := _split_of(file, root))}
     if not told:
         return [str(f) for f in files]
@@ -117,7 +125,15 @@ def folder_files(folder: Path, split: str) -> list[str]:
     if not chosen:
         there = ", ".join(sorted(set(told.values())))
         raise FileRefused(str(folder), "no-such-file", f"the folder has no split '{split}'; there are: {there}")
+    if len(told) < len(files):
+        left = _names([file for file in files if file not in told], root)
+        log.warning("%s: not read, since other names tell splits and these none: %s", folder, left)
     return chosen
+
+
+def _names(files: list[Path], root: Path) -> str:
+    names = [str(file.relative_to(root)) for file in sorted(files, key=str)]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _walk(root: Path) -> list[Path]:

@@ -131,7 +131,8 @@ def open_bytes(path: str) -> tuple[io.BufferedReader, str]:
     except OSError as error:
         raise FileRefused(name, "unreadable-file", f"can't be read: {error.strerror or error}") from None
     if not head:
-        raise FileRefused(name, "empty-file", "the file is empty")
+        told = "nothing came in (a run folder whose pool is `-` reads it anew at each step: name a file)"
+        raise FileRefused(name, "empty-file", told if path == "-" else "the file is empty")
     suffixes = [s.lower() for s in Path(path).suffixes[-2:]]
     last = suffixes[-1] if suffixes else ""
     if head.startswith(b"PAR1"):

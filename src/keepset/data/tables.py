@@ -127,6 +127,8 @@ def _header_problem(cells: list[str], separator: str) -> str | None:
     """Say what is wrong with a header line, and what to do."""
     if any("\udc80" <= c <= "\udcff" or c == "\0" for c in "".join(cells)):
         return "the header line holds bytes that are not UTF-8, or NUL"
+    if cells[0].lower().startswith("sep="):
+        return "the first line is Excel's `sep=`: take it out (and divide the columns by a comma)"
     unnamed = [k for k, c in enumerate(cells) if not c.strip()]
     if unnamed and unnamed != [0]:
         places = ", ".join(str(k + 1) for k in unnamed)

@@ -36,7 +36,7 @@ ROLES: dict[str, str] = {
 }
 
 # Anthropic's HH-RLHF form: turns of one text, each led by a blank line and the speaker.
-_HH_MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_HH_MARK = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
 
 
 def read_turns(value: Any, field: str) -> list[Turn]:
@@ -155,7 +155,11 @@ def is_learnt(message: dict[str, Any]) -> bool:
 
 def looks_hh(text: str) -> bool:
     """Tell whether a text is an HH-RLHF dialogue: `\\n\\nHuman: … \\n\\nAssistant:` from its start."""
-    return "Human:" in text[:16] and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+    return (
+        "Human:" in text[:16]
+        and text.lstrip().startswith("Human:")
+        and ("\n\nAssistant:" in text or "\n\r\nAssistant:" in text)
+    )
 
 
 def split_hh(text: str, *, prompt: bool) -> list[Turn]:

@@ -3,6 +3,7 @@
 A word is a maximal run of `\\w` characters of the lower-cased text (Unicode's letters, digits and underscore). With
 punctuation, a maximal run of other visible characters is a token too: NLTK's WordPunct, which DSIR uses. A combining
 mark or joiner belongs to what stands before it (Unicode's UAX 29; Python's `\\w` leaves marks out, NLTK's doesn't).
+Texts are taken in NFC, so that a letter with its accent is one whether it was written as one character or two.
 
 Chinese, Japanese, Thai, Lao, Khmer, Burmese and the like put no spaces between words. Each of their characters, with
 its marks, is a word here, and whoever counts n-grams of words gets n-grams of characters, as with Lucene's CJKAnalyzer:
@@ -42,14 +43,19 @@ UNSPACED = (
 JOINERS = "\u200c\u200d"  # zero-width, inside words of Persian, Hindi, Sinhala ...
 
 
+def folded(text: str) -> str:
+    """Return a text composed (Unicode's NFC: é and e + ´ are one) and lower-cased."""
+    return text.lower() if text.isascii() else unicodedata.normalize("NFC", text).lower()
+
+
 def words(text: str, *, punctuation: bool = False) -> list[str]:
     """Return the lower-cased words of one text; the plain form of what `hash_tokens` sees."""
-    return patterns(text.isascii())[punctuation].findall(text.lower())
+    return patterns(text.isascii())[punctuation].findall(folded(text))
 
 
 def terms(text: str) -> list[str]:
     """Return the words of one text and the pairs of words that touch; the plain form of what `hash_terms` sees."""
-    lower = text.lower()
+    lower = folded(text)
     found = list(patterns(text.isascii())[False].finditer(lower))
     pairs = [lower[a.start() : b.end()] for a, b in pairwise(found) if a.end() == b.start()]
     return [match[0] for match in found] + pairs
@@ -96,7 +102,7 @@ def hash_tokens(texts: Sequence[str], *, punctuation: bool = False) -> Hashes:
         texts: any strings.
         punctuation: runs of other visible characters count as tokens too.
     """
-    lower = [text.lower() for text in texts]
+    lower = [folded(text) for text in texts]
     joined = "\n".join(lower) + "\n"  # a line break is in no token, so no token crosses two texts
     alone = None  # where a character of a script without spaces stands
     if joined.isascii():
