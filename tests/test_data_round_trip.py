@@ -190,6 +190,23 @@ def test_what_a_dialect_cannot_say_is_told(tmp_path: Path) -> None:
         write_subset(text, [0], tmp_path / "out.jsonl", to="yaml")
 
 
+@pytest.mark.parametrize(
+    ("name", "to", "told"),
+    [
+        ("x.arrow", None, r"none of a jsonl file: name it \.jsonl$"),
+        ("x.xlsx", "csv", r"none of a csv file: name it \.csv"),
+        ("x.jsonl.bz2", None, "none of a jsonl file"),
+        ("x.jsonl", "parquet", r"none of a parquet file: name it \.parquet$"),
+        ("x.parquet.gz", None, "none of a parquet file"),
+    ],
+)
+def test_a_name_that_promises_another_file(tmp_path: Path, name: str, to: str | None, told: str) -> None:
+    pool = load_pool(write_rows(tmp_path / "in.jsonl", [good("alpaca", 1)]))
+    with pytest.raises(DataError, match=told):
+        write_subset(pool, [0], tmp_path / name, to)
+    assert not (tmp_path / name).exists()
+
+
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     pool = load_pool(write_rows(tmp_path / "x.jsonl", [good("alpaca", 0)]))
     (tmp_path / "taken").mkdir()

@@ -384,6 +384,7 @@ def test_the_prompt_of_a_pair(tmp_path: Path, kind: str) -> None:
         ({"prompt": "What is it that you want?", "chosen": "What is it that you want? a",
           "rejected": "What is it that you want? b"}, "two-prompts"),
         ({"prompt": "q", "chosen": "q\na", "rejected": "q\nb"}, "two-prompts"),
+        ({"prompt": "q?", "chosen": "q? a", "rejected": "q? b"}, "two-prompts"),
         ({"prompt": [U("q")], "chosen": [U("q"), A("a")], "rejected": [U("q"), A("b")], "history": [["x", "y"]]},
          "unused-field"),
     ],

@@ -37,6 +37,9 @@ CONTAINERS = {
 }
 
 
+_FOREIGN = (".arrow", ".feather", ".xlsx", ".xls", ".bz2", ".xz", ".zip", ".7z", ".pkl", ".npy", ".orc", ".avro", ".db")
+
+
 def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Path, to: str | None = None) -> None:
     """Write chosen rows, in the order given, with nothing added to them.
 
@@ -51,13 +54,18 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
         to: jsonl, json, csv, parquet, messages, alpaca, sharegpt or prompt-completion; default: as it came.
 
     Raises:
-        DataError: `to` is unknown, the rows can't be said in that dialect, or the file can't be written.
+        DataError: `to` is unknown, the path's suffix promises another container, the rows can't be said in that
+            dialect, or the file can't be written.
     """
     path = Path(path)
     chosen = pool.take(indices)
     if to is not None and to not in DIALECTS and to not in CONTAINERS.values():
         raise DataError(f"to '{to}' is not known; known: {', '.join([*dict.fromkeys(CONTAINERS.values()), *DIALECTS])}")
-    container = to if to is not None and to not in DIALECTS else container_of(path) or _own_container(chosen)
+    named = container_of(path)
+    container = to if to is not None and to not in DIALECTS else named or _own_container(chosen)
+    packed = path.suffix.lower() in (".gz", ".zst")
+    if named not in (None, container) or path.suffix.lower() in _FOREIGN or (container == "parquet" and packed):
+        raise DataError(f"{path}: the name is none of a {container} file: name it .{container}")
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -159,7 +159,8 @@ def not_repeated(prompt: Any, *sides: Any) -> None:
         return
     start = prompt.strip()
     rests = [side.strip()[len(start) :] for side in sides if start and side.strip().startswith(start)]
-    if len(rests) == len(sides) and (len(start.split()) >= 5 or all(rest[:1] == "\n" for rest in rests)):
+    asks = len(start.split()) >= 5 or start.endswith(("?", ":"))
+    if len(rests) == len(sides) and (asks or all(rest[:1] == "\n" for rest in rests)):
         raise RowProblem("two-prompts", "'chosen' and 'rejected' both begin with the whole prompt: take it off them")
 
 
