@@ -242,6 +242,9 @@ def test_a_pool_takes_messages_where_a_target_takes_the_pair() -> None:
         row = prompt | {"chosen": "a", "rejected": "b"}
         assert detect(row, pairs_first=False) == detect(row, pairs_first=True) == "llamafactory-preference"
     assert detect({"text": "t", "chosen": "a", "rejected": "b"}, pairs_first=False) == "preference"
+    assert (
+        detect({"prompt": "q", "messages": [U("q")], "chosen": "a", "rejected": "b"}, pairs_first=True) == "preference"
+    )
 
 
 def test_implicit_prompt_agrees_with_trl_on_messages(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from data_rows import ALL, SFT, good, write_rows
 from keepset.data import load_pool, row_texts, rows_table, write_parquet, write_subset
+from keepset.data.export import pool_table
 from keepset.errors import DataError
 
 CONTAINERS = [".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson", ".parquet"]
@@ -99,6 +100,29 @@ def test_parquet_types_survive(tmp_path: Path) -> None:
     assert again.to_pylist() == table.take([2, 0]).to_pylist()
 
 
+def test_what_datasets_cannot_open_is_text_where_it_must_open_it(tmp_path: Path) -> None:
+    """RUN/data is for `load_dataset`, which has no maps (5.0); a subset keeps them."""
+    datasets = pytest.importorskip("datasets")
+    column = pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int64()))
+    deep = pa.StructArray.from_arrays([column], ["m"])
+    table = pa.table({"instruction": ["q", "r"], "output": ["a", "b"], "m": column, "deep": deep, "n": [1, 2]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    pool = load_pool(tmp_path / "in.parquet")
+    assert pool_table(pool).equals(table)
+    pq.write_table(pool_table(pool, for_datasets=True), tmp_path / "out.parquet")
+    read = datasets.Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert read[0] == {"instruction": "q", "output": "a", "m": '[["a", 1]]', "deep": '{"m": [["a", 1]]}', "n": 1}
+
+
+def test_keys_that_only_some_objects_have_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [good("alpaca", k) | {"meta": {f"k{k}": k}, "same": {"a": [k]}} for k in range(2)]
+    pool = load_pool(write_rows(tmp_path / "x.jsonl", rows))
+    write_subset(pool, [0, 1], tmp_path / "out.parquet")
+    told = "column 'meta': objects get null for keys that only others have (.jsonl keeps them)"
+    assert caplog.messages == [told]
+    assert pq.read_table(tmp_path / "out.parquet")["meta"].to_pylist() == [{"k0": 0, "k1": None}, {"k0": None, "k1": 1}]
+
+
 def test_an_image_column_beside_text_comes_back(tmp_path: Path) -> None:
     """Rows without a picture are used, whatever empty form it has, and are the file's own rows in Parquet."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -164,6 +188,23 @@ def test_what_a_dialect_cannot_say_is_told(tmp_path: Path) -> None:
             write_subset(text, [0], tmp_path / "out.jsonl", to=to)
     with pytest.raises(DataError, match="to 'yaml' is not known"):
         write_subset(text, [0], tmp_path / "out.jsonl", to="yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "told"),
+    [
+        ("x.arrow", None, r"none of a jsonl file: name it \.jsonl$"),
+        ("x.xlsx", "csv", r"none of a csv file: name it \.csv"),
+        ("x.jsonl.bz2", None, "none of a jsonl file"),
+        ("x.jsonl", "parquet", r"none of a parquet file: name it \.parquet$"),
+        ("x.parquet.gz", None, "none of a parquet file"),
+    ],
+)
+def test_a_name_that_promises_another_file(tmp_path: Path, name: str, to: str | None, told: str) -> None:
+    pool = load_pool(write_rows(tmp_path / "in.jsonl", [good("alpaca", 1)]))
+    with pytest.raises(DataError, match=told):
+        write_subset(pool, [0], tmp_path / name, to)
+    assert not (tmp_path / name).exists()
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ EMPTY = [(None, KEPT), ("", KEPT), ([], KEPT), ({}, KEPT), ("[]", KEPT), ("null"
 UNWANTED = [
     (False, "undesirable"),
     ("False", "undesirable"),
+    ("Undesirable", "undesirable"),
     (True, KEPT),
     ("true", KEPT),
     (None, KEPT),
@@ -383,6 +384,7 @@ def test_the_prompt_of_a_pair(tmp_path: Path, kind: str) -> None:
         ({"prompt": "What is it that you want?", "chosen": "What is it that you want? a",
           "rejected": "What is it that you want? b"}, "two-prompts"),
         ({"prompt": "q", "chosen": "q\na", "rejected": "q\nb"}, "two-prompts"),
+        ({"prompt": "q?", "chosen": "q? a", "rejected": "q? b"}, "two-prompts"),
         ({"prompt": [U("q")], "chosen": [U("q"), A("a")], "rejected": [U("q"), A("b")], "history": [["x", "y"]]},
          "unused-field"),
     ],
@@ -393,6 +395,27 @@ def test_answers_alone_and_whole_dialogues(tmp_path: Path, row: dict[str, Any], 
         assert [q.reason for q in target.quarantine] == [want]
     else:
         assert target.pair(0) == (want, [A("a")], [A("b")])
+
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x.png"}}]
+
+
+@pytest.mark.parametrize("parts", [PARTS, PARTS[:1]])
+def test_content_parts_written_as_text_are_no_content(tmp_path: Path, parts: list[Any]) -> None:
+    text = json.dumps(parts)
+    rows = [{"messages": [U("q"), A(text)]}, {"messages": [U(text), A("a")]}]
+    rows += [{"messages": [U("q"), A(other)]} for other in ('[{"type": "cat"}]', text + ".", '[{"type": "text"}]')]
+    pool = load_pool(write_rows(tmp_path / "x.jsonl", rows))
+    assert [(q.line, q.reason) for q in pool.quarantine] == [(1, "chat-as-text"), (2, "chat-as-text")]
+    rows = [{"prompt": "q", "completion": text}, {"prompt": text, "completion": "a"}]
+    pool = load_pool(write_rows(tmp_path / "y.jsonl", rows), allow_empty=True)
+    assert [q.reason for q in pool.quarantine] == ["chat-as-text"] * 2
+
+
+def test_a_message_with_two_texts(tmp_path: Path) -> None:
+    rows = [{"messages": [U("q") | {"value": value}, A("a")]} for value in ("q", None, "r")]
+    pool = load_pool(write_rows(tmp_path / "x.jsonl", rows))
+    assert [(q.line, q.reason) for q in pool.quarantine] == [(3, "unused-field")]
 
 
 @pytest.mark.parametrize(

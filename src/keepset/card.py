@@ -52,7 +52,7 @@ To do it again and compare hashes: `keepset reproduce manifest.json`.
 
 def write_dataset(job: Job, subset: Subset) -> None:
     """Write `data/` and `README.md` for the rows of one subset."""
-    table = pool_table(job.pool.take(job.usable[subset.indices]))
+    table = pool_table(job.pool.take(job.usable[subset.indices]), for_datasets=True)
     job.run.save_table("data/train-00000-of-00001.parquet", table)
     spec = next((m for m in job.recipe.methods if m.label == subset.label), None)
     method = METHODS[spec.name] if spec else None

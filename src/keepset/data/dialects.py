@@ -309,7 +309,9 @@ def _pair_dialect(row: Row) -> str | None:
         return "shp"
     if "chosen" not in row or "rejected" not in row:
         return None
-    if "conversations" in row or _is_prompt(row.get("messages")) or _is_prompt(row.get("conversation")):
+    if "conversations" in row:
+        return "llamafactory-preference"
+    if prompt_column(row) is None and (_is_prompt(row.get("messages")) or _is_prompt(row.get("conversation"))):
         return "llamafactory-preference"
     if "prompt" not in row and "title" in row and "body" in row:
         return "stack-exchange"

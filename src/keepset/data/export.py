@@ -37,6 +37,9 @@ CONTAINERS = {
 }
 
 
+_FOREIGN = (".arrow", ".feather", ".xlsx", ".xls", ".bz2", ".xz", ".zip", ".7z", ".pkl", ".npy", ".orc", ".avro", ".db")
+
+
 def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Path, to: str | None = None) -> None:
     """Write chosen rows, in the order given, with nothing added to them.
 
@@ -51,13 +54,18 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
         to: jsonl, json, csv, parquet, messages, alpaca, sharegpt or prompt-completion; default: as it came.
 
     Raises:
-        DataError: `to` is unknown, the rows can't be said in that dialect, or the file can't be written.
+        DataError: `to` is unknown, the path's suffix promises another container, the rows can't be said in that
+            dialect, or the file can't be written.
     """
     path = Path(path)
     chosen = pool.take(indices)
     if to is not None and to not in DIALECTS and to not in CONTAINERS.values():
         raise DataError(f"to '{to}' is not known; known: {', '.join([*dict.fromkeys(CONTAINERS.values()), *DIALECTS])}")
-    container = to if to is not None and to not in DIALECTS else container_of(path) or _own_container(chosen)
+    named = container_of(path)
+    container = to if to is not None and to not in DIALECTS else named or _own_container(chosen)
+    packed = path.suffix.lower() in (".gz", ".zst")
+    if named not in (None, container) or path.suffix.lower() in _FOREIGN or (container == "parquet" and packed):
+        raise DataError(f"{path}: the name is none of a {container} file: name it .{container}")
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,10 +332,11 @@ def _cell(value: Any, column: str, lost: _Lost) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def pool_table(pool: Pool) -> pa.Table:
+def pool_table(pool: Pool, *, for_datasets: bool = False) -> pa.Table:
     """Return a pool's rows as a table for Parquet, with their own columns: `original_rows`, else `rows_table`.
 
-    What Parquet has no type for (an interval, a union) is written as it stands in JSON; which columns is said.
+    What Parquet has no type for (an interval, a union), or with `for_datasets` what `datasets` can't open (a map), is
+    written as it stands in JSON; which columns is said.
 
     Raises:
         DataError: a Parquet, Arrow or hub file is no longer what was read.
@@ -340,11 +349,14 @@ def pool_table(pool: Pool) -> pa.Table:
             log.warning("the rows' files have columns of other types: they are inferred, dates and bytes become text")
         return rows_table(_texts(pool, dialect))
     foreign = [k for k, field in enumerate(found.schema) if not _in_parquet(field)]
+    if for_datasets:
+        foreign += [k for k, field in enumerate(found.schema) if k not in foreign and not _in_datasets(field.type)]
     if foreign:
         rows = [json.loads(text) for text in pool.table["raw"].to_pylist()]
         for k in foreign:
             field = found.schema.field(k)
-            log.warning("column '%s': Parquet has no %s: it is written as it stands in JSON", field.name, field.type)
+            who = "`datasets`" if _in_parquet(field) else "Parquet"
+            log.warning("column '%s': %s has no %s: it is written as it stands in JSON", field.name, who, field.type)
             found = found.set_column(k, field.name, _inferred(field.name, [row[field.name] for row in rows]))
     return found
 
@@ -355,6 +367,19 @@ def _in_parquet(field: pa.Field) -> bool:
     except pa.ArrowException:
         return False
     return True
+
+
+def _in_datasets(kind: pa.DataType) -> bool:
+    """Tell whether `datasets` (5.0) has a feature for a type."""
+    own = (
+        pa.types.is_map,
+        pa.types.is_decimal32,
+        pa.types.is_decimal64,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    inner = [kind.field(k).type for k in range(kind.num_fields)]
+    return not any(foreign(kind) for foreign in own) and all(map(_in_datasets, inner))
 
 
 def rows_table(texts: Sequence[str]) -> pa.Table:
@@ -380,6 +405,8 @@ def _inferred(name: str, values: list[Any]) -> pa.Array:
     try:
         found = pa.array(values)
         if _in_parquet(pa.field(name, found.type)):
+            if pa.types.is_nested(found.type) and found.to_pylist() != values:
+                log.warning("column '%s': objects get null for keys that only others have (.jsonl keeps them)", name)
             return found
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
         pass

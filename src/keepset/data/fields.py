@@ -92,7 +92,7 @@ def _weight(place: str, value: Any) -> bool:
 def _false_is_refused(reason: str, why: str, *, numbers: bool) -> Rule:
     def rule(place: str, value: Any) -> bool:
         found = flag(value) if numbers or not isinstance(value, (int, float, Decimal)) or value is False else None
-        if found is False:
+        if found is False or (isinstance(value, str) and value.strip().lower() == reason):
             raise RowProblem(reason, f"'{place}' is {str(value)[:40]}: {why}")
         return found is not None
 
@@ -167,10 +167,10 @@ FIELDS: tuple[Field, ...] = (
            "image_path", "image_paths", "image_file", "video_path", "audio_path"), "row", EVERY, "refused",
           "unless empty; `<image>` in a text alone is text", _MEDIA),
     Field(("label", "kto_tag", "desirable", "is_desirable"), "row", CHATS, "refused",
-          "where false or 0: an answer that is not wanted; other values than these and true, 1 are carried along",
+          "where false, 0 or `undesirable`: an answer that is not wanted; others, true and 1 apart, are carried along",
           _false_is_refused("undesirable", "an answer that is not wanted (unpaired preference data)", numbers=True)),
     Field(("label", "kto_tag", "desirable", "is_desirable"), "row", ("text",), "refused",
-          "where false; numbers are carried along (classes)",
+          "where false or `undesirable`; numbers are carried along (classes)",
           _false_is_refused("undesirable", "an answer that is not wanted (unpaired preference data)", numbers=False)),
     Field(("weight", "sample_weight", "loss_weight", "loss_scale"), "row", EVERY, "refused", "unless 1", _weight),
     Field(("train", "training", "trainable"), "row", EVERY, "refused",

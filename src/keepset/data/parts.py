@@ -7,7 +7,7 @@ from typing import Any
 from keepset.data.fields import PROMPTS, SYSTEM, empty
 from keepset.data.reasons import RowProblem
 from keepset.data.turns import Turn, looks_hh, read_turns, split_hh, type_name
-from keepset.data.written import spoken
+from keepset.data.written import is_parts, spoken
 
 Row = dict[str, Any]
 
@@ -30,7 +30,7 @@ def text_field(row: Row, *names: str, blank: str | None = None) -> str:
         raise RowProblem("wrong-type", f"'{name}' is {type_name(value)}, not text")
     if blank is not None and (not value or value.isspace()):
         raise RowProblem(blank, f"'{name}' is empty")
-    if spoken(name, value) is not value:
+    if spoken(name, value) is not value or (value[:2] == "[{" and is_parts(value)):
         raise RowProblem("chat-as-text", f"'{name}' is text that holds a chat: write it as `messages`")
     return value
 
@@ -159,7 +159,8 @@ def not_repeated(prompt: Any, *sides: Any) -> None:
         return
     start = prompt.strip()
     rests = [side.strip()[len(start) :] for side in sides if start and side.strip().startswith(start)]
-    if len(rests) == len(sides) and (len(start.split()) >= 5 or all(rest[:1] == "\n" for rest in rests)):
+    asks = len(start.split()) >= 5 or start.endswith(("?", ":"))
+    if len(rests) == len(sides) and (asks or all(rest[:1] == "\n" for rest in rests)):
         raise RowProblem("two-prompts", "'chosen' and 'rejected' both begin with the whole prompt: take it off them")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from keepset.data.fields import FLAGS, PLAIN, flag, trained
 from keepset.data.reasons import RowProblem
+from keepset.data.written import is_parts
 
 Turn = tuple[str, str]
 
@@ -67,10 +68,17 @@ def read_turns(value: Any, field: str) -> list[Turn]:
         known = ROLES.get(role) if type(role) is str else None
         if known is None:
             known = _other_role(role, message, f"{field}[{k}]")
-        if len(message) > 2 and not PLAIN.issuperset(message) and not trained(message, known, f"{field}[{k}]"):
-            known = CONTEXT
+        if len(message) > 2:
+            if None is not message.get("value") != content:
+                raise RowProblem("unused-field", f"'{field}[{k}].value' is not the content, and would be lost")
+            if not PLAIN.issuperset(message) and not trained(message, known, f"{field}[{k}]"):
+                known = CONTEXT
         if type(content) is not str:
             content = _other_content(content, message, f"{field}[{k}]")
+        elif content[:2] == "[{" and is_parts(content):
+            raise RowProblem(
+                "chat-as-text", f"the content of '{field}[{k}]' is text that holds a list of parts: write it as a list"
+            )
         turns.append((known, content))
     return turns
 

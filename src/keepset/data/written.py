@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import warnings
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from keepset.data.jsontext import MAX_DEPTH, depth, parse_row, strings
 from keepset.data.reasons import RowProblem
 
+_MEDIA_PARTS = ("image", "image_url", "audio", "input_audio", "video")
 MAX_LITERAL = 2**20
 """Python text beyond this many characters is not parsed: its syntax tree would take a hundred times as much."""
 
@@ -44,6 +46,21 @@ def spoken(name: str, value: Any) -> Any:
     if found is None or _holds_message(found):
         raise RowProblem("chat-as-text", f"'{name}' is text that holds a chat: write it as a list of messages")
     return value
+
+
+def is_parts(text: str) -> bool:
+    """Tell whether a text is a list of content parts (`[{"type": "text", "text": …}]`) that was written as JSON."""
+    if '"type"' not in text:
+        return False
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return all(
+        type(part) is dict
+        and ((part.get("type") == "text" and type(part.get("text")) is str) or part.get("type") in _MEDIA_PARTS)
+        for part in found
+    )
 
 
 def _is_message(value: Any) -> bool:
