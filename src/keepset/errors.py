@@ -35,6 +35,11 @@ class ModelError(KeepsetError):
     """A model, tokenizer or adapter can't be loaded or can't be served (exit code 2)."""
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return the first line of what another library's error says, or the error's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest known word, or an empty string."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)

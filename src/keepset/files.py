@@ -81,7 +81,7 @@ def misfits(folder: Path, files: Mapping[str, str]) -> list[str]:
 
 
 def free_memory() -> None:
-    """Give back what models that nobody holds take: trainers are cycles, which wait for the collector."""
+    """Give back what nobody holds any more: trainers and their models are cycles, which wait for the collector."""
     gc.collect()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         sys.modules["torch"].cuda.empty_cache()

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from keepset.errors import KeepsetError
+from keepset.errors import KeepsetError, first_line
 from keepset.run import Run
 
 ROWS = "data/train-00000-of-00001.parquet"
@@ -67,7 +67,7 @@ def push_to_hub(run_dir: Path, repo_id: str, *, private: bool = True) -> str:
             repo_type="dataset",
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise KeepsetError(f"{repo_id}: the hub refused or could not be reached: {first[:200]}") from None
     return str(address)
 

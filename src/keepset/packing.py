@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from keepset import attention, head
-from keepset.errors import ModelError
+from keepset.errors import ModelError, first_line
 from keepset.stopping import out_of_memory
 
 log = logging.getLogger(__name__)
@@ -281,8 +281,8 @@ def _states(
         except (IndexError, RuntimeError) as error:
             if out_of_memory(error):
                 raise
-            kind, line = bare(model).config.model_type, str(error).strip().splitlines()[0][:200]
-            raise ModelError(f"{kind}: its own code can't run rows of {ids.shape[1]} tokens: {line}") from error
+            kind, why = bare(model).config.model_type, first_line(error)
+            raise ModelError(f"{kind}: its own code can't run rows of {ids.shape[1]} tokens: {why}") from error
     # A 4-dimensional mask is passed on as it is, so transformers builds none; packed attention does not look at it.
     out = decoder_of(model)(
         input_ids=ids,

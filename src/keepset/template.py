@@ -28,7 +28,7 @@ from functools import cached_property
 from typing import Any
 
 from keepset.bounded import Bounds, TookTooLong
-from keepset.errors import ModelError
+from keepset.errors import ModelError, first_line
 
 PLAIN_TEMPLATE = (
     "{{ start }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
@@ -145,8 +145,7 @@ class Template:
                 ) from None
             raise RowRefused("template-refused", f"the chat template takes too much: {first}") from None
         except Exception as error:  # a template is the model author's program and may raise anything
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            raise RowRefused("template-refused", f"the chat template raised: {first[:200]}") from error
+            raise RowRefused("template-refused", f"the chat template raised: {first_line(error)}") from error
         if len(text) > 8 * size + MAX_OUTPUT:
             raise RowRefused("template-refused", f"the chat template turned {size} characters into {len(text)}")
         return str(text)

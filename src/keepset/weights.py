@@ -14,10 +14,11 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from keepset.errors import ModelError
+from keepset.errors import ModelError, first_line
 from keepset.files import digest, file_digest
 
 log = logging.getLogger(__name__)
@@ -244,13 +245,19 @@ def fingerprint(source: str, revision: str | None = None, *, code: bool = False)
         try:
             found = cached_file(source, "config.json", revision=revision)
         except OSError as error:
-            raise ModelError(f"{source}: {str(error).splitlines()[0][:300]}") from None
+            raise ModelError(f"{source}: {first_line(error, 300)}") from None
         commit = extract_commit_hash(found, None)
         if commit is None:
             raise ModelError(f"{source}: its commit can't be told; download it and give the folder")
         return f"{source}@{commit}"
     files = [folder / "config.json", *weight_files(folder), *(sorted(folder.glob("*.py")) if code else ())]
-    return json.dumps([[p.name, file_digest(p)] for p in files])
+    return json.dumps([[p.name, _digest(p.resolve(), p.stat().st_size, p.stat().st_mtime_ns)] for p in files])
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """A file's sha256, read once a process while size and time stay: a run asks for its base at every training."""
+    return file_digest(path)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from keepset import attention, head, packing
-from keepset.errors import ModelError
+from keepset.errors import ModelError, first_line
 from keepset.features.losses import row_losses
 from keepset.model_kind import UNMASKED
 from keepset.packing import Engine
@@ -194,16 +194,12 @@ def _logits(inner: Any, ids: np.ndarray) -> Tensor:
     try:
         out = inner(input_ids=torch.as_tensor(ids, dtype=torch.long, device=inner.device)[None], use_cache=False).logits
     except Exception as error:  # whatever a foreign architecture raises
-        raise ModelError(f"{_name(inner)}: transformers can't run it on plain text: {_line(error)}") from error
+        raise ModelError(f"{_name(inner)}: transformers can't run it on plain text: {first_line(error)}") from error
     if out.ndim != 3 or out.shape[:2] != (1, len(ids)):
         raise ModelError(
             f"{_name(inner)}: gives logits of shape {tuple(out.shape)} for {len(ids)} tokens, not one a token"
         )
     return out[0].float()
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _final(out: Any) -> Tensor | None:
@@ -219,7 +215,7 @@ def _decoders(inner: Any) -> list[str]:
     try:
         found.insert(0, named.get(id(inner.get_decoder()), ""))
     except Exception as error:  # get_decoder guesses, and fails in its own ways
-        log.debug("no decoder: %s", _line(error))
+        log.debug("no decoder: %s", first_line(error))
     return list(dict.fromkeys(name for name in found if name))
 
 
@@ -256,7 +252,7 @@ def _head(inner: Any, decoder: str, rows: list[Probe], truth: _Truth) -> Any:
         try:
             own = {size: head.after_decoder(inner, inner.get_submodule(decoder), states * size) for size in (1, 50)}
         except Exception as error:  # a model that does not call this module, or wants more of it
-            log.debug("%s: its head can't be run alone: %s", _name(inner), _line(error))
+            log.debug("%s: its head can't be run alone: %s", _name(inner), first_line(error))
             return None
         nll = nn.functional.cross_entropy(own[1].float(), labels, reduction="none")
         if not _close(nll, torch.cat(truth.nll), share):
@@ -265,7 +261,7 @@ def _head(inner: Any, decoder: str, rows: list[Probe], truth: _Truth) -> Any:
             if output is not None and all(_close(mapping(output(states * k)), z, share) for k, z in own.items()):
                 return "linear"
         except RuntimeError as error:  # layers between the states and the output embeddings: another width
-            log.debug("%s: no linear head: %s", _name(inner), _line(error))
+            log.debug("%s: no linear head: %s", _name(inner), first_line(error))
     return "own"
 
 
@@ -313,7 +309,7 @@ def _error(model: Any, engine: Engine, rows: list[Probe], truth: _Truth) -> floa
     except Exception as error:  # an architecture that can't be run this way
         if out_of_memory(error):
             raise
-        log.debug("%s, %s: %s", _name(inner), engine, _line(error))
+        log.debug("%s, %s: %s", _name(inner), engine, first_line(error))
         return float("inf")
     finally:
         del inner.keepset_engine
@@ -362,11 +358,10 @@ def _position_limit(inner: Any) -> int | None:
         kinds = getattr(module, "rope_type", None)
         if kinds is None:
             continue
-        parameters = module.config.rope_parameters
-        for layer_type in kinds if isinstance(kinds, dict) else [None]:
-            kind = kinds[layer_type] if layer_type else kinds
-            own = parameters[layer_type] if layer_type else parameters
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
             if kind == "longrope":
+                parameters = module.config.rope_parameters
+                own = parameters[layer_type] if layer_type else parameters
                 limits.append(int(own["original_max_position_embeddings"]))
             elif kind == "dynamic":
                 limits.append(int(module.original_max_seq_len))

@@ -6,13 +6,12 @@ and written to the stage's entry in `costs.jsonl` (`halved_batches`).
 
 from __future__ import annotations
 
-import gc
 import logging
-import sys
 from collections.abc import Callable
 
 import numpy as np
 
+from keepset.files import free_memory
 from keepset.stopping import out_of_memory
 
 log = logging.getLogger(__name__)
@@ -41,17 +40,9 @@ def in_halves(indices: np.ndarray, compute: Callable[[np.ndarray], None]) -> Non
         if not out_of_memory(error) or len(indices) < 2:
             raise
     # out of the except block: the traceback, which holds the failed batch's tensors, is gone
-    release()
+    free_memory()
     Count.total += 1
     log.warning("out of memory: a batch of %d rows is halved; a lower batching.token_budget is quicker", len(indices))
     middle = len(indices) // 2
     in_halves(indices[:middle], compute)
     in_halves(indices[middle:], compute)
-
-
-def release() -> None:
-    """Give freed memory back."""
-    gc.collect()
-    torch = sys.modules.get("torch")  # whoever can run out of it has imported it
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
