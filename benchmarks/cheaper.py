@@ -29,16 +29,16 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from keepset.adapters import attached
-from keepset.counts import first_supervised
 from keepset.data import Target, load_pool, load_target
-from keepset.encoding import encode_all
 from keepset.features.adam import load_adam
 from keepset.features.influence import Influence, influence
 from keepset.features.targets import target_vectors
 from keepset.methods.rose import rose
-from keepset.model import load
+from keepset.model.adapters import attached
+from keepset.model.encode import encode_all
+from keepset.model.load import load
 from keepset.recipe import LoraSpec, ModelSpec, WarmupSpec
+from keepset.stages.counts import first_supervised
 from keepset.train.warmup import warmup
 
 HERE = Path(__file__).resolve().parent

@@ -34,17 +34,17 @@ import numpy as np
 import torch
 import zstandard
 
-from keepset.cost import matrix_weights
-from keepset.encoding import Encoded, encode_all
 from keepset.features.adam import AdamState, map_gradient
 from keepset.features.gradient_store import META, GradientStore, build_store
 from keepset.features.gradients import mean_weights, products, recording, run_rows
 from keepset.features.influence import influence
-from keepset.features.llama_pass import common_prefix
 from keepset.features.projection import ProjectedTarget, project_target, store_error, target_lengths
 from keepset.features.targets import GradientTarget, target_vectors
-from keepset.model import apply_lora, load
-from keepset.packing import plan_batches
+from keepset.model.encode import Encoded, encode_all
+from keepset.model.flops import matrix_weights
+from keepset.model.llama_backward import common_prefix
+from keepset.model.load import apply_lora, load
+from keepset.model.pack import plan_batches
 from keepset.recipe import LoraSpec, ModelSpec
 
 HERE = Path(__file__).resolve().parent
@@ -293,7 +293,7 @@ def memory_child(n: int) -> None:
     """Score n rows of a small Llama and print this process' peak memory in KiB and the seconds."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    import keepset.attention  # noqa: F401 - registers the packed attention
+    import keepset.model.attention  # noqa: F401 - registers the packed attention
 
     config = LlamaConfig(
         vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,

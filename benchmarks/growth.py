@@ -45,16 +45,16 @@ from rich.console import Console  # noqa: E402
 from text import synthetic  # noqa: E402
 
 from conftest import tiny_model, tiny_tokenizer  # noqa: E402
-from keepset.counts import selection_work  # noqa: E402
-from keepset.job import Job  # noqa: E402
+from keepset.data.words import chunks, hash_tokens, ngram_vectors  # noqa: E402
 from keepset.methods.bm25 import bm25  # noqa: E402
 from keepset.methods.dsir import dsir  # noqa: E402
 from keepset.methods.length import length  # noqa: E402
 from keepset.methods.random_ import random_  # noqa: E402
-from keepset.methods.text import chunks, hash_tokens, ngram_vectors  # noqa: E402
+from keepset.methods.table import score  # noqa: E402
 from keepset.recipe import MethodSpec, SelectSpec, parse_recipe  # noqa: E402
-from keepset.scoring import score  # noqa: E402
-from keepset.select import select  # noqa: E402
+from keepset.selection.select import select  # noqa: E402
+from keepset.stages.counts import selection_work  # noqa: E402
+from keepset.stages.job import Job  # noqa: E402
 
 MODEL_METHODS = [
     "perplexity", "ifd", "el2n", "rds", "knn-shapley", "davir", "forgetting", "tracin", "less", "rose", "influence",

@@ -37,12 +37,12 @@ import numpy as np
 import zstandard
 from scipy.stats import spearmanr
 
+from keepset.data.words import count_words, terms
 from keepset.methods.bm25 import bm25
 from keepset.methods.dsir import dsir
 from keepset.methods.length import length
 from keepset.methods.random_ import random_
-from keepset.methods.text import count_words, terms
-from keepset.select import select
+from keepset.selection.select import select
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared" / "data"

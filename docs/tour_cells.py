@@ -72,7 +72,7 @@ print("kept by both:", int(both.sum()), "of", int(davir["selected"].sum()))
 # %%
 from IPython.display import Image
 
-from keepset.plot import write_plots
+from keepset.report.plot import write_plots
 
 write_plots("tour", formats=["png"], only=["scores", "losses"])
 Image("tour/plots/losses-davir.png", width=420)
@@ -83,8 +83,8 @@ Image("tour/plots/losses-davir.png", width=420)
 # Why was the best row kept, and which of its tokens did the reference learn?
 
 # %%
-from keepset.explain import explain
-from keepset.explain_tokens import token_changes
+from keepset.report.explain import explain
+from keepset.report.explain_tokens import token_changes
 
 best = scores["id"].iloc[0]
 facts = explain(Path("tour"), best, "davir")

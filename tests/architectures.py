@@ -274,8 +274,8 @@ def sweep(name: str, tokenizer: Any) -> Outcome:
     from keepset.errors import ModelError
     from keepset.features.losses import row_losses
     from keepset.features.representations import representations
-    from keepset.model import apply_lora, load
-    from keepset.packing import engine
+    from keepset.model.load import apply_lora, load
+    from keepset.model.pack import engine
     from keepset.recipe import LoraSpec, ModelSpec
 
     model_type, changes = VARIANTS.get(name, (name, {}))

@@ -50,7 +50,7 @@ def pytest_runtest_teardown() -> None:
 
 @dataclass(frozen=True)
 class TinyRow:
-    """Has the fields of `keepset.encoding.Encoded`."""
+    """Has the fields of `keepset.model.encode.Encoded`."""
 
     input_ids: np.ndarray
     supervised: np.ndarray
@@ -89,7 +89,7 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0, attn: str = "keeps
     )
 
     if attn == "keepset":
-        import keepset.attention  # noqa: F401 - registers the name
+        import keepset.model.attention  # noqa: F401 - registers the name
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,

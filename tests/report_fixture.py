@@ -169,7 +169,7 @@ def make_run(
 
 
 def comparison(methods: tuple[str, ...], k: int, budget: str) -> dict[str, Any]:
-    """A comparison as `keepset.compare` writes it: three random seeds, the longest rows and the base, at one budget."""
+    """A comparison as `compare` writes it: three random seeds, the longest rows and the base, at one budget."""
     rows: list[dict[str, Any]] = []
 
     def add(label: str, kind: str, value: float, seed: int | None = 0) -> None:

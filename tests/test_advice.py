@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 import keepset
 from keepset.cli import app
+from keepset.methods.table import METHODS, options_of
 from keepset.recipe import Recipe
-from keepset.scoring import METHODS, options_of
 
 ROOT = Path(keepset.__file__).parent
 DOCS = [

@@ -54,7 +54,7 @@ def saved(folder: Path, tokenizer: Any, name: str, **changes: Any) -> Any:
 
 def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     from keepset.errors import ModelError
-    from keepset.model import load
+    from keepset.model.load import load
     from keepset.recipe import ModelSpec
 
     saved(tmp_path, tokenizer, "bert", is_decoder=False)
@@ -65,9 +65,10 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path, tokenizer: An
 def test_an_engine_that_is_off_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that forgets its scale, then nothing that agrees: padded, then refused."""
     from conftest import tiny_model
-    from keepset import attention, packing
     from keepset.errors import ModelError
     from keepset.features import checks
+    from keepset.model import attention
+    from keepset.model import pack as packing
 
     packed = attention.packed_attention
     monkeypatch.setattr(attention, "packed_attention", lambda *a, **k: packed(*a, **{**k, "scale": 0.9}))
@@ -79,7 +80,7 @@ def test_an_engine_that_is_off_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_attention_never_leaves_an_argument_out() -> None:
-    from keepset.attention import Segments, keepset_attention
+    from keepset.model.attention import Segments, keepset_attention
 
     q = torch.randn(1, 2, 5, 4)
     given = {"attention_mask": None, "keepset_segments": Segments.of([3, 2]), "position_ids": torch.arange(5)[None]}
@@ -119,13 +120,13 @@ def _without_window(module: Any) -> Any:
 @pytest.mark.parametrize("packed", [True, False])
 def test_longrope_rows_at_the_limit(packed: bool) -> None:
     """Rows one token below, at and beyond the limit, alone and beside each other, trimmed or not."""
-    from keepset import packing
     from keepset.features.losses import row_losses
+    from keepset.model import pack as packing
 
     name, changes = architectures.VARIANTS["llama, LongRoPE"]
     model = architectures.tiny_model(name, **changes)
     if packed:
-        from keepset import attention
+        from keepset.model import attention
 
         model.set_attn_implementation(attention.NAME)
     rng = np.random.default_rng(3)
@@ -158,7 +159,7 @@ def together(peft: Any, rows: list[Any], uniform: Any = None) -> tuple[Any, list
 
 
 def adapted(model: Any, targets: Any = "all-linear") -> Any:
-    from keepset.model import apply_lora
+    from keepset.model.load import apply_lora
     from keepset.recipe import LoraSpec
 
     peft = apply_lora(model, LoraSpec(lora_r=2, lora_target_modules=targets), 0).eval()
@@ -210,7 +211,7 @@ def test_rows_beyond_the_positions_of_a_model(tmp_path: Path, tokenizer: Any) ->
 
     from keepset.errors import ModelError
     from keepset.features.losses import row_losses
-    from keepset.model import context_length
+    from keepset.model.load import context_length
 
     model = architectures.tiny_model("mpt", max_seq_len=40)
     assert context_length(model.config) == 40
@@ -238,8 +239,9 @@ def test_what_a_load_says_is_said_once(
     """Two loads and two adapters under the command line's own handler; transformers' reports are not shown."""
     import logging
 
-    from keepset import cli, model
-    from keepset.model import apply_lora, load
+    from keepset import cli
+    from keepset.model import load as model
+    from keepset.model.load import apply_lora, load
     from keepset.recipe import LoraSpec, ModelSpec
 
     def twice(**_: Any) -> None:

@@ -222,7 +222,7 @@ def test_a_wrong_column_is_told_with_the_nearest_one(core, files):
 def test_methods_lists_every_method_with_paper_needs_and_cost(core):
     done = core("methods", "--json")
     found = json.loads(done.stdout)
-    from keepset.scoring import METHODS
+    from keepset.methods.table import METHODS
 
     assert [m["name"] for m in found] == list(METHODS)
     assert all(m["formula"] and m["needs"] and m["cost"] for m in found)
@@ -230,7 +230,7 @@ def test_methods_lists_every_method_with_paper_needs_and_cost(core):
 
 
 def test_every_method_has_a_row_in_readme_and_docs_and_a_file():
-    from keepset.scoring import METHODS
+    from keepset.methods.table import METHODS
 
     root = Path(__file__).parents[1]
     for page in ("README.md", "docs/methods.md"):

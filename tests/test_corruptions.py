@@ -15,11 +15,11 @@ from rich.console import Console
 
 from crash import outcome
 from keepset.errors import KeepsetError
-from keepset.finals import Learner, evaluate_final
-from keepset.job import Job
-from keepset.pipeline import evaluated_cells, run_recipe
+from keepset.pipeline.learn import Learner, evaluate_final
+from keepset.pipeline.run import evaluated_cells, run_recipe
 from keepset.recipe import load_recipe
-from keepset.run import Run
+from keepset.runfolder.run import Run
+from keepset.stages.job import Job
 
 # kind -> (the file, another of its kind to be swapped with, what may be computed again)
 KINDS: dict[str, tuple[str, str, list[str]]] = {
@@ -82,14 +82,14 @@ def computed(folder: Path) -> dict[Path, int]:
 @pytest.fixture(scope="module")
 def loaded(tiny_run):
     """One loaded model for all cases."""
-    from keepset.model import load
+    from keepset.model.load import load
 
     return load(load_recipe(tiny_run.recipe).model)
 
 
 @pytest.fixture
 def folder(tiny_run, tmp_path, loaded, monkeypatch):
-    monkeypatch.setattr("keepset.model.load", lambda spec, **more: loaded)
+    monkeypatch.setattr("keepset.model.load.load", lambda spec, **more: loaded)
     shutil.copytree(tiny_run.run_dir, tmp_path / "run")
     return tmp_path / "run"
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from keepset.meter import Meter
-from keepset.run import Run
+from keepset.runfolder.costs import Meter
+from keepset.runfolder.run import Run
 
 
 def test_what_a_killed_session_spent_is_taken_over_once(tmp_path):
@@ -62,7 +62,7 @@ def test_an_error_leaves_its_seconds(tmp_path):
 
 
 def test_long_stages_are_noted_while_they_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("keepset.meter.BEAT", 0.05)
+    monkeypatch.setattr("keepset.runfolder.costs.BEAT", 0.05)
     meter = Meter(tmp_path)
     with meter.timed("a"):
         deadline = time.monotonic() + 10
@@ -108,7 +108,7 @@ def test_damaged_target_gradients_are_made_again(tiny_run, tmp_path):
 def test_experts_count_by_the_share_a_token_sees() -> None:
     """Mixtral: 4 experts of three 32 x 48 matrices, 2 a token, beside attention and the router."""
     from architectures import tiny_model as tiny
-    from keepset.cost import matrix_weights
+    from keepset.model.flops import matrix_weights
 
     blocks, head = matrix_weights(tiny("mixtral"))
     attention = 32 * 32 * 2 + 32 * 16 * 2

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from keepset.counts import selection_work
-from keepset.job import Job
+from keepset.methods.table import METHODS, needs_model, score
 from keepset.recipe import MethodSpec
-from keepset.scoring import METHODS, needs_model, score
+from keepset.stages.counts import selection_work
+from keepset.stages.job import Job
 from test_embeddings import encoder_folder  # noqa: F401 - a fixture
 from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
 

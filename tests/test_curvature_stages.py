@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("trl")
 
-from keepset import stages_shapley
 from keepset.errors import RecipeError
-from keepset.job import Job
+from keepset.methods.table import score
 from keepset.recipe import MethodSpec
-from keepset.scoring import score
+from keepset.stages import shapley as stages_shapley
+from keepset.stages.job import Job
 from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
 
 

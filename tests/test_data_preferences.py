@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from keepset.data.preferences import ScoredAnswers, best_against_worst, group_answers, shp_answers
+from keepset.judging.pairs import ScoredAnswers, best_against_worst, group_answers, shp_answers
 
 
 def one(answers, scores, **options):

@@ -61,9 +61,9 @@ def scores_of(folder: Path, name: str) -> dict[str, pa.Table]:
     from rich.console import Console
 
     from conftest import tiny_model, tiny_tokenizer
-    from keepset.job import Job
+    from keepset.methods.table import score
     from keepset.recipe import parse_recipe
-    from keepset.scoring import score
+    from keepset.stages.job import Job
 
     model = folder / "model"
     if not model.exists():

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from keepset.diagnose import diagnose_scores
+from keepset.pipeline.findings import diagnose_scores
 
 
 @pytest.mark.parametrize(

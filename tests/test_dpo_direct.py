@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("trl")
 
-from keepset.counts import final_work
 from keepset.errors import RecipeError
-from keepset.job import Job
 from keepset.pipeline import run_recipe
 from keepset.recipe import parse_recipe
+from keepset.stages.counts import final_work
+from keepset.stages.job import Job
 from test_pipeline import data, model_folder, quiet, recipe, write_lines  # noqa: F401 - fixtures
 
 CONTROLS = {"random_seeds": [0], "longest": False, "dpo_direct": True}

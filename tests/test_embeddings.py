@@ -11,9 +11,9 @@ pytest.importorskip("trl")
 from conftest import VOCABULARY, tiny_tokenizer  # noqa: E402
 from keepset.errors import ModelError  # noqa: E402
 from keepset.features.embeddings import TextEncoder  # noqa: E402
-from keepset.job import Job  # noqa: E402
 from keepset.methods.rds import rds  # noqa: E402
-from keepset.scoring import score  # noqa: E402
+from keepset.methods.table import score  # noqa: E402
+from keepset.stages.job import Job  # noqa: E402
 from test_pipeline import data, model_folder, quiet, recipe  # noqa: E402, F401 - fixtures
 from tolerance import FORWARD  # noqa: E402
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import CHATML, tiny_tokenizer
-from keepset.encoding import Encoded, Encoder, RowRefused, encode_all
+from keepset.model.encode import Encoded, Encoder, RowRefused, encode_all
 from keepset.recipe import ModelSpec
 
 LLAMA3 = (

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("transformers")
 
 from conftest import CHATML, tiny_tokenizer
-from keepset.encoding import Encoder, RowRefused, encode_all
 from keepset.errors import ModelError
+from keepset.model.encode import Encoder, RowRefused, encode_all
 from keepset.recipe import ModelSpec
 
 
@@ -172,8 +172,8 @@ GREEDY = [
 
 @pytest.fixture
 def tight(monkeypatch):
-    from keepset import template
-    from keepset.bounded import Bounds
+    from keepset.data.bounded import Bounds
+    from keepset.model import template
 
     bounds = Bounds(seconds=0.3, memory=1 << 26)
     monkeypatch.setattr(template, "LIMITS", bounds)

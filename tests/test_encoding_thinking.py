@@ -15,11 +15,11 @@ pytest.importorskip("transformers")
 from rich.console import Console
 
 from conftest import CHATML, tiny_tokenizer
-from keepset.encoding import Encoder, RowRefused, encode_all, what_is_lost
 from keepset.errors import ModelError
 from keepset.evaluate.generate import prompt_ids
-from keepset.inspect_ import inspect_data, print_inspection
+from keepset.model.encode import Encoder, RowRefused, encode_all, what_is_lost
 from keepset.recipe import ModelSpec
+from keepset.report.inspect import inspect_data, print_inspection
 
 END = "<|im_end|>\n"
 HEAD = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] != 'assistant' %}"

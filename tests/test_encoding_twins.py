@@ -20,9 +20,9 @@ import trl
 from tokenizers import AddedToken
 
 from conftest import tiny_tokenizer
-from keepset.encoding import Encoder, RowRefused, content_only, what_is_lost
+from keepset.model.encode import Encoder, RowRefused, content_only, what_is_lost
+from keepset.model.template import clock
 from keepset.recipe import ModelSpec
-from keepset.template import clock
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(f.stem for f in FOLDER.glob("*.jinja") if not f.stem.endswith("_training"))

@@ -13,11 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from keepset.encoding import Encoded, content_only
 from keepset.errors import DataError, RecipeError
-from keepset.job import Job
+from keepset.methods.table import score
+from keepset.model.encode import Encoded, content_only
 from keepset.recipe import MethodSpec
-from keepset.scoring import score
+from keepset.stages.job import Job
 from test_encoding_mask import TEMPLATES, chat, encoder_for
 from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
 from tolerance import FORWARD

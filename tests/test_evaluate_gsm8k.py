@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from conftest import tiny_lora, tiny_model, tiny_tokenizer
-from keepset.encoding import Encoder
 from keepset.errors import DataError
 from keepset.evaluate.generate import generate, prompt_ids, write_model_outputs
 from keepset.evaluate.gsm8k import evaluate_gsm8k, final_number, official_answer, score
+from keepset.model.encode import Encoder
 from keepset.recipe import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keepset.errors import KeepsetError
-from keepset.evaluate.judge import Comparison, HttpJudge, parse_verdict
+from keepset.judging.judge import Comparison, HttpJudge, parse_verdict
 
 A, B, TIE, NONE = 1.0, 0.0, 0.5, None
 REPLIES = [
@@ -282,7 +282,7 @@ def test_an_endpoint_that_hangs_is_given_up_and_the_rest_asked_later(tmp_path):
 @pytest.mark.parametrize("flood", [False, True])
 def test_an_endpoint_that_drips_or_floods_is_given_up(flood, monkeypatch):
     """Each byte comes in time, the reply never ends; or it is larger than any verdict."""
-    monkeypatch.setattr("keepset.evaluate.judge.LARGEST_REPLY", 1 << 16)
+    monkeypatch.setattr("keepset.judging.judge.LARGEST_REPLY", 1 << 16)
     stop = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ import pytest
 from scipy import optimize
 
 from keepset.evaluate.statistics import spearman
-from keepset.evaluate.win_rate import win_rate
+from keepset.judging.win_rate import win_rate
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval"
 

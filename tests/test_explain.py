@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from keepset.errors import KeepsetError
-from keepset.explain import explain, print_explanation
+from keepset.report.explain import explain, print_explanation
 from report_fixture import make_run
 
 

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from conftest import tiny_lora, tiny_model
 from keepset.errors import KeepsetError
-from keepset.explain_tokens import print_token_changes, token_changes
-from keepset.model import load
+from keepset.model.load import load
 from keepset.recipe import ModelSpec
+from keepset.report.explain_tokens import print_token_changes, token_changes
 from report_fixture import make_run
 from tolerance import MAPPED
 
@@ -78,10 +78,10 @@ def test_without_a_reference_it_says_so(tmp_path: Path) -> None:
 
 def test_kept_losses_of_a_reference_from_elsewhere_are_read(run: Path, tmp_path: Path, monkeypatch) -> None:
     """The models run once, while scoring; of two kept losses the cross-entropy is told."""
-    from keepset import explain_tokens
-    from keepset.job import Job
+    from keepset.methods.table import score
     from keepset.recipe import parse_recipe
-    from keepset.scoring import score
+    from keepset.report import explain_tokens
+    from keepset.stages.job import Job
 
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     focal = {"name": "davir", "label": "focal", "options": {"token_loss": "focal"}}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keepset.run import Run
+from keepset.runfolder.run import Run
 from keepset.stopping import Stopped, out_of_memory, stop_on_signals, system_trouble
 
 

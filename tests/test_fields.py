@@ -18,10 +18,10 @@ from keepset.data import REASONS, FileRefused, load_pool, load_target, write_sub
 from keepset.data.dialects import as_pair, as_sft
 from keepset.data.fields import COLUMNS, EVERY, FIELDS, PAIRS, SYSTEM, carried, flag, table
 from keepset.data.reasons import RowProblem
-from keepset.encoding import Encoder
 from keepset.errors import DataError
-from keepset.inspect_ import inspect_data, print_inspection
+from keepset.model.encode import Encoder
 from keepset.recipe import DataSpec, ModelSpec
+from keepset.report.inspect import inspect_data, print_inspection
 
 ROOT = Path(__file__).parents[1]
 KEPT = ""  # the row is used, and reads as it does without the field

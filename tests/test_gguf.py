@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("torch")
 
 from conftest import tiny_model, tiny_tokenizer
-from keepset import gguf
 from keepset.errors import ModelError
-from keepset.model import load
+from keepset.model import gguf
+from keepset.model.load import load
 from keepset.recipe import ModelSpec
 
 

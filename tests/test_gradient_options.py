@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from keepset.counts import selection_work
-from keepset.diagnose import diagnose_scores
 from keepset.errors import PlanMismatch
-from keepset.job import Job
-from keepset.scoring import score
-from keepset.stages import warmup_checkpoints
+from keepset.methods.table import score
+from keepset.pipeline.findings import diagnose_scores
+from keepset.stages.counts import selection_work
+from keepset.stages.job import Job
+from keepset.stages.losses import warmup_checkpoints
 from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
 from tolerance import MAPPED
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keepset.features.halving import Count, in_halves
-from keepset.run import Run
+from keepset.memory import Count, in_halves
+from keepset.runfolder.run import Run
 from tolerance import BACKWARD
 
 
@@ -63,9 +63,10 @@ def test_halvings_are_recorded_with_the_stage(tmp_path):
 def tight(monkeypatch):
     """Batches of more than 2 rows don't fit."""
     torch = pytest.importorskip("torch")
-    from keepset import packing
-    from keepset.features import gradients, llama_pass
-    from keepset.features.llama_forward import LlamaForward
+    from keepset.features import gradients
+    from keepset.model import llama_backward as llama_pass
+    from keepset.model import pack as packing
+    from keepset.model.llama_forward import LlamaForward
 
     def small(real, count):
         def call(*args, **kwargs):
@@ -88,12 +89,12 @@ WHATS = ["losses", "losses of both", "representations", "influence", "target", "
 @pytest.mark.parametrize("what", WHATS)
 def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
     from conftest import random_rows, tiny_lora, tiny_model
-    from keepset import packing
     from keepset.evaluate.preference import pair_logps
     from keepset.features.influence import influence
     from keepset.features.losses import row_losses
     from keepset.features.representations import representations
     from keepset.features.targets import target_vectors
+    from keepset.model import pack as packing
 
     model, rows = tiny_lora(tiny_model("llama")), random_rows(9)
     packing.bare(model).keepset_engine = packing.Engine(packed=True)  # checked before memory was short

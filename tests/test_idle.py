@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from keepset.errors import RecipeError
+from keepset.methods.table import check_options
+from keepset.pipeline.variants import variant_recipe
 from keepset.recipe import MethodSpec, parse_recipe, set_key
-from keepset.scoring import check_options
-from keepset.variants import variant_recipe
 
 BASE = {"pool": [{"path": "pool.jsonl"}], "target": ["shots.jsonl"], "methods": ["rose"]}
 HELD = [{"path": "held.jsonl"}]

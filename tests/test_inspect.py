@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from keepset.demo import FOLDER
-from keepset.inspect_ import inspect_data, print_inspection
-from keepset.near import near_copies, near_pairs
 from keepset.recipe import ModelSpec
+from keepset.report.inspect import inspect_data, print_inspection
+from keepset.selection.near import near_copies, near_pairs
 
 WORDS = (
     "a river town keeps its small library open while people plan slow walks past mills and farms in the rain".split()
@@ -152,6 +152,6 @@ def test_printing_marks_supervised_text_also_without_colour(tmp_path: Path) -> N
 
 
 def test_inspect_needs_no_torch() -> None:
-    code = "import keepset.inspect_, keepset.explain, keepset.report, sys; print('torch' in sys.modules)"
+    code = "import keepset.report.inspect, keepset.report.explain, keepset.report, sys; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

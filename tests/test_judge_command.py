@@ -14,8 +14,8 @@ from typer.testing import CliRunner  # noqa: E402
 
 from conftest import tiny_model, tiny_tokenizer  # noqa: E402
 from keepset.cli import app  # noqa: E402
-from keepset.evaluate.judge import Judgements  # noqa: E402
-from keepset.evaluate.rank import rank_by_comparison  # noqa: E402
+from keepset.judging.judge import Judgements  # noqa: E402
+from keepset.judging.rank import rank_by_comparison  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keepset.languages import CODE, UNCLEAR, language
+from keepset.report.languages import CODE, UNCLEAR, language
 
 SENTENCES = {
     "English": [

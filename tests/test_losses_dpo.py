@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import random_rows, tiny_lora, tiny_model, tiny_tokenizer
-from keepset import losses
 from keepset.errors import DataError, RecipeError
-from keepset.packing import pack
+from keepset.model import pair_losses as losses
+from keepset.model.pack import pack
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train import preference
 from keepset.train.preference import PaddedPairs, PairCollator, fit_dpo, side_logps
@@ -169,8 +169,8 @@ def fit(out, pairs=None, *, loss="dpo", beta=0.5, **changes):
 
 @pytest.mark.parametrize(("loss", "beta"), [("dpo", 0.5), ("davir", 20.0)])
 def test_training_starts_at_log_2_and_learns(tmp_path, loss, beta):
-    from keepset.adapters import attached
     from keepset.evaluate.preference import margins, pair_logps
+    from keepset.model.adapters import attached
 
     pairs = pairs_of()
     result = fit(tmp_path / "out", pairs, loss=loss, beta=beta)

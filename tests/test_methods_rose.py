@@ -11,7 +11,7 @@ from keepset.methods.less import less, tracin
 from keepset.methods.rds import rds
 from keepset.methods.rose import checkpoint_parts, checkpoint_weights, rose
 from keepset.methods.tasks import reduce_queries, reduce_tasks, task_columns
-from keepset.select import select
+from keepset.selection.select import select
 
 SCORES = st.lists(st.floats(-5, 5), min_size=2, max_size=8)
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepset.data.buckets import NgramBuckets, Sha256Buckets, Twice
+from keepset.data.ids import gumbel_by_id, uniform_by_id
+from keepset.data.words import chunks, hash_tokens, ngram_vectors, ngrams, segment_sums, words
 from keepset.methods.bm25 import bm25
-from keepset.methods.buckets import NgramBuckets, Sha256Buckets, Twice
 from keepset.methods.dsir import dsir, log_ratio
-from keepset.methods.noise import gumbel_by_id, uniform_by_id
 from keepset.methods.rds import rds
-from keepset.methods.text import chunks, hash_tokens, ngram_vectors, ngrams, segment_sums, words
 from tolerance import tolerance
 
 SUM = tolerance(64)  # bm25s and the vectors are float32; a text of these tests has fewer words

@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from conftest import random_rows, tiny_lora, tiny_model, tiny_tokenizer  # noqa: E402
-from keepset import packing  # noqa: E402
 from keepset.errors import ModelError  # noqa: E402
 from keepset.features.losses import row_losses  # noqa: E402
-from keepset.model import apply_lora, load, load_tokenizer, lora_targets, resolve  # noqa: E402
+from keepset.model import pack as packing  # noqa: E402
+from keepset.model.load import apply_lora, load, load_tokenizer, lora_targets, resolve  # noqa: E402
 from keepset.recipe import LoraSpec, ModelSpec  # noqa: E402
 from tolerance import FORWARD  # noqa: E402
 
@@ -177,7 +177,7 @@ def test_real_models_know_the_sentence(name: str, module: str, tokens: int, loss
 
     import numpy as np
 
-    from keepset.encoding import Encoded
+    from keepset.model.encode import Encoded
 
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")

@@ -8,7 +8,7 @@ import weakref
 import pytest
 from rich.console import Console
 
-import keepset.model
+from keepset.model import load as model_load
 from keepset.pipeline import run_recipe
 from test_pipeline import TRAIN, data, model_folder, recipe  # noqa: F401 - fixtures
 
@@ -16,7 +16,7 @@ from test_pipeline import TRAIN, data, model_folder, recipe  # noqa: F401 - fixt
 @pytest.mark.parametrize("full", [False, True])
 def test_no_second_model_is_in_memory(full, model_folder, data, tmp_path, monkeypatch):  # noqa: F811
     alive: weakref.WeakSet = weakref.WeakSet()
-    counts, real = [], keepset.model.load
+    counts, real = [], model_load.load
 
     def load(*args, **options):
         loaded = real(*args, **options)
@@ -25,7 +25,7 @@ def test_no_second_model_is_in_memory(full, model_folder, data, tmp_path, monkey
         return loaded
 
     gc.collect()
-    monkeypatch.setattr(keepset.model, "load", load)
+    monkeypatch.setattr(model_load, "load", load)
     made = recipe(
         model_folder, data, tmp_path, methods=["davir", {"name": "less", "shots": 1}], budget=4,
         reference={**TRAIN, "full": full}, train={**TRAIN, "full": full},

@@ -13,9 +13,9 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
-from keepset import packing  # noqa: E402
-from keepset.attention import Segments, packed_attention  # noqa: E402
-from keepset.head import LogitMap, nll  # noqa: E402
+from keepset.model import pack as packing  # noqa: E402
+from keepset.model.attention import Segments, packed_attention  # noqa: E402
+from keepset.model.head import LogitMap, nll  # noqa: E402
 from tolerance import BACKWARD, FORWARD  # noqa: E402
 
 

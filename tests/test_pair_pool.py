@@ -16,7 +16,7 @@ from keepset.data import load_pool, write_subset  # noqa: E402
 from keepset.errors import DataError, RecipeError  # noqa: E402
 from keepset.features.adam import map_gradient  # noqa: E402
 from keepset.features.influence import pair_influence  # noqa: E402
-from keepset.losses import pair_loss  # noqa: E402
+from keepset.model.pair_losses import pair_loss  # noqa: E402
 from keepset.pipeline import run_recipe  # noqa: E402
 from keepset.recipe import DataSpec, parse_recipe  # noqa: E402
 from slow_gradients import flat, gradient, random_state, token_logps  # noqa: E402

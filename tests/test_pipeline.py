@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from conftest import tiny_model, tiny_tokenizer
-from keepset.compare import compare
 from keepset.errors import DataError, PlanMismatch, RecipeError
-from keepset.job import Job
-from keepset.pipeline import evaluated_cells, run_recipe
+from keepset.methods.table import METHODS, score
+from keepset.pipeline.choose import choose
+from keepset.pipeline.compare import compare
+from keepset.pipeline.run import evaluated_cells, run_recipe
 from keepset.recipe import MethodSpec, load_recipe, parse_recipe
-from keepset.scoring import METHODS, score
-from keepset.subsets import choose
+from keepset.stages.job import Job
 
 TRAIN = {"num_train_epochs": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
 
@@ -297,7 +297,7 @@ def test_strict_stops_at_the_first_bad_row(model_folder, data, tmp_path):
 
 
 def test_a_nan_score_never_ranks(finished, model_folder, data, monkeypatch):
-    import keepset.scoring as scoring
+    import keepset.methods.table as scoring
 
     run_dir, _, _ = finished
     job = Job(recipe(model_folder, data, run_dir), console=quiet())
@@ -324,8 +324,8 @@ def test_a_warm_up_of_one_step_still_scores(model_folder, data, tmp_path):
 
 def test_other_held_out_rows_order_or_names_are_evaluated_anew(model_folder, data, tmp_path, monkeypatch):
     """The items of two models are paired by place; by content alone a reordered file would pair others' rows."""
-    from keepset import finals
-    from keepset.job import Job
+    from keepset.pipeline import learn as finals
+    from keepset.stages.job import Job
 
     measured = []
 

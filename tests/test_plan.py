@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from keepset.evaluate.statistics import accuracy_power
-from keepset.plan import plan_recipe, print_plan
+from keepset.pipeline.plan import plan_recipe, print_plan
 from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from keepset.errors import KeepsetError, RecipeError
-from keepset.plot import write_plots
+from keepset.report.plot import write_plots
 from report_fixture import make_run
 
 

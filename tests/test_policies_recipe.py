@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from keepset.errors import RecipeError
-from keepset.job import Job
+from keepset.methods.table import score
+from keepset.pipeline.choose import choose
 from keepset.recipe import MethodSpec, parse_recipe
-from keepset.scoring import score
-from keepset.subsets import choose
+from keepset.stages.job import Job
 
 WORDS = "sum apple river add three seven paint minus equals cloud dog cat run code loop".split()
 POLICIES = ["top_k", "round_robin", "mmr", "facility_location", "sample"]

@@ -19,7 +19,7 @@ from keepset.report import write_report
 from keepset.report.numbers import histogram, length_bucket, overlap, shares
 from keepset.report.page import inline_json
 from keepset.report.payload import build_payload, sample_rows
-from keepset.report.run_data import read_run
+from keepset.report.read import read_run
 from report_fixture import HOSTILE, LABELS, make_run
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from keepset.deliver.hub import public, push_to_hub
 from keepset.errors import KeepsetError
-from keepset.hub import public, push_to_hub
+from keepset.pipeline.reproduce import print_reproduction, recipe_of, reproduce
 from keepset.recipe import parse_recipe
-from keepset.reproduce import print_reproduction, recipe_of, reproduce
-from keepset.run import Run
+from keepset.runfolder.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepset.errors import KeepsetError, PlanMismatch
-from keepset.files import digest
 from keepset.recipe import DataSpec, parse_recipe
-from keepset.run import Run
-from keepset.shards import plan_shards, read_shard
+from keepset.runfolder.files import digest
+from keepset.runfolder.run import Run
+from keepset.runfolder.shards import plan_shards, read_shard
 
 IDS = np.array([f"{i * 7919 % 1000:03d}-row" for i in range(100)], dtype=object)
 KEY = {"model": "m", "version": 1}
@@ -142,8 +142,8 @@ def test_swapping_shard_and_record_together_is_found(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from keepset.run import Run
-from keepset import run as module
+from keepset.runfolder.run import Run
+from keepset.runfolder import run as module
 ids = np.array([f"{i:04d}" for i in range(64)], dtype=object)
 stop = int(sys.argv[2])
 counter = [0]

@@ -16,10 +16,10 @@ from crash import SECRETS
 from keepset.data import load_pool
 from keepset.data.export import write_subset
 from keepset.errors import KeepsetError, RecipeError
-from keepset.files import write_atomic
+from keepset.pipeline.choose import subset_name
 from keepset.recipe import MethodSpec, parse_recipe
-from keepset.run import Run
-from keepset.subsets import subset_name
+from keepset.runfolder.files import write_atomic
+from keepset.runfolder.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,7 @@ def test_a_pickle_with_a_forged_checksum_is_still_not_run(tiny_run, tmp_path):
     """Whoever may write the run folder can forge the record too; torch then reads weights only."""
     import torch
 
-    from keepset.files import file_digest
+    from keepset.runfolder.files import file_digest
 
     run, canary = tmp_path / "run", tmp_path / "canary"
     tiny_run.server.run(tiny_run.recipe, run, kill="step 3 models/warmup")
@@ -138,10 +138,10 @@ def test_pool_names_and_rows_never_name_files(tiny_run, tmp_path, name):
     """A pool's name and ids are columns; with the strangest of them a run writes inside its folder and nowhere else."""
     from rich.console import Console
 
-    from keepset.job import Job
+    from keepset.methods.table import score
+    from keepset.pipeline.choose import choose
     from keepset.recipe import DataSpec
-    from keepset.scoring import score
-    from keepset.subsets import choose
+    from keepset.stages.job import Job
 
     inside, pool = tmp_path / "a" / "run", tmp_path / "pool.jsonl"
     inside.parent.mkdir()

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepset import scoring
-from keepset.job import Job
+from keepset.methods import table as scoring
 from keepset.methods.knn_shapley import shapley_of_similarities
-from keepset.stability import BANDS, difference_noise, score_noise, stability
-from keepset.subsets import scored_tokens
+from keepset.pipeline.choose import scored_tokens
+from keepset.selection.edge import BANDS, difference_noise, score_noise, stability
+from keepset.stages.job import Job
 from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
 
 IDS = list("abcdef")
@@ -185,11 +185,11 @@ def test_other_batches_stay_within_the_noise_and_rows_in_doubt_are_told(tmp_path
     from rich.console import Console
 
     from crash import write_inputs
-    from keepset.diagnose import diagnose_edge, record
-    from keepset.job import Job
+    from keepset.methods.table import score
+    from keepset.pipeline.choose import choose
+    from keepset.pipeline.findings import diagnose_edge, record
     from keepset.recipe import load_recipe
-    from keepset.scoring import score
-    from keepset.subsets import choose
+    from keepset.stages.job import Job
 
     path = write_inputs(tmp_path / "inputs", methods=METHODS, run_dir=str(tmp_path / "a"))
     tables = {}

@@ -18,14 +18,14 @@ pytest.importorskip("trl")
 from safetensors.numpy import load_file
 
 from conftest import random_rows, tiny_lora, tiny_model
-from keepset.counts import selection_work
 from keepset.features.curvature import kronecker_factors
 from keepset.features.gradient_store import GradientStore
 from keepset.features.influence import Reducer
 from keepset.features.targets import concatenate, target_vectors
-from keepset.job import Job
+from keepset.methods.table import score
 from keepset.recipe import MethodSpec
-from keepset.scoring import score
+from keepset.stages.counts import selection_work
+from keepset.stages.job import Job
 from keepset.train.warmup import pick_subset
 from slow_gradients import random_state
 from test_pipeline import model_folder, quiet, recipe, write_lines  # noqa: F401 - a fixture among them

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from conftest import tiny_model, tiny_tokenizer
 from keepset.cli import app
 from keepset.errors import RecipeError
-from keepset.train.command import hold_out, parse_words, read_rows, sections
+from keepset.pipeline.train import hold_out, parse_words, read_rows, sections
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from conftest import tiny_model, tiny_tokenizer
-from keepset.encoding import Encoder
 from keepset.errors import DataError, ModelError
-from keepset.evaluate.judge import Comparison, reward_judge, reward_scores
+from keepset.judging.judge import Comparison, reward_judge, reward_scores
+from keepset.model.encode import Encoder
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.reward import load_reward, pair_accuracy, train_reward
 from tolerance import FORWARD

@@ -220,8 +220,8 @@ def test_bad_rows_and_a_loss_that_explodes(tmp_path):
 
 
 def test_from_a_model_folder_and_back(tmp_path):
-    """`train_sft` loads the base itself; its result is an adapter that `keepset.model.load` puts on."""
-    from keepset.model import load
+    """`train_sft` loads the base itself; its result is an adapter that `keepset.model.load.load` puts on."""
+    from keepset.model.load import load
 
     base = ModelSpec(model_name_or_path=str(tmp_path / "base"), device="cpu")
     tiny_model().save_pretrained(tmp_path / "base")

@@ -17,10 +17,10 @@ from transformers import AutoTokenizer
 
 from conftest import CHATML, tiny_model, tiny_tokenizer
 from keepset.cli.options import open_job
-from keepset.job import Job
+from keepset.deliver.trainers import _Model, write_trainers
+from keepset.pipeline.choose import Subset, full_subset
 from keepset.recipe import ModelSpec, parse_recipe
-from keepset.subsets import Subset, full_subset
-from keepset.trainers import _Model, write_trainers
+from keepset.stages.job import Job
 
 TURN = [{"role": "user", "content": "the thing"}, {"role": "assistant", "content": "the answer is the thing"}]
 POOLS = {

@@ -10,14 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from keepset.cli import app
-from keepset.diagnose import diagnose_comparison, diagnose_shares
 from keepset.errors import PlanMismatch, RecipeError
-from keepset.job import Job
-from keepset.overlap import agreement
 from keepset.pipeline import run_recipe
+from keepset.pipeline.findings import diagnose_comparison, diagnose_shares
+from keepset.pipeline.reference_check import OtherRows, held_out_finding
 from keepset.recipe import parse_recipe, set_key
-from keepset.reference_check import OtherRows, held_out_finding
-from keepset.run import Run
+from keepset.report.overlap import agreement
+from keepset.runfolder.run import Run
+from keepset.stages.job import Job
 from test_pipeline import TRAIN, data, model_folder, quiet, recipe  # noqa: F401  (fixtures)
 from tolerance import FORWARD
 
@@ -170,8 +170,8 @@ def test_the_reference_is_held_against_the_base_on_the_evaluation_s_rows(model_f
     job = run_recipe(made, console=quiet(), out=quiet())
     found = {f["name"]: f for f in job.run.load_json("findings.json")}["reference-held-out"]
     assert "10 held-out rows" in found["text"]  # 6 pairs' chosen sides and 4 rows
-    from keepset.finals import Learner
-    from keepset.reference_check import held_out_losses
+    from keepset.pipeline.learn import Learner
+    from keepset.pipeline.reference_check import held_out_losses
 
     learner = Learner(job)
     rows = [*learner.eval_rows[0], *(c for c, _ in learner.eval_pairs[0])]
@@ -244,8 +244,8 @@ def test_a_mix_is_held_against_the_random_mix_on_both_sides(model_folder, data, 
 
 
 def test_kept_token_losses_are_read_instead_of_running_the_models(model_folder, data, tmp_path, monkeypatch):  # noqa: F811
-    from keepset import model as models
-    from keepset.explain_tokens import token_changes
+    from keepset.model import load as models
+    from keepset.report.explain_tokens import token_changes
 
     batching = {"token_budget": 256, "shard_rows": 8, "keep_token_losses": True}
     more = {**FAST, "methods": ["davir"], "controls": CONTROLS}

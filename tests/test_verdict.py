@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from keepset.data import load_target
+from keepset.pipeline.verdict import budget_curves, loss_against_performance, means_of, pareto, print_verdict
 from keepset.recipe import DataSpec, MethodSpec
-from keepset.verdict import budget_curves, loss_against_performance, means_of, pareto, print_verdict
 
 
 def entry(label, value, flops, *, kind="method", budget="5%", n_rows=5, loss=1.0):

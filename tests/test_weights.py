@@ -17,16 +17,16 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from conftest import random_rows, tiny_lora, tiny_model, tiny_tokenizer  # noqa: E402
-from keepset.encoding import Encoder, RowRefused, encode_all  # noqa: E402
 from keepset.errors import ModelError  # noqa: E402
 from keepset.features.embeddings import TextEncoder  # noqa: E402
 from keepset.features.losses import row_losses  # noqa: E402
-from keepset.model import apply_lora, load, load_adapter, load_tokenizer  # noqa: E402
-from keepset.model_kind import check_same_tokens  # noqa: E402
+from keepset.model.encode import Encoder, RowRefused, encode_all  # noqa: E402
+from keepset.model.kind import check_same_tokens  # noqa: E402
+from keepset.model.load import apply_lora, load, load_adapter, load_tokenizer  # noqa: E402
+from keepset.model.weights import fingerprint  # noqa: E402
 from keepset.recipe import LoraSpec, ModelSpec  # noqa: E402
-from keepset.stages import weights_of  # noqa: E402
+from keepset.stages.losses import weights_of  # noqa: E402
 from keepset.train.reward import load_reward, reward_model  # noqa: E402
-from keepset.weights import fingerprint  # noqa: E402
 
 Tensors = dict[str, Any]
 DOWN = "model.layers.1.mlp.down_proj.weight"

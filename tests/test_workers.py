@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keepset.features.halving import Count
-from keepset.run import Run
+from keepset.memory import Count
+from keepset.runfolder.run import Run
 
 IDS = np.array([f"{i:03d}" for i in range(40)], dtype=object)
 KEY = {"s": {"k": 1}}
@@ -103,7 +103,7 @@ def test_a_parent_that_stops_takes_its_workers_with_it(tmp_path):
 
 
 def test_halved_batches_of_workers_are_counted(tmp_path):
-    from keepset.features.halving import in_halves
+    from keepset.memory import in_halves
 
     def compute(indices):
         def some(part):

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from keepset.run import Run
+from keepset.runfolder.run import Run
 
 
 def main() -> None:

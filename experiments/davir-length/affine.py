@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keepset.run import Run
+from keepset.runfolder.run import Run
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from keepset.evaluate.statistics import correlations
 from keepset.methods.davir import davir, davir_ref, rho
-from keepset.run import Run
+from keepset.runfolder.run import Run
 from keepset.selection.ranking import rank_order
 
 LABELS = {"RHO sum": "rho-sum", "RHO mean": "rho-mean", "DavIR": "davir", "DavIR, no end of turn": "davir-content"}

@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from keepset.explain_tokens import tokens_of_rows
-from keepset.run import Run
+from keepset.report.explain_tokens import tokens_of_rows
+from keepset.runfolder.run import Run
 
 
 def main() -> None:

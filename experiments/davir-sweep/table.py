@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from keepset.evaluate.statistics import holm, paired_test
-from keepset.run import Run
+from keepset.runfolder.run import Run
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from keepset.adapters import attached
 from keepset.data import load_target
-from keepset.encoding import RowRefused
 from keepset.evaluate.preference import length_matched, pair_logps, preference_table
-from keepset.model import load
+from keepset.model.adapters import attached
+from keepset.model.encode import RowRefused
+from keepset.model.load import load
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.preference import train_dpo
 

@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from public_data import Row, arguments, draw, plain_prompt, read, write
 
-from keepset.encoding import Encoder, RowRefused
-from keepset.model import load_tokenizer
+from keepset.model.encode import Encoder, RowRefused
+from keepset.model.load import load_tokenizer
 from keepset.recipe import ModelSpec
 
 POOL_TOKENS, TARGET_TOKENS, QUESTION_WORDS = 128, 192, 60

@@ -2,8 +2,8 @@
 
 Processor seconds are those of the stages that the method needs, each counted in full though others share it; a gradient
 pass without the target gradients and curvature solves of other methods that were logged inside it. FLOPs are counted
-(`keepset.counts`), as if the method ran alone. Agreement: Spearman's rank correlation over all rows, and the share of a
-method's best 5 % that is in another's. Chance overlap is 5 %.
+(`keepset.stages.counts`), as if the method ran alone. Agreement: Spearman's rank correlation over all rows, and the
+share of a method's best 5 % that is in another's. Chance overlap is 5 %.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 from rich.console import Console
 from scipy.stats import rankdata
 
-from keepset.counts import selection_work
-from keepset.job import Job
+from keepset.methods.gradient import influence_request
+from keepset.methods.table import METHODS
 from keepset.recipe import MethodSpec
-from keepset.run import Run
-from keepset.scoring import METHODS
-from keepset.scoring_gradients import influence_request
+from keepset.runfolder.run import Run
+from keepset.stages.counts import selection_work
+from keepset.stages.job import Job
 
 BESIDE = ("rose", "less", "davir", "bm25", "rds+", "length")
 TOP = 0.05

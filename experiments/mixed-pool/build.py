@@ -20,9 +20,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from public_data import Row, arguments, draw, read, write
 
-from keepset.encoding import Encoder
 from keepset.evaluate.preference import length_matched
-from keepset.model import load_tokenizer
+from keepset.model.encode import Encoder
+from keepset.model.load import load_tokenizer
 from keepset.recipe import ModelSpec
 
 HIDDEN, EVAL, MATCHED = 37, 12, 9

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from keepset.run import Run
+from keepset.runfolder.run import Run
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ _HOME = {
     "load_recipe": "keepset.recipe",
     "parse_recipe": "keepset.recipe",
     "run_recipe": "keepset.pipeline",
-    "METHODS": "keepset.scoring",
-    "select": "keepset.select",
+    "METHODS": "keepset.methods.table",
+    "select": "keepset.selection.select",
     "write_report": "keepset.report",
 }
 __all__ = ["__version__", *_HOME]

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from keepset.errors import RecipeError, did_you_mean
-from keepset.idle import refuse_idle
+from keepset.pipeline.idle import refuse_idle
 
 
 class Strict(BaseModel):

@@ -21,10 +21,10 @@ with atheris.instrument_imports(include=["keepset", "yaml"]):
     from keepset.data.dialects import as_pair, as_sft, detect
     from keepset.data.reasons import RowProblem
     from keepset.errors import KeepsetError, ModelError
-    from keepset.files import digest
     from keepset.recipe import load_recipe
-    from keepset.run import Run
-    from keepset.shards import read_shard
+    from keepset.runfolder.files import digest
+    from keepset.runfolder.run import Run
+    from keepset.runfolder.shards import read_shard
 
 MEMORY = Path("/dev/shm")
 FOLDER = Path(tempfile.mkdtemp(prefix="keepset-fuzz-", dir=MEMORY if MEMORY.is_dir() else None))

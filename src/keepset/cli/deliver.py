@@ -9,7 +9,7 @@ import typer
 
 from keepset.cli.options import RunDir, open_job
 from keepset.errors import RecipeError
-from keepset.files import write_atomic
+from keepset.runfolder.files import write_atomic
 
 
 def init(
@@ -45,7 +45,7 @@ def export(
     Example: keepset export davir chosen.parquet --to messages
     """
     from keepset.data.export import write_subset
-    from keepset.subsets import stored_ids
+    from keepset.pipeline.choose import stored_ids
 
     job = open_job(run_dir, text_only=True)
     wanted = stored_ids(job, subset)
@@ -64,8 +64,8 @@ def trainers(
 
     Example: keepset trainers davir --run_dir runs/mine
     """
-    from keepset.subsets import stored_subset
-    from keepset.trainers import write_trainers
+    from keepset.deliver.trainers import write_trainers
+    from keepset.pipeline.choose import stored_subset
 
     job = open_job(run_dir)
     with job.run.lock():
@@ -82,6 +82,6 @@ def push(
 
     Example: keepset push me/chosen-by-rose --run_dir runs/mine
     """
-    from keepset.hub import push_to_hub
+    from keepset.deliver.hub import push_to_hub
 
     print(push_to_hub(run_dir, repo_id, private=not public))

@@ -10,7 +10,7 @@ import typer
 
 from keepset.cli.train import AsJson, accuracy_lines, interval, progress
 from keepset.errors import DataError, RecipeError
-from keepset.files import json_text, write_atomic
+from keepset.runfolder.files import json_text, write_atomic
 
 Model = Annotated[str, typer.Option("--model_name_or_path", "--model-name-or-path", help="hub name, folder or `demo`")]
 Reward = Annotated[Path | None, typer.Option("--reward", help="a reward model: what `keepset train reward` wrote")]
@@ -41,10 +41,10 @@ def generate(
     """
     from contextlib import nullcontext
 
-    from keepset.adapters import attached
     from keepset.evaluate.generate import generate as answer
     from keepset.evaluate.generate import write_model_outputs
-    from keepset.model import load
+    from keepset.model.adapters import attached
+    from keepset.model.load import load
     from keepset.recipe import ModelSpec
 
     texts = read_prompts(prompts)
@@ -84,8 +84,8 @@ def judge(
 
     import numpy as np
 
-    from keepset.evaluate.judge import Comparison, reward_judge
-    from keepset.evaluate.win_rate import win_rate
+    from keepset.judging.judge import Comparison, reward_judge
+    from keepset.judging.win_rate import win_rate
 
     ours, theirs = read_outputs(outputs), read_outputs(baseline)
     shared = [i for i in ours if i in theirs]
@@ -151,8 +151,8 @@ def pairs(
     """
     from collections import Counter
 
-    from keepset.data.preferences import best_against_worst, group_answers, shp_answers
-    from keepset.evaluate.rank import rank_by_comparison, rank_by_reward
+    from keepset.judging.pairs import best_against_worst, group_answers, shp_answers
+    from keepset.judging.rank import rank_by_comparison, rank_by_reward
 
     rows, judged = read_columns(data), reward is not None or endpoint is not None
     try:
@@ -197,8 +197,8 @@ def lm_eval(
     """
     from keepset.cli.options import open_job
     from keepset.evaluate.lm_eval import command, write_pair_task
-    from keepset.finals import Learner
-    from keepset.model import resolve
+    from keepset.model.load import resolve
+    from keepset.pipeline.learn import Learner
 
     job = open_job(run_dir)
     learner = Learner(job)
@@ -269,7 +269,7 @@ def write_lines(path: Path, rows: list[Any]) -> None:
 
 def open_reward(folder: Path, base: str | None) -> tuple[Any, Any, dict[str, Any] | None]:
     """A reward model, its encoder, and its accuracy on held-out pairs where that was measured."""
-    from keepset.encoding import Encoder
+    from keepset.model.encode import Encoder
     from keepset.recipe import ModelSpec
     from keepset.train.reward import load_reward
 
@@ -289,7 +289,7 @@ def open_endpoint(endpoint: str | None, model: str | None, cache: Path | None, p
     Raises:
         RecipeError: no judge was named.
     """
-    from keepset.evaluate.judge import HttpJudge
+    from keepset.judging.judge import HttpJudge
 
     if not endpoint or not model:
         raise RecipeError("name a judge: --reward FOLDER, or --endpoint URL with --judge_model NAME")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.cli.options import AsJson, Model, Quiet, RunDir, Targets, err
-from keepset.files import json_text
+from keepset.runfolder.files import json_text
 
 
 def methods(
@@ -20,7 +20,7 @@ def methods(
 
     Example: keepset methods rose
     """
-    from keepset.scoring import METHODS, method, options_of
+    from keepset.methods.table import METHODS, method, options_of
 
     if as_json:
         wanted = [name] if name else list(METHODS)
@@ -54,7 +54,7 @@ def overlap(
 
     Example: keepset overlap runs/in-sample runs/cross-fitted --budget 5% --budget 10%
     """
-    from keepset.overlap import SHARES, agreement, print_agreement, stored_scores
+    from keepset.report.overlap import SHARES, agreement, print_agreement, stored_scores
 
     result = agreement({place: stored_scores(place) for place in scorings}, budget or SHARES)
     if as_json:
@@ -78,7 +78,7 @@ def report(
     from keepset.report import write_report
 
     if why:
-        from keepset.why import write_why
+        from keepset.report.why import write_why
 
         write_why(run_dir, console=err)
 
@@ -101,7 +101,7 @@ def plot(
 
     Example: keepset plot --run_dir runs/demo --format svg --only comparison
     """
-    from keepset.plot import write_plots
+    from keepset.report.plot import write_plots
 
     chosen = {"formats": formats or ("png", "svg"), "only": only or (), "metrics": metric or ()}
     for path in write_plots(run_dir, out, width=width, **chosen):
@@ -119,8 +119,8 @@ def inspect(
 
     Example: keepset inspect pool.jsonl --model_name_or_path demo
     """
-    from keepset.inspect_ import inspect_data, print_inspection
     from keepset.recipe import ModelSpec
+    from keepset.report.inspect import inspect_data, print_inspection
 
     model = ModelSpec(model_name_or_path=model_name_or_path) if model_name_or_path else None
     facts = inspect_data(data, target=target or (), evaluation=evaluation or (), model=model)
@@ -146,19 +146,19 @@ def explain(
 
     Example: keepset explain 3f2a --label davir --run_dir runs/demo
     """
-    from keepset.explain import explain as explain_row
-    from keepset.explain import print_explanation
+    from keepset.report.explain import explain as explain_row
+    from keepset.report.explain import print_explanation
 
     facts = explain_row(run_dir, row, label)
     if tokens:
-        from keepset.explain_tokens import print_token_changes, token_changes
+        from keepset.report.explain_tokens import print_token_changes, token_changes
 
         changes = token_changes(run_dir, facts["id"])
         if not as_json:
             print_token_changes(changes, Console())
         facts["tokens"] = changes
     if pairs:
-        from keepset.explain_pairs import pair_pulls, print_pair_pulls
+        from keepset.report.explain_pairs import pair_pulls, print_pair_pulls
 
         facts["pairs"] = pair_pulls(run_dir, [facts["id"]], label)[facts["id"]]
         if not as_json:
@@ -174,7 +174,7 @@ def doctor(model_name_or_path: Model = None, as_json: AsJson = False) -> None:
 
     Example: keepset doctor --model_name_or_path demo
     """
-    from keepset.doctor import examine, print_examination
+    from keepset.report.doctor import examine, print_examination
 
     facts = examine(model_name_or_path)
     if as_json:

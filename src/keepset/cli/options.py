@@ -63,9 +63,9 @@ def open_job(
     text_only: bool = False,
 ) -> Any:
     """The job of a run folder: its stored recipe, or a new one from the options."""
-    from keepset.job import Job
     from keepset.recipe import parse_recipe
-    from keepset.run import Run
+    from keepset.runfolder.run import Run
+    from keepset.stages.job import Job
 
     path = run_dir / "recipe.yaml"
     data: dict[str, Any] = Run(run_dir).recipe().model_dump(mode="json") if path.exists() else {"methods": []}

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from keepset.files import json_text
+from keepset.runfolder.files import json_text
 
 
 class SubsetByDefault(TyperGroup):
@@ -43,14 +43,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON on standard out
 def progress() -> Console:
     """Where progress goes: standard error; of several processes only the first one speaks."""
     from keepset.cli.options import err
-    from keepset.train.command import is_main
+    from keepset.pipeline.train import is_main
 
     return Console(stderr=True, quiet=err.quiet or not is_main())
 
 
 def tell(facts: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """Print a training's outcome, once."""
-    from keepset.train.command import is_main
+    from keepset.pipeline.train import is_main
 
     if not is_main():
         return
@@ -82,8 +82,8 @@ def subset(
     Example: keepset train davir --set train.num_train_epochs=1
     """
     from keepset.cli.options import hush, open_job
-    from keepset.finals import Learner, model_folder, train_final
-    from keepset.subsets import stored_subset
+    from keepset.pipeline.choose import stored_subset
+    from keepset.pipeline.learn import Learner, model_folder, train_final
 
     hush(quiet)
     job = open_job(run_dir, settings=settings, force=bool(settings))
@@ -111,7 +111,7 @@ def sft(
 
     Example: keepset train sft --data chosen.jsonl --output_dir models/a --model_name_or_path demo --learning_rate 1e-4
     """
-    from keepset.train.command import parse_words, run_sft
+    from keepset.pipeline.train import parse_words, run_sft
 
     facts = run_sft(
         data, output_dir, parse_words(ctx.args), seed=seed, resume=not anew, evaluation=eval_data or [],
@@ -142,7 +142,7 @@ def dpo(
 
     Example: keepset train dpo --data pairs.jsonl --output_dir models/b --loss davir --num_train_epochs 1
     """
-    from keepset.train.command import parse_words, run_dpo
+    from keepset.pipeline.train import parse_words, run_dpo
 
     facts = run_dpo(
         data, output_dir, parse_words(ctx.args), loss=loss, beta=beta, seed=seed, resume=not anew,
@@ -180,7 +180,7 @@ def reward(
     Example: keepset train reward --data pairs.jsonl --output_dir models/judge --model_name_or_path demo
     """
     from keepset.errors import RecipeError
-    from keepset.train.command import parse_words, run_reward
+    from keepset.pipeline.train import parse_words, run_reward
 
     if not 0 < share < 1:
         raise RecipeError(f"--heldout_share {share}: a judge is shown with its accuracy; hold out more than 0, below 1")

@@ -23,7 +23,7 @@ from keepset.cli.options import (
     open_job,
 )
 from keepset.errors import KeepsetError, RecipeError
-from keepset.files import json_text
+from keepset.runfolder.files import json_text
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
             data["run_dir"] = str(run_dir)
         loaded = parse_recipe(data, where=str(recipe))
     if dry_run:
-        from keepset.plan import plan_recipe, print_plan
+        from keepset.pipeline.plan import plan_recipe, print_plan
 
         print_plan(plan_recipe(loaded, console=err), Console())
         return
@@ -67,7 +67,7 @@ def plan(
 
     Example: keepset plan recipe.yaml
     """
-    from keepset.plan import plan_recipe, print_plan
+    from keepset.pipeline.plan import plan_recipe, print_plan
     from keepset.recipe import load_recipe
 
     found = plan_recipe(load_recipe(recipe), console=err)
@@ -111,11 +111,11 @@ def score(
     """
     import importlib.util
 
-    from keepset.diagnose import diagnose_scores, record
+    from keepset.methods.table import check_options, needs_model
+    from keepset.methods.table import method as find_method
+    from keepset.methods.table import score as score_job
+    from keepset.pipeline.findings import diagnose_scores, record
     from keepset.recipe import MethodSpec, check_label
-    from keepset.scoring import check_options, needs_model
-    from keepset.scoring import method as find_method
-    from keepset.scoring import score as score_job
 
     find_method(method)
     check_label(label or method)
@@ -166,9 +166,9 @@ def select(
     Example: keepset select davir --budget 5% --out chosen.jsonl
     """
     from keepset.data.export import write_subset
-    from keepset.diagnose import diagnose_edge, diagnose_shares, record
+    from keepset.pipeline.choose import choose
+    from keepset.pipeline.findings import diagnose_edge, diagnose_shares, record
     from keepset.recipe import parse_budget
-    from keepset.subsets import choose
 
     given = (("policy", policy), ("quota", quota), ("quota_by", quota_by), ("dedup", dedup))
     settings = [f"select.{k}={v}" for k, v in given if v]
@@ -205,7 +205,7 @@ def evaluate(
 
     Example: keepset evaluate davir --pairs eval.jsonl
     """
-    from keepset.finals import Learner, evaluate_final
+    from keepset.pipeline.learn import Learner, evaluate_final
 
     settings = []
     if pairs:
@@ -236,11 +236,11 @@ def compare(
 
     Example: keepset compare --run_dir runs/mine --more
     """
-    from keepset.compare import compare as compare_cells
-    from keepset.compare import print_comparison
-    from keepset.diagnose import COMPARED, diagnose_comparison, record
-    from keepset.pipeline import evaluated_cells
-    from keepset.verdict import print_verdict
+    from keepset.pipeline.compare import compare as compare_cells
+    from keepset.pipeline.compare import print_comparison
+    from keepset.pipeline.findings import COMPARED, diagnose_comparison, record
+    from keepset.pipeline.run import evaluated_cells
+    from keepset.pipeline.verdict import print_verdict
 
     job = open_job(run_dir)
     with job.run.lock():
@@ -266,8 +266,8 @@ def reproduce(
 
     Example: keepset reproduce runs/demo/manifest.json
     """
-    from keepset.reproduce import print_reproduction
-    from keepset.reproduce import reproduce as run_again
+    from keepset.pipeline.reproduce import print_reproduction
+    from keepset.pipeline.reproduce import reproduce as run_again
 
     folder = (manifest if manifest.is_dir() else manifest.parent).resolve()
     result = run_again(manifest, run_dir or folder.with_name(folder.name + "-again"), console=err)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from keepset.errors import DataError
-from keepset.files import write_atomic
+from keepset.runfolder.files import write_atomic
 
 Message = Mapping[str, str]
 
@@ -41,11 +41,11 @@ def prompt_ids(encoder: Any, prompt: Sequence[Message]) -> tuple[np.ndarray, int
     """Return a prompt's tokens (L,) and the first token that ends the answer's turn (None if the template writes none).
 
     Args:
-        encoder: the model's `keepset.encoding.Encoder`.
+        encoder: the model's `keepset.model.encode.Encoder`.
         prompt: messages, the last one being the user's.
 
     Raises:
-        keepset.encoding.RowRefused: the template refuses the prompt, or it is too long.
+        keepset.model.encode.RowRefused: the template refuses the prompt, or it is too long.
     """
     row = encoder.encode_pair(list(prompt), [{"role": "assistant", "content": "A"}])
     supervised = [int(t) for t in np.flatnonzero(row.supervised) if t not in row.ends]
@@ -86,7 +86,7 @@ def generate(
     import torch
     from transformers import GenerationConfig
 
-    from keepset.encoding import RowRefused
+    from keepset.model.encode import RowRefused
 
     tokens, ends = [], set()
     for i, prompt in enumerate(prompts):

@@ -110,9 +110,9 @@ def evaluate_gsm8k(
         DataError: no usable row, or a gold answer without a number.
     """
     from keepset.data import load_pool
-    from keepset.encoding import encode_all
     from keepset.evaluate.generate import generate
     from keepset.evaluate.heldout import heldout_losses
+    from keepset.model.encode import encode_all
 
     pool = load_pool(data)
     rows = [pool.messages(i) for i in range(min(limit, len(pool)))]

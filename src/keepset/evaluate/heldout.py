@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from keepset.evaluate.statistics import bootstrap_ci, bootstrap_ratio
 
 if TYPE_CHECKING:
-    from keepset.encoding import Encoded
+    from keepset.model.encode import Encoded
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keepset.files import write_atomic
+from keepset.runfolder.files import write_atomic
 
 if TYPE_CHECKING:
-    from keepset.encoding import Encoded
+    from keepset.model.encode import Encoded
 
 TASK = """# python -m lm_eval --include_path {folder} --tasks {name} ...
 task: {name}

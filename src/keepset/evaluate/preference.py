@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from keepset.evaluate.statistics import bootstrap_columns, bootstrap_ratio, correlations
 
 if TYPE_CHECKING:
-    from keepset.encoding import Encoded
+    from keepset.model.encode import Encoded
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def pair_logps(model: Any, pairs: Sequence[tuple[Encoded, Encoded]], *, token_bu
     to `preference_table`.
 
     Args:
-        model: causal LM or PeftModel as `keepset.model.load` gives it.
+        model: causal LM or PeftModel as `keepset.model.load.load` gives it.
         pairs: (chosen, rejected) as encoded rows.
         token_budget: tokens a batch holds.
 

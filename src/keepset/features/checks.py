@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from keepset import attention, head, packing
 from keepset.errors import ModelError, first_line
 from keepset.features.losses import row_losses
-from keepset.model_kind import UNMASKED
-from keepset.packing import Engine
+from keepset.model import attention, head
+from keepset.model import pack as packing
+from keepset.model.kind import UNMASKED
+from keepset.model.pack import Engine
 from keepset.stopping import out_of_memory
 
 log = logging.getLogger(__name__)

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from keepset.errors import ModelError, RecipeError
 from keepset.features.gauss_newton import GaussNewton
 from keepset.features.gradients import Sink
-from keepset.features.llama_pass import Places
 from keepset.features.row_gradients import Labels, each_gradient, run_batches, stacked_gradients, weighted_gradients
 from keepset.features.targets import GradientTarget
 from keepset.methods.datainf import datainf_shares
 from keepset.methods.ekfac import eigenvectors, ekfac_solve
 from keepset.methods.influence import cg_solve, fisher_coefficients
-from keepset.packing import Row
+from keepset.model.llama_backward import Places
+from keepset.model.pack import Row
 
 Solver = Literal["none", "fisher", "cg", "datainf", "ekfac", "ekfac-matrix"]
 MEMORY = 1 << 31

@@ -36,8 +36,8 @@ class TextEncoder:
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        from keepset.model import one_line
-        from keepset.weights import read
+        from keepset.model.load import one_line
+        from keepset.model.weights import read
 
         if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
             raise ModelError(f"embedding_model {name}: no such model folder")
@@ -85,7 +85,7 @@ class TextEncoder:
         return [self.tokenizer(t, truncation=True, max_length=self.most)["input_ids"] or [self.blank] for t in texts]
 
     def cost(self, texts: Sequence[str]) -> tuple[int, float]:
-        """Tokens of the texts, and operations of a forward pass over them (see `keepset.cost`)."""
+        """Tokens of the texts, and operations of a forward pass over them (see `keepset.model.flops`)."""
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
         weights = sum(p.numel() for p in self.model.parameters() if p.ndim == 2 and id(p) not in tables)
         n_tokens = sum(len(ids) for ids in self.tokens(texts))

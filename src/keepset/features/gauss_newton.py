@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepset import head, packing
 from keepset.errors import ModelError
 from keepset.features.in_run import REACH
-from keepset.packing import Row
+from keepset.model import head
+from keepset.model import pack as packing
+from keepset.model.pack import Row
 
 
 class GaussNewton:

@@ -26,8 +26,8 @@ from keepset.features.gradients import recording
 from keepset.features.influence import influence
 from keepset.features.projection import ProjectedTarget, project, shared_direction
 from keepset.features.sketch import Sketch
-from keepset.files import write_atomic
-from keepset.packing import Row
+from keepset.model.pack import Row
+from keepset.runfolder.files import write_atomic
 
 log = logging.getLogger(__name__)
 

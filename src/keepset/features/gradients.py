@@ -26,23 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keepset import head
 from keepset.errors import ModelError
 from keepset.features import checks
-from keepset.features.llama_pass import LlamaPass, Places, lay_out, serves
-from keepset.features.matrices import Linear, find_linears
-from keepset.packing import (
-    Batch,
-    Row,
-    bare,
-    engine,
-    full_span,
-    last_hidden,
-    own_logits,
-    pack,
-    token_nll,
-    vocabulary,
-)
+from keepset.model import head
+from keepset.model.linears import Linear, find_linears
+from keepset.model.llama_backward import LlamaPass, Places, lay_out, serves
+from keepset.model.pack import Batch, Row, bare, engine, full_span, last_hidden, own_logits, pack, token_nll, vocabulary
 
 log = logging.getLogger(__name__)
 LOGITS = 1 << 22

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from keepset.features.row_gradients import stacked_gradients, weighted_gradients
-from keepset.packing import Row
+from keepset.model.pack import Row
 
 REACH = 5e-3
 """Length of the difference step over ‖θ‖."""

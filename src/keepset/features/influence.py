@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from keepset.features.adam import AdamState, ParameterMap, check_map, momentum_direction, parameter_map
 from keepset.features.gradients import mean_weights, products, recording, run_rows
-from keepset.features.halving import in_halves
-from keepset.features.llama_pass import Places
 from keepset.features.losses import row_losses
 from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
-from keepset.losses import pair_loss
-from keepset.packing import Row, engine, plan_batches
+from keepset.memory import in_halves
+from keepset.model.llama_backward import Places
+from keepset.model.pack import Row, engine, plan_batches
+from keepset.model.pair_losses import pair_loss
 
 BLOCK = 1 << 20
 """Gradient numbers formed, mapped and reduced at once (4 MiB, twice with the scratch: they stay in cache)."""
@@ -211,7 +211,7 @@ def pair_influence(
         model: a PeftModel with the checkpoint's LoRA; in eval mode. Switched off, the adapter leaves the reference.
         pairs: n (chosen, rejected) encoded rows.
         target: as `influence`.
-        loss: one of `keepset.losses.NAMES`.
+        loss: one of `keepset.model.pair_losses.NAMES`.
         beta: β.
         adam: as `influence`.
         map: as `influence`.

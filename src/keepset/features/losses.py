@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from keepset import head, packing
-from keepset.features import llama_pass
-from keepset.features.halving import in_halves
-from keepset.features.llama_forward import LlamaForward
-from keepset.features.matrices import Linear
+from keepset.memory import in_halves
+from keepset.model import head
+from keepset.model import llama_backward as llama_pass
+from keepset.model import pack as packing
+from keepset.model.linears import Linear
+from keepset.model.llama_forward import LlamaForward
 
 log = logging.getLogger(__name__)
 

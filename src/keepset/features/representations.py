@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from keepset import packing
-from keepset.features.halving import in_halves
+from keepset.memory import in_halves
+from keepset.model import pack as packing
 
 Pooling = Literal["last", "weighted_mean"]
 

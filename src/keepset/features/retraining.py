@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from keepset.features.losses import row_losses
-from keepset.packing import Row, pack, plan_batches, supports_packing, token_nll
+from keepset.model.pack import Row, pack, plan_batches, supports_packing, token_nll
 
 
 class Retraining:

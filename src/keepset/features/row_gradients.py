@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from keepset.features.gradients import Recorder, Sink, mean_weights, products, recording, run_rows
-from keepset.features.llama_pass import Places
-from keepset.packing import Row, engine, plan_batches
+from keepset.model.llama_backward import Places
+from keepset.model.pack import Row, engine, plan_batches
 
 Labels = Literal["sampled", "data"]
 Visit = Callable[[str, np.ndarray, Tensor], None]

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from keepset.errors import ModelError, RecipeError, did_you_mean
 from keepset.features.gradients import Recorder, mean_weights, products, recording, run_rows, sum_weights
-from keepset.features.halving import in_halves
-from keepset.features.llama_pass import Places
-from keepset.packing import Row, pack, plan_batches, row_sums, token_nll
+from keepset.memory import in_halves
+from keepset.model.llama_backward import Places
+from keepset.model.pack import Row, pack, plan_batches, row_sums, token_nll
 
 FACTS = ("tasks", "margin", "log_weight", "norms")
 TargetLoss = Literal["sft", "dpo", "margin", "mean_margin"]

@@ -1,1 +1,1 @@
-"""Scoring methods: one paper a file, NumPy in, NumPy out, larger = better. `keepset.scoring.METHODS` lists them."""
+"""Scoring methods: one paper a file, NumPy in, NumPy out, larger = better. `methods.table.METHODS` lists them."""

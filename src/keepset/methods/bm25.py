@@ -22,8 +22,8 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
+from keepset.data.words import chunks, hash_terms
 from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
-from keepset.methods.text import chunks, hash_terms
 
 
 def bm25(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keepset.methods.noise import uniform_by_id
+from keepset.data.ids import uniform_by_id
 from keepset.selection.dedup import content_key
 
 

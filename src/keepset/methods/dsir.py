@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keepset.methods.buckets import Hash, NgramBuckets, Twice
-from keepset.methods.noise import gumbel_by_id
+from keepset.data.buckets import Hash, NgramBuckets, Twice
+from keepset.data.ids import gumbel_by_id
 from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keepset.methods.noise import uniform_by_id
+from keepset.data.ids import uniform_by_id
 
 
 def random_(ids: int | Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from keepset.files import write_atomic
 from keepset.report.page import render
 from keepset.report.payload import build_payload
-from keepset.report.run_data import read_run
+from keepset.report.read import read_run
+from keepset.runfolder.files import write_atomic
 
 __all__ = ["write_report"]
 

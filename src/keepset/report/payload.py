@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keepset.data.turns import is_learnt
-from keepset.languages import UNCLEAR, language
+from keepset.report.languages import UNCLEAR, language
 from keepset.report.numbers import (
     cut_of,
     heat,
@@ -19,7 +19,7 @@ from keepset.report.numbers import (
     overlap,
     shares,
 )
-from keepset.report.run_data import Message, RunData, as_dict, as_list
+from keepset.report.read import Message, RunData, as_dict, as_list
 
 TEXT_BUDGET = 12_000_000  # characters of row text in the page
 QUARANTINE_ROWS = 2_000
@@ -102,7 +102,7 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
 
 
 def why_of(data: RunData, ids: set[str]) -> dict[str, dict[str, Any]]:
-    """What the models said about rows (see `keepset.why`), by label and id; entries of another form are left out."""
+    """What the models said about rows (see `report.why`), by label and id; entries of another form are left out."""
     out: dict[str, dict[str, Any]] = {}
     for label, found in data.why.items():
         for id_, entry in as_dict(found).items():

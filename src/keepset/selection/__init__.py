@@ -1,1 +1,1 @@
-"""The parts of `keepset.select`: ranking, budgets and quotas, duplicates, greedy diverse selection."""
+"""The parts of `keepset.selection.select`: ranking, budgets and quotas, duplicates, greedy diverse selection."""

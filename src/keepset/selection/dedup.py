@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keepset.methods.text import Hashes, chunks, hash_tokens, mix, ngrams
+from keepset.data.words import Hashes, chunks, hash_tokens, mix, ngrams
 
 COPY = re.compile(r"^([0-9a-f]{32})-\d+$")  # the id of a row's second, third ... exact copy
 N_HASHES = 128

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keepset.methods.noise import gumbel_by_id
+from keepset.data.ids import gumbel_by_id
 
 
 def rank_order(scores: np.ndarray, ids: Sequence[str] | np.ndarray) -> np.ndarray:

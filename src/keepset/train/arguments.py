@@ -98,7 +98,7 @@ def lora_config(lora: LoraSpec, model: Any) -> Any:
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    from keepset.model import linear_names, lora_targets
+    from keepset.model.load import linear_names, lora_targets
 
     wanted = lora.lora_target_modules
     targets: Any = wanted if isinstance(wanted, str) else lora_targets(linear_names(model), list(wanted))

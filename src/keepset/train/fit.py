@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keepset.files import free_memory
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.runfolder.files import free_memory
 from keepset.train.sft import TrainResult, train_sft
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from keepset.encoding import Encoded
+    from keepset.model.encode import Encoded
 
     Sides = tuple[Encoded, ...]
 

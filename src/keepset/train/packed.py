@@ -1,7 +1,7 @@
 """Training steps over packed rows: no padding, the output head at supervised positions only, bounded memory.
 
 TRL's own step pads every row of a batch to the longest and, without Triton, runs the head at every position. Here a
-batch is divided into parts of at most `MICRO_TOKENS` tokens, each packed (`keepset.packing`) and differentiated on its
+batch is divided into parts of at most `MICRO_TOKENS` tokens, each packed (`model.pack`) and differentiated on its
 own. The loss is TRL's: Σ nll over all supervised tokens of the (accumulated) batch ÷ their number, so the parts'
 gradients add up to the same gradient, to rounding. It serves one process in the weights' own precision; everything else
 (several processes, mixed precision, other losses) takes TRL's path.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepset.packing import Batch, pack, plan_batches, supports_packing, token_nll
+from keepset.model.pack import Batch, pack, plan_batches, supports_packing, token_nll
 
 MICRO_TOKENS = 2048
 
@@ -100,7 +100,7 @@ class PackedSteps:
         return torch.stack(losses).sum()
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted here; `keepset.cost` does."""
+        """Not counted here; `keepset.model.flops` does."""
         return 0
 
 

@@ -1,8 +1,8 @@
 """Preference training through TRL's DPOTrainer, on pairs that are tokenised and masked already.
 
 The reference is the base before training. Its log-probabilities are computed once, before the first step, so that no
-second model stands in memory. keepset's own losses (`keepset.losses.NAMES`) run over packed rows in one process; TRL's
-other losses, and several processes, take TRL's step on padded rows with the same masks and reference numbers.
+second model stands in memory. keepset's own losses (`model.pair_losses.NAMES`) run over packed rows in one process;
+TRL's other losses, and several processes, take TRL's step on padded rows with the same masks and reference numbers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepset import losses
 from keepset.errors import DataError, RecipeError, did_you_mean
-from keepset.packing import Batch, pack, row_sums, token_nll
+from keepset.model import pair_losses as losses
+from keepset.model.pack import Batch, pack, row_sums, token_nll
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.packed import MICRO_TOKENS, PackedSteps, Tokens, to_device, trains_packed
 from keepset.train.sft import TrainResult, base_weights, check_rows, finished, plan_of, run_trainer, trainer_arguments
@@ -26,8 +26,8 @@ from keepset.train.sft import TrainResult, base_weights, check_rows, finished, p
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from keepset.encoding import Encoded
     from keepset.evaluate.preference import PairLogps
+    from keepset.model.encode import Encoded
 
     Pair = tuple[Encoded, Encoded]
 
@@ -153,8 +153,8 @@ def train_dpo(
         pairs: (chosen, rejected) as encoded rows.
         out: result folder, as `train_sft`.
         args: epochs, rate, batch (in pairs); `args.extra` goes to TRL's DPOConfig (`label_smoothing`, `ld_alpha` …).
-        loss: one of `keepset.losses.NAMES`, or another of TRL's DPO losses (`exo_pair`, `aot`, `sppo_hard` …).
-        beta: β; None takes 0.1, for `davir` and `simpo` the values in `keepset.losses.BETA`.
+        loss: one of `model.pair_losses.NAMES`, or another of TRL's DPO losses (`exo_pair`, `aot`, `sppo_hard` …).
+        beta: β; None takes 0.1, for `davir` and `simpo` the values in `keepset.model.pair_losses.BETA`.
         gamma: SimPO's γ.
         seed: of adapter initialisation and order.
         reference: the base's log-probabilities of these pairs, if they are known already.
@@ -167,7 +167,7 @@ def train_dpo(
             or a loss that became NaN.
         RecipeError: unknown loss; and see `trainer_config`.
     """
-    from keepset.model import load
+    from keepset.model.load import load
 
     check_loss(loss)
     beta = losses.pair_beta(loss, beta)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from keepset.errors import ModelError
-from keepset.files import file_digest, misfits, write_atomic
+from keepset.runfolder.files import file_digest, misfits, write_atomic
 from keepset.train.sft import META
 
 

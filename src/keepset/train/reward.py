@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepset.errors import DataError, ModelError
-from keepset.evaluate.judge import reward_scores
 from keepset.evaluate.preference import correct, length_matched
 from keepset.evaluate.statistics import bootstrap_ci
-from keepset.files import json_text, write_atomic
+from keepset.judging.judge import reward_scores
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.runfolder.files import json_text, write_atomic
 from keepset.train.sft import TrainResult, base_weights, finished, plan_of, run_trainer, trainer_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from keepset.encoding import Encoded
+    from keepset.model.encode import Encoded
 
     Pair = tuple[Encoded, Encoded]
 
@@ -117,8 +117,8 @@ def reward_model(spec: ModelSpec, seed: int, folder: str | None = None) -> tuple
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from keepset.model import load_tokenizer, one_line, pick_device, resolve
-    from keepset.weights import read
+    from keepset.model.load import load_tokenizer, one_line, pick_device, resolve
+    from keepset.model.weights import read
 
     source = folder or resolve(spec)
     named = spec if folder is None else spec.model_copy(update={"model_name_or_path": folder})
@@ -168,7 +168,7 @@ def load_reward(spec: ModelSpec, path: Path) -> tuple[Any, Any]:
     Raises:
         ModelError: nothing of the kind there.
     """
-    from keepset.model import load_adapter
+    from keepset.model.load import load_adapter
 
     if (path / "adapter_model.safetensors").exists():
         model, tokenizer = reward_model(spec, 0)

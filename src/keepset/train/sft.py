@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepset.errors import DataError
-from keepset.files import canonical, digest, file_digest, misfits, write_atomic
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.runfolder.files import canonical, digest, file_digest, misfits, write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from keepset.encoding import Encoded
+    from keepset.model.encode import Encoded
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def train_sft(
         DataError: no rows, a row without a supervised token, or a loss that became NaN.
         RecipeError: see `trainer_config` and `lora_config`.
     """
-    from keepset.model import load
+    from keepset.model.load import load
 
     base = base_weights(spec)
     done = finished(out, plan_of(spec, lora, rows, args, seed, base, save_each_epoch_with_moments)) if resume else None
@@ -351,8 +351,8 @@ def base_weights(spec: ModelSpec) -> str:
     Raises:
         ModelError: nothing there, or as `weights.fingerprint`.
     """
-    from keepset.model import resolve
-    from keepset.weights import fingerprint
+    from keepset.model.load import resolve
+    from keepset.model.weights import fingerprint
 
     return fingerprint(resolve(spec), spec.model_revision, code=spec.trust_remote_code)
 

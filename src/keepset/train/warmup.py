@@ -22,7 +22,7 @@ from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from keepset.encoding import Encoded
+    from keepset.model.encode import Encoded
 
 
 @dataclass(frozen=True)

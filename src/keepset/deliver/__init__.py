@@ -1,0 +1,1 @@
+"""What leaves the folder: dataset card, trainers' configurations, the hub."""

@@ -1,0 +1,1 @@
+"""Answers, judges, win rates, and preference pairs made of them."""

@@ -1,0 +1,278 @@
+"""Subsets: which rows each method, control and mix keeps at each budget, and the files that a trainer takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from keepset.data.export import write_subset
+from keepset.errors import RecipeError, did_you_mean
+from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label, parse_budget
+from keepset.runfolder.files import file_digest
+from keepset.selection.edge import BANDS, COARSE_NOISE, NOISE, Stability, score_noise, stability
+from keepset.selection.select import select
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
+
+MOST_NAMED = 100  # rows left out in doubt that are named; the chosen ones all are
+Kind = Literal["method", "random", "longest", "full", "mix", "base", "dpo-direct"]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One chosen training set.
+
+    `indices` point into the job's usable rows, best first; `edge` names those that numerical noise might exchange. Only
+    `dpo-direct` has none: it trains on `pairs` pairs of the target.
+    """
+
+    name: str
+    label: str
+    kind: Kind
+    budget: str
+    indices: np.ndarray
+    n_tokens: int
+    edge: Stability | None = None
+    pairs: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows kept (or pairs)."""
+        return self.pairs or len(self.indices)
+
+    def ids(self, job: Job) -> np.ndarray:
+        """Their ids, best first."""
+        return job.ids[self.indices]
+
+
+def subset_name(label: str, budget: int | str, n_budgets: int) -> str:
+    """`davir`, or `davir@10%` where the recipe has several budgets."""
+    return label if n_budgets == 1 else f"{label}@{'-'.join(str(budget).split())}"
+
+
+def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", overrides: Path | None = None) -> Subset:
+    """Select rows by the stored scores of `label` and write the subset's files.
+
+    Args:
+        job: the job.
+        label: a scored label.
+        budget: rows, percentage or tokens.
+        kind: what the subset is in a comparison.
+        overrides: a JSON file `{"keep": [ids], "drop": [ids]}` (the report writes it): kept rows come first, within the
+            budget; dropped ones never.
+
+    Raises:
+        KeepsetError: `label` has not been scored in this run folder.
+        RecipeError: the budget can't be met by the policy.
+    """
+    table = job.run.load_table(f"scores/{check_label(label)}.parquet")
+    if overrides is not None:
+        table = apply_overrides(table, overrides)
+    indices = select_rows(job, table, budget, job.recipe.select)
+    name = subset_name(label, budget, len(job.recipe.budget))
+    edge = edge_of(job, label, table, indices) if kind == "method" and overrides is None else None
+    subset = Subset(name, label, kind, str(budget), indices, int(job.n_tokens()[indices].sum()), edge)
+    return finish(job, subset)
+
+
+def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stability | None:
+    """The chosen rows that numerical noise might have left out, and the other way round.
+
+    None where the noise isn't known or can't decide (`stability.BANDS`), or the score alone doesn't: other policies
+    than top-k, dropped duplicates.
+    """
+    spec = next((m for m in job.recipe.methods if m.label == label), None)
+    plain = job.recipe.select.policy == "top_k" and job.recipe.select.dedup == "none"
+    if spec is None or not plain or BANDS[spec.name] is None:
+        return None
+    columns = {name: table[name].to_numpy() for name in table.column_names if pa.types.is_floating(table[name].type)}
+    relative = NOISE if job.recipe.model.dtype == "float32" else COARSE_NOISE
+    with np.errstate(divide="ignore", invalid="ignore"):  # rows without a score, which don't count
+        columns["n_tokens"] = scored_tokens(job, spec)
+        noise = score_noise(spec.name, spec.options, columns, relative=relative)
+    if noise is None:
+        return None
+    chosen = pc.is_in(table["id"], pa.array(job.ids[indices].astype(str))).to_numpy()
+    return stability(columns["score"], table["id"].to_numpy(zero_copy_only=False), chosen, noise=noise)
+
+
+def scored_tokens(job: Job, spec: MethodSpec) -> np.ndarray:
+    """(n,) tokens that a method's losses are summed over: of a pair the chosen side's, ends of turns as it wants."""
+    from keepset.stages.losses import SubJob
+
+    rows = SubJob(job, np.arange(len(job.ids)), end_of_turn=spec.options.get("end_of_turn", True)).rows
+    return np.array([int(row.supervised.sum()) for row in rows])
+
+
+def apply_overrides(table: pa.Table, path: Path) -> pa.Table:
+    """Put the marked rows above all others, and the dropped ones out of the running.
+
+    Raises:
+        RecipeError: the file isn't such a file, or names an id that was never scored.
+    """
+    try:
+        marks = json.loads(path.read_text(encoding="utf-8"))
+        keep, drop = set(marks.get("keep", [])), set(marks.get("drop", []))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise RecipeError(f'{path}: not an overrides file {{"keep": [ids], "drop": [ids]}}: {error}') from None
+    ids = table["id"].to_pylist()
+    unknown = sorted((keep | drop) - set(ids))
+    if unknown:
+        raise RecipeError(f"{path}: id {unknown[0]} is not in this run's scores ({len(unknown)} such ids)")
+    scores = table["score"].to_pylist()
+    top = max((s for s in scores if s is not None), default=0.0)
+    lifted = [None if i in drop else (s + 1 + top - min(s, 0.0) if i in keep and s is not None else s)
+              for i, s in zip(ids, scores, strict=True)]  # fmt: skip
+    return table.set_column(table.column_names.index("score"), "score", pa.array(lifted, pa.float64()))
+
+
+def select_rows(
+    job: Job, table: pa.Table, budget: int | str, spec: SelectSpec, *, source: str | None = None
+) -> np.ndarray:
+    """Indices into the job's usable rows, best first, by the scores in `table`; only rows of `source`, if given."""
+    place = {row_id: i for i, row_id in enumerate(job.ids)}
+    scored = table.filter(pc.is_valid(table["score"]))
+    if source is not None:
+        scored = scored.filter(pc.equal(scored["source"], source))
+    keep = np.array([place[i] for i in scored["id"].to_pylist() if i in place], dtype=np.int64)
+    scored = scored.filter(pa.array([i in place for i in scored["id"].to_pylist()], pa.bool_()))
+    n_tokens = job.n_tokens()[keep]
+    parsed = parse_budget(budget, len(keep), int(n_tokens.sum()))
+    columns = [name for name in scored.column_names if name.startswith("task.")]
+    groups = scored["source" if spec.quota_by == "source" else "category"].to_pylist()
+    wants_text = spec.dedup != "none" or spec.policy in ("mmr", "facility_location")
+    texts = job.texts() if wants_text else None
+    chosen = select(
+        scored["score"].to_numpy(),
+        job.ids[keep],
+        parsed,
+        spec=spec,
+        n_tokens=n_tokens,
+        groups=["" if g is None else g for g in groups],
+        per_task=np.stack([scored[name].to_numpy() for name in columns], axis=1) if columns else None,
+        texts=[texts[i] for i in keep] if texts is not None else None,
+        seed=job.recipe.seed,
+    )
+    return keep[chosen]
+
+
+def choose_mix(job: Job, mix: MixSpec) -> Subset:
+    """Put a training set together from several pools, each by its own method and budget.
+
+    Raises:
+        RecipeError: a part names no pool of the recipe.
+    """
+    sources = {str(s) for s in job.pool.sources()}
+    parts = []
+    for part in mix.parts:
+        if part.source not in sources:
+            hint = did_you_mean(part.source, sorted(sources)) or f"; pools are: {', '.join(sorted(sources))}"
+            raise RecipeError(f"mix {mix.label}: no pool '{part.source}'{hint}")
+        if part.method == "full":
+            parts.append(np.flatnonzero(np.asarray(job.pool.sources())[job.usable].astype(str) == part.source))
+        else:
+            table = job.run.load_table(f"scores/{part.method}.parquet")
+            parts.append(select_rows(job, table, part.budget, job.recipe.select, source=part.source))
+    indices = np.concatenate(parts)
+    return finish(job, Subset(mix.label, mix.label, "mix", "mix", indices, int(job.n_tokens()[indices].sum())))
+
+
+def full_subset(job: Job) -> Subset:
+    """The whole usable pool."""
+    return Subset("full", "full", "full", "100%", np.arange(len(job.ids)), int(job.n_tokens().sum()))
+
+
+def direct_subset(job: Job) -> Subset:
+    """The target's pairs themselves, beside the first budget: what choosing from the pool must beat.
+
+    Raises:
+        RecipeError: the target has no pairs.
+    """
+    if not job.target.has_pairs:
+        raise RecipeError("controls.dpo_direct needs pairs: the target has no `rejected`")
+    pairs = job.target_pairs[0]
+    n_tokens = sum(int(side.supervised.sum()) for pair in pairs for side in pair if side is not None)
+    none, budget = np.zeros(0, dtype=np.int64), str(job.recipe.budget[0])
+    return Subset("dpo-direct", "dpo-direct", "dpo-direct", budget, none, n_tokens, pairs=len(pairs))
+
+
+def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
+    """The controls' scoring: Random by seed, and the longest completions."""
+    controls = job.recipe.controls
+    found: list[tuple[MethodSpec, Kind]] = [
+        (MethodSpec(name="random", label=f"random-{seed}", options={"seed": seed}), "random")
+        for seed in controls.random_seeds
+    ]
+    return [*found, *([(MethodSpec(name="length", label="longest"), "longest")] if controls.longest else [])]  # type: ignore[list-item]
+
+
+def finish(job: Job, subset: Subset) -> Subset:
+    """Write `subsets/<name>` in the input's own dialect, mark the rows in the scores, and note the subset."""
+    path = job.run.path / "subsets" / f"{subset.name}.jsonl"
+    index = job.run.load_json("subsets.json", {})
+    ids = [str(i) for i in subset.ids(job)]
+    old = index.get(subset.name, {})
+    if path.exists() and old.get("ids") == ids and old.get("sha256") not in (None, file_digest(path)):
+        job.say(f"{path}: damaged or edited; written again")
+    write_subset(job.pool, job.usable[subset.indices], path)
+    entry = {k: v for k, v in asdict(subset).items() if k not in ("indices", "edge")}
+    if subset.edge is not None:
+        entry["edge"] = {**asdict(subset.edge), "left_out": subset.edge.left_out[:MOST_NAMED]}
+    index[subset.name] = {**entry, "n_rows": subset.n_rows, "file": f"subsets/{path.name}",
+                          "sha256": file_digest(path), "ids": ids}  # fmt: skip
+    job.run.save_json("subsets.json", index)
+    mark_selected(job, subset)
+    job.say(f"{subset.name}: keeps {subset.n_rows} of {len(job.ids)} rows ({subset.n_tokens} {job.length_unit})")
+    return subset
+
+
+def mark_selected(job: Job, subset: Subset) -> None:
+    """Set the `selected` column of the label's scores, for the first budget only."""
+    name = f"scores/{subset.label}.parquet"
+    first = subset_name(subset.label, job.recipe.budget[0], len(job.recipe.budget))
+    if subset.name != first or not (job.run.path / name).exists():
+        return
+    table = job.run.load_table(name)
+    chosen = pc.is_in(table["id"], pa.array(subset.ids(job).astype(str)))
+    place = table.column_names.index("selected")
+    job.run.save_table(name, table.set_column(place, "selected", chosen))
+
+
+def stored_ids(job: Job, name: str) -> list[str]:
+    """The ids of a subset chosen earlier, best first; `full` is the whole pool.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if name == "full":
+        return [str(i) for i in job.ids]
+    index: dict[str, Any] = job.run.load_json("subsets.json", {})
+    if name not in index:
+        hint = did_you_mean(name, list(index)) or f"; there are: {', '.join(index) or 'none, run `keepset select`'}"
+        raise RecipeError(f"no subset '{name}' in {job.run.path}{hint}")
+    ids: list[str] = index[name]["ids"]
+    return ids
+
+
+def stored_subset(job: Job, name: str) -> Subset:
+    """A subset chosen earlier, from `subsets.json`.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if name == "full":
+        return full_subset(job)
+    if name == "dpo-direct":
+        return direct_subset(job)
+    ids = stored_ids(job, name)
+    entry = job.run.load_json("subsets.json")[name]
+    place = {row_id: i for i, row_id in enumerate(job.ids)}
+    indices = np.array([place[i] for i in ids], dtype=np.int64)
+    return Subset(name, entry["label"], entry["kind"], entry["budget"], indices, entry["n_tokens"])

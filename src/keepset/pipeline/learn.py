@@ -1,0 +1,316 @@
+"""The models that subsets are judged by: train from the base on each subset, evaluate each on the held-out sets."""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from keepset.data import Pool, Target, load_pool, load_target
+from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
+from keepset.evaluate.preference import PairLogps, correct, length_matched, margins, pair_logps, preference_table
+from keepset.model.adapters import attached
+from keepset.model.flops import count_tokens, flops, trained_sides
+from keepset.pipeline.choose import Subset
+from keepset.recipe import TrainSpec
+from keepset.runfolder.files import digest, file_digest
+from keepset.stages.job import encode_pairs, encode_pool
+from keepset.stages.losses import VERSION, id_order
+
+if TYPE_CHECKING:
+    from keepset.model.encode import Encoded, Encoder
+    from keepset.model.load import Loaded
+    from keepset.stages.job import Job
+
+Items = dict[str, np.ndarray]
+
+TASK_METRICS = ("accuracy.policy_mean", "loss.chosen")
+"""What is also told for each task of the held-out pairs, as `<metric>.of.<task>`."""
+
+
+class Learner:
+    """The model that is trained on the subsets: the scoring model, or another one (transfer)."""
+
+    def __init__(self, job: Job) -> None:
+        """Take the recipe's `train_model`, else its `model`."""
+        self.job = job
+        self.spec = job.recipe.train_model or job.recipe.model
+        self.transfer = job.recipe.train_model is not None
+        self.holder = job if not self.transfer else copy(job)  # of the model in memory
+        if self.transfer:
+            self.holder.recipe, self.holder.held = job.recipe.model_copy(update={"model": self.spec}), {}
+            self.holder.__dict__.pop("fingerprint", None)
+
+    @property
+    def loaded(self) -> Loaded:
+        """The untrained model; loaded again where it was released."""
+        return self.holder.loaded
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Its tokenizer and template."""
+        return self.loaded.encoder if self.transfer else self.job.encoder
+
+    def rows(self, subset: Subset) -> list[tuple[Encoded, ...]]:
+        """The sides of the subset's rows as this model's tokens, by id; what its template refuses is said."""
+        indices = subset.indices[id_order(subset.ids(self.job))]
+        if not self.transfer:
+            return [self.job.sides[1][i] for i in indices]
+        rows, refused = encode_pool(self.job.pool.take(self.job.usable[indices]), self.encoder)
+        if refused:
+            self.job.say(f"{subset.name}: {len(refused)} rows left out by the other model's template: {refused[0][1]}")
+        return [row for row in rows if row is not None]
+
+    @cached_property
+    def target_pairs(self) -> list[tuple[Encoded, ...]]:
+        """The target's pairs as this model's tokens."""
+        pairs = (
+            encode_pairs(self.job.target, self.encoder, self.job.say)[0] if self.transfer else self.job.target_pairs[0]
+        )
+        return [(chosen, rejected) for chosen, rejected in pairs if rejected is not None]
+
+    @cached_property
+    def eval_pairs(self) -> tuple[list[tuple[Encoded, Encoded]], np.ndarray, Target] | None:
+        """Held-out pairs as tokens, their tasks, and the set; None if the recipe names none."""
+        specs = self.job.recipe.evaluate.pairs
+        if not specs:
+            return None
+        target = load_target(specs, seed=self.job.recipe.seed, strict=self.job.recipe.strict)
+        pairs, kept = encode_pairs(target, self.encoder, self.job.say)
+        whole = [i for i, (_, rejected) in enumerate(pairs) if rejected is not None]
+        self.job.say(
+            f"evaluation pairs: {len(target) + len(target.quarantine)} in = {len(whole)} used + "
+            f"{len(target) + len(target.quarantine) - len(whole)} quarantined"
+        )
+        return [pairs[i] for i in whole], np.asarray(target.tasks, dtype=str)[kept[whole]], target  # type: ignore[misc]
+
+    @cached_property
+    def eval_rows(self) -> tuple[list[Encoded], np.ndarray, Pool] | None:
+        """Held-out SFT rows as tokens, their sources, and the pool; None if the recipe names none."""
+        from keepset.model.encode import encode_all, what_is_lost
+
+        specs = self.job.recipe.evaluate.heldout
+        if not specs:
+            return None
+        pool = load_pool(specs, strict=self.job.recipe.strict)
+        rows, refused = encode_all(self.encoder, (pool.messages(i) for i in range(len(pool))))
+        usable = [i for i, row in enumerate(rows) if row is not None]
+        self.job.say(
+            f"held-out rows: {len(pool) + len(pool.quarantine)} in = {len(usable)} used + "
+            f"{len(refused) + len(pool.quarantine)} quarantined"
+        )
+        for line in what_is_lost(row for row in rows if row is not None):
+            self.job.say(f"held-out rows: {line}")
+        return [rows[i] for i in usable], np.asarray(pool.sources(), dtype=str)[usable], pool  # type: ignore[misc]
+
+
+def model_folder(name: str, seed: int) -> str:
+    """Where the model trained on a subset lies in the run folder."""
+    return f"models/{name}-seed{seed}"
+
+
+def direct_args(job: Job) -> TrainSpec:
+    """How the target's pairs are trained on: `train`, with DPO where that says SFT."""
+    args = job.recipe.train
+    return args.model_copy(update={"loss": "dpo"}) if args.loss == "sft" else args
+
+
+def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
+    """Train the base on a subset, unless that was done with the same rows, arguments and seed."""
+    from keepset.train.fit import fit
+
+    direct = subset.kind == "dpo-direct"
+    args, rows = (direct_args(job), learner.target_pairs) if direct else (job.recipe.train, learner.rows(subset))
+    folder = model_folder(subset.name, seed)
+    key = {
+        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
+        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
+        "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
+        **({"each_epoch": True} if job.recipe.evaluate.each_epoch else {}),
+    }  # fmt: skip
+
+    def work(path: Path) -> dict[str, Any]:
+        n_tokens, n_head = count_tokens(trained_sides(rows, args))
+        epochs = args.num_train_epochs
+        job.say(f"training {subset.name} (seed {seed}): {len(rows)} rows, {n_tokens} tokens, {epochs:g} epochs")
+        with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
+            work = flops(learner.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * epochs
+            job.release()
+            learner.holder.release()
+            result = fit(
+                learner.spec, job.recipe.lora, rows, path, args, seed=seed, moments=job.recipe.evaluate.each_epoch,
+                console=job.console,
+            )  # fmt: skip
+            spent.update(tokens=int(n_tokens * epochs), flops=work)
+        return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens}
+
+    return job.run.step(folder, key, work)
+
+
+def in_order(data: Pool | Target, group: str) -> str:
+    """Name held-out data by the rows in their order, which the items are paired by, and the groups they count in."""
+    return digest([data.table["id"].to_pylist(), data.table[group].to_pylist()])
+
+
+def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base: Items | None) -> tuple[dict, Items]:
+    """Evaluate a trained model (or the untrained base: seed None), unless that was done.
+
+    Returns:
+        The summary, and the per-item arrays: `pair.*` (m,) and `row.*` (n,); `pair.of.<task>` and `row.of.<source>`
+        are 1 for their items.
+    """
+    weights = None if seed is None else job.run.path / model_folder(name, seed)
+    folder = "evaluation/base" if weights is None else f"evaluation/{name}-seed{seed}"
+    if seed is not None:
+        job.run.require_whole(model_folder(name, seed))
+    pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
+    key = {
+        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
+        "weights": [] if weights is None else [file_digest(p) for p in sorted(weights.glob("*.safetensors"))],
+        "pairs": in_order(pairs[2], "task") if pairs else None, "rows": in_order(rows[2], "source") if rows else None,
+        "gsm8k": in_order(load_pool(spec.gsm8k), "source") if spec.gsm8k else None,
+        "columns": "by task", "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout", "each_epoch"}),
+    }  # fmt: skip
+
+    def work(path: Path) -> dict[str, Any]:
+        with job.run.timed(f"evaluate {folder.removeprefix('evaluation/')}"):
+            items, gsm8k = measure(job, learner, weights)
+        save_file(items, str(path / "items.safetensors"))
+        summary = summarise(job, learner, items, base)
+        if gsm8k is not None:  # the answers' texts apart: they are most of the bytes
+            answers, right = gsm8k.pop("answers"), items["gsm8k.correct"]
+            job.run.save_json(
+                f"{folder}/gsm8k-answers.json",
+                [{"correct": bool(c), "answer": a} for c, a in zip(right, answers, strict=True)],
+            )
+            summary["gsm8k"] = gsm8k
+        job.run.save_json(f"{folder}/summary.json", summary)
+        return {}
+
+    job.run.step(folder, key, work)
+    return job.run.load_json(f"{folder}/summary.json"), load_file(str(job.run.path / folder / "items.safetensors"))
+
+
+def evaluate_epochs(job: Job, learner: Learner, name: str, seed: int, base: Items | None, final: Items) -> None:
+    """Evaluate a trained model at each epoch's end into `epochs/<name>-seed<k>`; the last one is the final model."""
+    model = job.run.path / model_folder(name, seed)
+    checkpoints = sorted(model.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    share = job.recipe.evaluate.length_match
+    key = {"version": VERSION, "weights": [file_digest(p / "adapter_model.safetensors") for p in checkpoints],
+           "final": digest([digest(v.tobytes()) for _, v in sorted(final.items())]), "match": share}  # fmt: skip
+    folder = f"epochs/{name}-seed{seed}"
+
+    def work(path: Path) -> dict[str, Any]:
+        points = []
+        for k, checkpoint in enumerate(checkpoints, start=1):
+            with job.run.timed(f"evaluate {name}-seed{seed} after epoch {k}"):
+                items = final if checkpoint == checkpoints[-1] else measure(job, learner, checkpoint)[0]
+            means = {m: float(np.mean(v)) for m, v in item_metrics(items, base, share).items()}
+            points.append({"model": f"{name}-seed{seed}", "epoch": k, "metrics": means})
+        job.run.save_json(f"{folder}/points.json", points)
+        return {}
+
+    job.run.step(folder, key, work)
+
+
+def epoch_points(job: Job) -> list[dict[str, Any]]:
+    """What `evaluate_epochs` has measured, all models together."""
+    files = sorted((job.run.path / "epochs").glob("*/points.json"))
+    return [point for file in files for point in job.run.load_json(str(file.relative_to(job.run.path)))]
+
+
+def measure(job: Job, learner: Learner, weights: Path | None) -> tuple[Items, dict[str, Any] | None]:
+    """Run one model over the held-out sets."""
+    if weights is None:
+        return measure_model(job, learner, learner.loaded.model)
+    if (weights / "adapter_config.json").exists():
+        with attached(learner.loaded.model, weights) as model:
+            return measure_model(job, learner, model)
+    with learner.holder.instead(learner.spec.model_copy(update={"model_name_or_path": str(weights)})) as trained:
+        return measure_model(job, learner, trained.model)
+
+
+def measure_model(job: Job, learner: Learner, model: Any) -> tuple[Items, dict[str, Any] | None]:
+    """Log-probabilities of the held-out pairs, losses of the held-out rows, GSM8K answers."""
+    items: Items = {}
+    budget = job.recipe.batching.token_budget
+    if learner.eval_pairs:
+        logps = pair_logps(model, learner.eval_pairs[0], token_budget=budget)
+        items |= {f"pair.{k}": np.asarray(v) for k, v in vars(logps).items()} | parts("pair", learner.eval_pairs[1])
+    if learner.eval_rows:
+        heldout = heldout_losses(model, learner.eval_rows[0], token_budget=budget)
+        items |= {"row.nll": heldout.nll, "row.n_tokens": heldout.n_tokens} | parts("row", learner.eval_rows[1])
+    gsm8k = None
+    if job.recipe.evaluate.gsm8k:
+        from keepset.evaluate.gsm8k import evaluate_gsm8k
+
+        gsm8k = evaluate_gsm8k(
+            model, learner.loaded.tokenizer, learner.encoder, job.recipe.evaluate.gsm8k,
+            limit=job.recipe.evaluate.gsm8k_limit, max_new_tokens=job.recipe.evaluate.max_new_tokens,
+        )  # fmt: skip
+        items["gsm8k.correct"] = np.asarray(gsm8k.pop("correct"), dtype=np.float64)
+    return items, gsm8k
+
+
+def parts(of: str, names: np.ndarray) -> Items:
+    """`<of>.of.<name>` (n,) for each of several tasks or sources: 1 for its items, else 0."""
+    several = np.unique(names)
+    return {f"{of}.of.{name}": (names == name).astype(np.float64) for name in several} if len(several) > 1 else {}
+
+
+def logps_of(items: Items) -> PairLogps:
+    """The pair columns of stored items."""
+    return PairLogps(**{k: items[f"pair.{k}"] for k in ("chosen", "rejected", "n_chosen", "n_rejected")})
+
+
+def summarise(job: Job, learner: Learner, items: Items, base: Items | None) -> dict[str, Any]:
+    """Tables with intervals, from the items."""
+    spec = job.recipe.evaluate
+    summary: dict[str, Any] = {}
+    if learner.eval_pairs:
+        summary["preference"] = preference_table(
+            logps_of(items), logps_of(base) if base else None, learner.eval_pairs[1],
+            length_match=spec.length_match, resamples=spec.bootstrap, seed=job.recipe.seed,
+        )  # fmt: skip
+    if learner.eval_rows:
+        summary["heldout"] = heldout_table(
+            Heldout(items["row.nll"], items["row.n_tokens"]), learner.eval_rows[1],
+            resamples=spec.bootstrap, seed=job.recipe.seed,
+        )  # fmt: skip
+    return summary
+
+
+def item_metrics(items: Items, base: Items | None, share: float) -> dict[str, np.ndarray]:
+    """Per-item numbers that comparisons average: larger is better for accuracies and margins, smaller for losses.
+
+    Args:
+        items: a model's stored items.
+        base: the untrained base's.
+        share: what counts as length-matched.
+    """
+    found: dict[str, np.ndarray] = {}
+    if "pair.chosen" in items:
+        logps = logps_of(items)
+        matched = length_matched(logps.n_chosen, logps.n_rejected, share)
+        for form, margin in margins(logps, logps_of(base) if base else None).items():
+            found[f"accuracy.{form}"] = correct(margin)
+            found[f"margin.{form}"] = margin
+            if matched.any():
+                found[f"accuracy.{form}.matched"] = correct(margin[matched])
+                found[f"margin.{form}.matched"] = margin[matched]
+        found["loss.chosen"] = -logps.chosen / logps.n_chosen
+        found["loss.rejected"] = -logps.rejected / logps.n_rejected
+        for name in (k for k in items if k.startswith("pair.of.")):
+            for metric in TASK_METRICS:
+                found[f"{metric}.of.{name.removeprefix('pair.of.')}"] = found[metric][items[name] > 0]
+    if "row.nll" in items:
+        found["loss.heldout"] = items["row.nll"] / items["row.n_tokens"]
+        for name in (k for k in items if k.startswith("row.of.")):
+            found[f"loss.heldout.{name.removeprefix('row.of.')}"] = found["loss.heldout"][items[name] > 0]
+    if "gsm8k.correct" in items:
+        found["gsm8k.accuracy"] = items["gsm8k.correct"]
+    return found

@@ -1,0 +1,234 @@
+"""`keepset run`: score, select, train, evaluate and compare, each step skipped where its result is already there."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from keepset import __version__
+from keepset.errors import KeepsetError
+from keepset.methods.table import check_options, score
+from keepset.pipeline.choose import (
+    Kind,
+    Subset,
+    choose,
+    choose_mix,
+    control_methods,
+    direct_subset,
+    full_subset,
+    stored_subset,
+)
+from keepset.pipeline.compare import Cell, compare, print_comparison, tell_selection_cost
+from keepset.pipeline.findings import (
+    COMPARED,
+    diagnose_comparison,
+    diagnose_edge,
+    diagnose_leaks,
+    diagnose_scores,
+    diagnose_shares,
+    record,
+)
+from keepset.pipeline.learn import Items, Learner, evaluate_epochs, evaluate_final, train_final
+from keepset.pipeline.reference_check import check_reference
+from keepset.pipeline.score_key import score_key
+from keepset.pipeline.variants import run_variants
+from keepset.recipe import MethodSpec, Recipe
+from keepset.report import write_report
+from keepset.runfolder.files import file_digest
+from keepset.stages.job import Job
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow", "bm25s")
+
+
+def run_recipe(
+    recipe: Recipe, *, console: Console | None = None, out: Console | None = None, force: bool = False
+) -> Job:
+    """Do the whole job and print the comparison.
+
+    Args:
+        recipe: what to do.
+        console: where progress goes (default: standard error).
+        out: where the table goes (default: standard output).
+        force: see `Run.adopt`.
+
+    Raises:
+        KeepsetError: anything a user can mend.
+    """
+    for spec in recipe.methods:
+        check_options(spec)
+    job = Job(recipe, console=console, force=force)
+    with job.run.lock():
+        start = time.perf_counter()
+        subsets = choose_all(job)
+        cells = train_and_evaluate(job, subsets)
+        result = compare(job, cells)
+        record(job, diagnose_comparison(result), anew=COMPARED)
+        if recipe.variants:
+            run_variants(job, out, force=force)
+        finish_folder(job, subsets, time.perf_counter() - start)
+        write_report(job.run.path)
+        if cells:
+            print_comparison(result, out or Console())
+        job.say(tell_selection_cost(result["selection"]))
+        job.say(f"report: {job.run.path / 'report.html'}")
+        job.say(f"run folder: {job.run.path}")
+    return job
+
+
+def scored(job: Job, spec: MethodSpec) -> None:
+    """Score by a method unless this folder has its whole scores, made of the same rows, models and options."""
+    if job.run.saved_key(f"scores/{spec.label}.parquet") == score_key(job, spec):
+        job.say(f"{spec.label}: scored before, kept")
+        return
+    score(job, spec)
+
+
+def choose_all(job: Job) -> list[Subset]:
+    """Score by every method and control, and select at every budget."""
+    job.save_quarantine()
+    _ = job.tokens  # the rows that every method and control share
+    subsets: list[Subset] = []
+    wanted: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
+    for spec, kind in [*wanted, *control_methods(job)]:
+        scored(job, spec)
+        chosen = [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
+        subsets += chosen
+        if kind == "method":
+            table = job.run.load_table(f"scores/{spec.label}.parquet")
+            record(job, diagnose_scores(table, spec.label, folds=job.recipe.reference.folds))
+            for subset in chosen:
+                record(job, diagnose_edge(subset) + diagnose_shares(table, subset.name, subset.ids(job)))
+    if job.recipe.target:
+        record(job, diagnose_leaks(job.pool, job.target, "target"))
+    subsets += [choose_mix(job, mix) for mix in job.recipe.mix]
+    if job.recipe.controls.full:
+        subsets.append(full_subset(job))
+    if job.recipe.controls.dpo_direct:
+        subsets.append(direct_subset(job))
+    return subsets
+
+
+def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
+    """Train and evaluate every subset and seed; the base first."""
+    learner = Learner(job)
+    evaluation = job.recipe.evaluate
+    if not (evaluation.pairs or evaluation.heldout or evaluation.gsm8k):
+        job.say("evaluate: the recipe names no held-out pairs or rows, so nothing is trained or compared")
+        record(job, check_reference(job, learner))
+        return []
+    if learner.eval_pairs:
+        record(job, diagnose_leaks(job.pool, learner.eval_pairs[2], "evaluation"))
+    record(job, check_reference(job, learner))
+    base: Items | None = None
+    cells: list[Cell] = []
+    if job.recipe.controls.base or evaluation.pairs:
+        _, base = evaluate_final(job, learner, "base", None, None)
+        cells.append((None, None, base))
+    plan = [(s, seed) for s in subsets for seed in seeds_for(job, s)]
+    for number, (subset, seed) in enumerate(plan, start=1):
+        job.say(f"model {number} of {len(plan)}: {subset.name}, seed {seed}")
+        facts = train_final(job, learner, subset, seed)
+        if facts["reused"]:
+            job.say(f"{subset.name}: trained before, kept")
+        _, items = evaluate_final(job, learner, subset.name, seed, base)
+        if evaluation.each_epoch and not job.recipe.train.full:
+            evaluate_epochs(job, learner, subset.name, seed, base, items)
+        cells.append((subset, seed, items))
+    return cells
+
+
+def evaluated_cells(job: Job) -> list[Cell]:
+    """What the run folder has evaluated already: the base, and each subset and seed.
+
+    Raises:
+        KeepsetError: nothing is evaluated yet.
+    """
+    folder = job.run.path / "evaluation"
+    cells: list[Cell] = []
+    for path in sorted(folder.glob("*/done.json")):
+        name, _, seed = path.parent.name.rpartition("-seed")
+        job.run.require_whole(f"evaluation/{path.parent.name}")
+        items = load_file(str(path.parent / "items.safetensors"))
+        cells.append((stored_subset(job, name), int(seed), items) if name else (None, None, items))
+    if not cells:
+        raise KeepsetError(f"{folder}: nothing evaluated yet; `keepset run`, or `train` and then `evaluate`")
+    return sorted(cells, key=lambda cell: table_order(job.recipe, cell))
+
+
+def table_order(recipe: Recipe, cell: Cell) -> tuple[Any, ...]:
+    """Where a cell stands in the table, the order in which `run` makes them: the base, methods, controls, mixes."""
+    subset, seed, _ = cell
+    if subset is None:
+        return (-1,)
+    labels = [m.label for m in recipe.methods] + [f"random-{k}" for k in recipe.controls.random_seeds]
+    labels += ["longest", *(m.label for m in recipe.mix), "full", "dpo-direct"]
+    budgets = [str(b) for b in recipe.budget]
+    place = labels.index(subset.label) if subset.label in labels else len(labels)
+    return place, budgets.index(subset.budget) if subset.budget in budgets else len(budgets), subset.name, seed or 0
+
+
+def seeds_for(job: Job, subset: Subset) -> list[int]:
+    """Training seeds of a subset: all of `train_seeds`; Random's subsets take one each, in turn."""
+    seeds = job.recipe.train_seeds
+    if subset.kind != "random":
+        return seeds
+    draws = [f"random-{seed}" for seed in job.recipe.controls.random_seeds]
+    return [seeds[draws.index(subset.label) % len(seeds)]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, keepset and what it stands on."""
+    found = {"python": platform.python_version(), "keepset": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
+    """Write what makes the folder a record: manifest, the dataset of the first method's rows, its card."""
+    from keepset.deliver.card import write_dataset
+    from keepset.deliver.trainers import write_trainers
+
+    primary = next((s for s in subsets if s.kind == "method"), None)
+    if primary is not None:
+        write_dataset(job, primary)
+        write_trainers(job, primary)
+    manifest: dict[str, Any] = {
+        "recipe": job.recipe.model_dump(mode="json", exclude={"run_dir"}),
+        "versions": versions(),
+        "model": None if job.text_only else {"fingerprint": job.fingerprint, "encoder": job.encoder.fingerprint},
+        "pool": {
+            "rows_in": len(job.pool) + len(job.pool.quarantine),
+            "usable": len(job.ids),
+            "quarantined": len(job.pool) + len(job.pool.quarantine) - len(job.ids),
+            "duplicates": job.pool.duplicates,
+            "fingerprint": job.pool.fingerprint(),
+        },
+        "files": made_files(job),
+        "subsets": job.run.load_json("subsets.json", {}),
+        "costs": job.run.costs(),
+        "selection_cost": job.run.load_json("comparison.json", {}).get("selection"),
+        "seconds": round(seconds, 1),
+    }
+    job.run.save_json("manifest.json", manifest)
+
+
+def made_files(job: Job) -> dict[str, str]:
+    """sha256 of what the run made and would make again: scores, subsets, weights, per-item results; by file name."""
+    run = job.run
+    files = {f"scores/{p.name}": file_digest(p) for p in sorted((run.path / "scores").glob("*.parquet"))}
+    files |= {entry["file"]: entry["sha256"] for entry in run.load_json("subsets.json", {}).values()}
+    for done in sorted(p for kind in ("models", "evaluation", "epochs") for p in run.path.glob(f"{kind}/*/done.json")):
+        folder = str(done.parent.relative_to(run.path))
+        made = (run.done(folder) or {"files": {}})["files"]
+        kept = (".safetensors", "points.json")  # others hold seconds
+        files |= {f"{folder}/{name}": sha for name, sha in sorted(made.items()) if name.endswith(kept)}
+    return files

@@ -1,0 +1,237 @@
+"""`keepset explain RUN ROW`: why a row was kept or not, and what would change that. Reads the run folder; no torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from keepset.data.turns import is_learnt
+from keepset.data.words import ngram_vectors
+from keepset.errors import KeepsetError, did_you_mean
+from keepset.report.read import RunData, read_run
+
+NEIGHBOURS = 3
+
+
+def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, Any]:
+    """Explain one row of a run.
+
+    Args:
+        run_dir: the run folder.
+        row_id: its id, or the id's beginning.
+        label: the method to explain by; default: the recipe's first.
+
+    Returns:
+        JSON-ready: `id`, `label`, `method`, `source`, `category`, `n_tokens`, `score`, `rank`, `of`, `percentile`
+        (share of scored rows below it), `selected`, `cut` (lowest kept score), `gap` (score − cut), `verdict`, `change`
+        (what would turn the decision round), `reason` (why it has no score), `parts`, `tasks`, `checkpoints`, `methods`
+        (every method's view), `nearest` (kept rows most alike, by the cosine of hashed n-grams), `messages`.
+
+    Raises:
+        KeepsetError: no scores in the folder, no such label, or no row (or several) of that id.
+    """
+    data = read_run(Path(run_dir))
+    if label is not None and label not in data.columns:
+        known = did_you_mean(label, list(data.columns)) or f"; there are: {', '.join(data.columns)}"
+        raise KeepsetError(f"{run_dir}: no scores by '{label}'{known}")
+    label = label or next(iter(data.columns))
+    at = find_row(data, row_id)
+    columns = data.columns[label]
+    score, selected = columns["score"], columns["selected"] > 0
+    own = float(score[at])
+    scored = np.isfinite(score)
+    id_ = str(data.ids[at])
+    facts: dict[str, Any] = {
+        "id": id_,
+        "label": label,
+        "method": data.method_names.get(label, label),
+        "source": str(data.source[at]),
+        "category": str(data.category[at]) or None,
+        "n_tokens": finite(data.n_tokens[at]),
+        "unit": data.length_unit,
+        "score": finite(own),
+        "rank": finite(columns["rank"][at]),
+        "of": int(scored.sum()),
+        "percentile": float((score[scored] < own).mean()) if math.isfinite(own) else None,
+        "selected": bool(selected[at]),
+        "cut": finite(score[selected & scored].min()) if (selected & scored).any() else None,
+        "reason": data.reasons.get(label, {}).get(id_),
+        "parts": {name: finite(values[at]) for name, values in columns.items() if name not in ("rank", "selected")},
+        "tasks": tasks(columns, at),
+        "checkpoints": checkpoints(columns, at),
+        "methods": [
+            {"label": name, "score": finite(c["score"][at]), "rank": finite(c["rank"][at]),
+             "selected": bool(c["selected"][at])}
+            for name, c in data.columns.items()
+        ],
+        "nearest": nearest(data, at, selected, columns),
+        "messages": data.messages.get(id_, []),
+    }  # fmt: skip
+    facts["gap"] = None if facts["score"] is None or facts["cut"] is None else facts["score"] - facts["cut"]
+    facts["verdict"] = verdict(facts)
+    facts["change"] = change(facts, score[scored & ~selected])
+    return facts
+
+
+def finite(value: float) -> float | None:
+    """A number, or None for NaN and infinities."""
+    return float(value) if math.isfinite(value) else None
+
+
+def find_row(data: RunData, row_id: str) -> int:
+    """Index of the row whose id is, or begins with, `row_id`.
+
+    Raises:
+        KeepsetError: none, or several that differ in more than a copy's number.
+    """
+    ids = [str(i) for i in data.ids]
+    if row_id in ids:
+        return ids.index(row_id)
+    found = [i for i, id_ in enumerate(ids) if id_.startswith(row_id)] if row_id else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(ids[i][:12] for i in found[:4])
+        raise KeepsetError(f"{data.path}: '{row_id}' begins {len(found)} ids ({some} ...); give more of it")
+    quarantined = f"; {len(data.quarantine)} rows are in quarantine.jsonl" if data.quarantine else ""
+    raise KeepsetError(f"{data.path}: no scored row '{row_id}'{quarantined}; ids stand in scores/*.parquet")
+
+
+def tasks(columns: dict[str, np.ndarray], at: int) -> list[dict[str, Any]]:
+    """Each target task's part of the score, strongest pull first, with the row's place among all rows in that task."""
+    out = []
+    for name, values in columns.items():
+        if name.startswith("task.") and math.isfinite(values[at]):
+            known = values[np.isfinite(values)]
+            place = int((known > values[at]).sum()) + 1
+            out.append({"task": name.removeprefix("task."), "value": float(values[at]), "rank": place})
+    return sorted(out, key=lambda entry: -entry["value"])
+
+
+def checkpoints(columns: dict[str, np.ndarray], at: int) -> list[dict[str, Any]]:
+    """What each warm-up checkpoint said: cosine with the best task, gradient norm, learning rate, momentum share."""
+    found: dict[int, dict[str, Any]] = {}
+    for name, values in columns.items():
+        head, _, part = name.partition(".")
+        if head.startswith("ckpt") and head[4:].isdigit() and part:
+            found.setdefault(int(head[4:]), {})[part] = finite(values[at])
+    return [{"checkpoint": number, **parts} for number, parts in sorted(found.items())]
+
+
+def nearest(data: RunData, at: int, selected: np.ndarray, columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The kept rows most like this one by the cosine of hashed word and word-pair counts."""
+    others = [int(i) for i in np.flatnonzero(selected) if i != at and str(data.ids[i]) in data.messages]
+    if str(data.ids[at]) not in data.messages or not others:
+        return []
+    texts = ["\n".join(m["content"] for m in data.messages[str(data.ids[i])]) for i in [at, *others]]
+    vectors = ngram_vectors(texts)
+    likeness = vectors[1:] @ vectors[0]
+    best = np.argsort(-likeness, kind="stable")[:NEIGHBOURS]
+    return [
+        {"id": str(data.ids[others[k]]), "likeness": float(likeness[k]), "rank": finite(columns["rank"][others[k]]),
+         "text": " ".join(texts[k + 1].split())[:160]}
+        for k in best
+    ]  # fmt: skip
+
+
+def verdict(facts: dict[str, Any]) -> str:
+    """One sentence: kept or not, and by how much."""
+    label = facts["label"]
+    if facts["score"] is None:
+        return (
+            f"{label} gave this row no score"
+            + (f": {facts['reason']}" if facts["reason"] else "")
+            + "; it can't be kept."
+        )
+    place = f"rank {facts['rank']:.0f} of {facts['of']}" if facts["rank"] is not None else "no rank"
+    if facts["cut"] is None:
+        return f"{label}: score {facts['score']:.4g}, {place}; nothing is selected yet."
+    if facts["selected"]:
+        return f"Kept by {label}: {place}, score {facts['score']:.4g}, {facts['gap']:.4g} above the lowest kept score."
+    if facts["gap"] >= 0:
+        return (
+            f"Not kept by {label} although its score {facts['score']:.4g} ({place}) reaches the lowest kept one: "
+            "a quota, a token budget, a repeat or an override left it out."
+        )
+    return f"Not kept by {label}: {place}, score {facts['score']:.4g}, {-facts['gap']:.4g} below the lowest kept score."
+
+
+def change(facts: dict[str, Any], dropped: np.ndarray) -> str | None:
+    """What would turn the decision round, in the terms of the method's own parts where those are understood.
+
+    Args:
+        facts: the explanation so far.
+        dropped: scores of the rows that are scored and not kept.
+    """
+    score, cut, parts = facts["score"], facts["cut"], facts["parts"]
+    if score is None or cut is None:
+        return None
+    if facts["selected"]:
+        below = dropped[dropped < cut]  # those above it were left out for another reason: a repeat, a quota
+        if not len(below):
+            return "Only a smaller budget would leave it out."
+        ahead = f"It goes out once its score falls below {below.max():.4g}, the next one"
+        return ahead + (f", or the budget below {facts['rank']:.0f} rows." if (facts["rank"] or 0) > 1 else ".")
+    if facts["gap"] >= 0:
+        return "A larger budget, or another quota or dedup setting, would let it in."
+    wanted = f"It comes in at a score of {cut:.4g}, or at a budget of {facts['rank']:.0f} rows"
+    ini, ref = parts.get("loss_ini"), parts.get("loss_ref")
+    if ini and ref is not None and math.isclose(score, (ini - ref) / ini, rel_tol=1e-6, abs_tol=1e-9):
+        needed = f"{ini * (1 - cut):.4g}, not {ref:.4g}"
+        return f"{wanted}. With its base loss of {ini:.4g} nats the reference loss would have to be {needed}."
+    if facts["tasks"] and math.isclose(score, facts["tasks"][0]["value"], rel_tol=1e-6, abs_tol=1e-12):
+        best = facts["tasks"][0]
+        return f"{wanted}: its best task, {best['task']}, gives {best['value']:.4g}."
+    return wanted + "."
+
+
+def print_explanation(facts: dict[str, Any], console: Console) -> None:
+    """Print what `explain` found."""
+    where = " · ".join(str(v) for v in (facts["source"], facts["category"]) if v)
+    size = f" · {facts['n_tokens']:.0f} {facts['unit']}" if facts["n_tokens"] is not None else ""
+    console.print(Text(f"row {facts['id']}", style="bold") + Text(f"  {where}{size}", style="dim"))
+    console.print(Text(facts["verdict"]))
+    if facts["change"]:
+        console.print(Text(facts["change"]))
+    for message in facts["messages"]:
+        style = "green" if is_learnt(message) else ""
+        console.print(Text(f"{message['role']}: ", style="dim") + Text(clip(message["content"], 600), style=style))
+    if facts["tasks"]:
+        table = Table("task", "part", "rank in task", box=None, pad_edge=False)
+        for entry in facts["tasks"]:
+            table.add_row(Text(entry["task"]), f"{entry['value']:+.4g}", str(entry["rank"]))
+        console.print(table)
+    if facts["checkpoints"]:
+        names = [name for name in facts["checkpoints"][0] if name != "checkpoint"]
+        table = Table("checkpoint", *names, box=None, pad_edge=False)
+        for entry in facts["checkpoints"]:
+            table.add_row(str(entry["checkpoint"]), *(number(entry.get(name)) for name in names))
+        console.print(table)
+    plain = {n: v for n, v in facts["parts"].items() if n != "score" and not n.startswith(("task.", "ckpt"))}
+    if plain:
+        console.print(Text("parts: " + " · ".join(f"{name} {number(value)}" for name, value in plain.items())))
+    table = Table("method", "rank", "score", "", box=None, pad_edge=False)
+    for entry in facts["methods"]:
+        rank = "–" if entry["rank"] is None else f"{entry['rank']:.0f}"
+        table.add_row(Text(entry["label"]), rank, number(entry["score"]), "kept" if entry["selected"] else "")
+    console.print(table)
+    for entry in facts["nearest"]:
+        console.print(
+            Text(f"like a kept row ({entry['likeness']:.2f}, {entry['id'][:12]}): {entry['text']}", style="dim")
+        )
+
+
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def clip(text: str, room: int) -> str:
+    """A text's beginning, saying how much is left out."""
+    return text if len(text) <= room else f"{text[:room]}… ({len(text) - room:,} more characters)"

@@ -1,0 +1,149 @@
+"""The tokens of one row whose loss fell (or rose) from the base to the reference model: what DavIR's score is made of.
+
+Needs the run's model; the reference is never trained here, only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from keepset.errors import KeepsetError
+from keepset.report.explain import find_row
+from keepset.report.read import RunData, read_run
+
+if TYPE_CHECKING:
+    from keepset.model.encode import Encoded
+
+SHOWN = 5
+STRONG = 2.0  # nats of change that get the full colour
+
+
+def token_changes(run_dir: Path, row_id: str) -> dict[str, Any]:
+    """Loss of every supervised token of a row under the base and under the run's reference model.
+
+    Args:
+        run_dir: a run folder whose reference model is still there.
+        row_id: the row's id, or its beginning.
+
+    Returns:
+        `id`, `before` and `after` (summed nats) and `tokens`: [{"text", "before", "after"}] in order, nats.
+
+    Raises:
+        KeepsetError: no such row, its text is gone, the run has no reference model, or the row can't be encoded.
+    """
+    return next(iter(tokens_of_rows(run_dir, [row_id]).values()))
+
+
+def tokens_of_rows(run_dir: Path, row_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`token_changes` of several rows with the models loaded at most once, if the losses were not kept; by id."""
+    from keepset.model.encode import Encoder, RowRefused
+    from keepset.model.load import load, load_tokenizer
+
+    data = read_run(Path(run_dir))
+    ids = [str(data.ids[find_row(data, row_id)]) for row_id in row_ids]
+    for id_ in ids:
+        if data.recipe is None or id_ not in data.messages:
+            raise KeepsetError(f"{run_dir}: the text of row {id_} is gone: its pool file is not where the recipe says")
+    assert data.recipe is not None
+    by_folder: dict[Path, list[str]] = {}
+    for id_ in ids:
+        by_folder.setdefault(reference_folder(data, id_), []).append(id_)
+    encoder, model = Encoder(load_tokenizer(data.recipe.model), data.recipe.model), None
+    out: dict[str, dict[str, Any]] = {}
+    for folder, some in by_folder.items():
+        try:
+            rows = [encoder.encode(data.messages[id_]) for id_ in some]
+        except RowRefused as refusal:
+            raise KeepsetError(f"{run_dir}: a row of {', '.join(some)[:70]} can't be encoded: {refusal}") from None
+        kept = stored_losses(data, some, folder)
+        if kept is None:
+            model = model or load(data.recipe.model).model
+            kept = token_losses(model, rows, folder, data)
+        befores, afters = kept
+        for id_, row, before, after in zip(some, rows, befores, afters, strict=True):
+            tokens = [
+                {"text": encoder.tokenizer.decode([token]), "before": float(a), "after": float(b)}
+                for token, a, b in zip(row.input_ids[row.supervised].tolist(), before, after, strict=True)
+            ]
+            sums = {side: sum(t[side] for t in tokens) for side in ("before", "after")}
+            out[id_] = {"id": id_, **sums, "tokens": tokens}
+    return {id_: out[id_] for id_ in ids}
+
+
+def reference_folder(data: RunData, id_: str) -> Path:
+    """Where the reference model for this row stands.
+
+    Raises:
+        KeepsetError: the run trained none.
+    """
+    assert data.recipe is not None
+    spec = data.recipe.reference
+    if spec.path:
+        return Path(spec.path)
+    name = "models/reference"
+    if spec.folds >= 2:
+        from keepset.methods.cross_fit import fold_of
+
+        fold = dict(zip(data.ids.tolist(), fold_of(data.ids, spec.folds).tolist(), strict=True))
+        name = f"models/reference-fold{fold[id_]}"
+    if not (data.path / name).is_dir():
+        raise KeepsetError(f"{data.path}: no reference model here ({name}); `keepset score davir` trains one")
+    return data.path / name
+
+
+def stored_losses(data: RunData, ids: Sequence[str], folder: Path) -> tuple[list[Any], list[Any]] | None:
+    """Per-token losses of each row as the run kept them; None unless it kept those of every row."""
+    from keepset.runfolder.run import Run
+    from keepset.stages.kept_tokens import kept_tokens
+
+    assert data.recipe is not None
+    own = "reference" if data.recipe.reference.path else folder.name.removeprefix("reference-")  # else: any name
+    run, stage = Run(data.path), f"losses-{own}"
+    befores = [kept_tokens(run, "losses-base", i) for i in ids]
+    afters = [kept_tokens(run, stage, i) for i in ids]
+    return None if any(x is None for x in (*befores, *afters)) else (befores, afters)
+
+
+def token_losses(model: Any, rows: list[Encoded], folder: Path, data: RunData) -> tuple[list[Any], list[Any]]:
+    """Per-token losses of each row under the base and under the reference in `folder`, an adapter or a whole model."""
+    from keepset.features.losses import row_losses
+    from keepset.model.adapters import attached
+    from keepset.model.load import load
+
+    assert data.recipe is not None
+    budget = max(data.recipe.batching.token_budget, *(len(row.input_ids) for row in rows))
+    if (folder / "adapter_config.json").exists():
+        with attached(model, folder) as adapted:
+            found = row_losses(adapted, rows, token_budget=budget, adapters=(False, True), per_token=True)
+        assert found.token_nll is not None
+        return found.token_nll[0], found.token_nll[1]
+    other = load(data.recipe.model.model_copy(update={"model_name_or_path": str(folder)})).model
+    both = [row_losses(m, rows, token_budget=budget, per_token=True).token_nll for m in (model, other)]
+    assert both[0] is not None and both[1] is not None
+    return both[0][0], both[1][0]
+
+
+def print_token_changes(facts: dict[str, Any], console: Console) -> None:
+    """The row's tokens, green where the loss fell and red where it rose, and the largest changes as numbers."""
+    text = Text()
+    for token in facts["tokens"]:
+        change = token["before"] - token["after"]
+        depth = int(40 + 160 * min(1.0, abs(change) / STRONG))
+        style = f"on rgb(0,{depth},0)" if change > 0 else f"on rgb({depth},0,0)"
+        text.append(token["text"], style=f"white {style}")
+    console.print(text)
+    share = (facts["before"] - facts["after"]) / facts["before"] if facts["before"] else 0.0
+    console.print(
+        f"loss {facts['before']:.3f} → {facts['after']:.3f} nats ({share:+.1%} of it learned)", highlight=False
+    )
+    order = sorted(facts["tokens"], key=lambda t: t["after"] - t["before"])
+    for title, some in (("fell most", order[:SHOWN]), ("rose most", order[::-1][:SHOWN])):
+        sign = 1 if title == "fell most" else -1
+        moved = [t for t in some if sign * (t["before"] - t["after"]) > 0]
+        told = "  ".join(f"{t['text']!r} {t['before']:.2f}→{t['after']:.2f}" for t in moved)
+        console.print(Text(f"{title}: {told or 'none'}"))

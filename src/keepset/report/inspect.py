@@ -1,0 +1,272 @@
+"""`keepset inspect`: what a data file holds and what is wrong with it, before anything is spent on it.
+
+Torch-free. With a model named, its tokenizer adds token lengths, the rows that its template refuses, and three rows as
+the model will see them, supervised tokens marked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keepset.data import REASONS, Message, Pool, Quarantined, Target, find_leaks, load_pool, load_target
+from keepset.data.dialects import PAIRS
+from keepset.data.fields import COLUMNS, carried, carried_keys
+from keepset.data.target import LENGTH_MATCH
+from keepset.data.turns import is_learnt
+from keepset.data.words import count_words
+from keepset.data.written import spoken
+from keepset.recipe import DataSpec, ModelSpec
+from keepset.report.inspect_print import print_inspection
+from keepset.selection.near import near_copies, near_pairs
+
+if TYPE_CHECKING:
+    from keepset.model.encode import Encoder
+
+__all__ = ["inspect_data", "print_inspection"]
+
+LEAK_WORDS = 8
+TEMPLATE_REASONS = {
+    "over-long": "the row is longer than max_length",
+    "no-supervised-token": "no token of the row would be supervised",
+    "template-refused": "the chat template raised an error, or its text could not be followed",
+    "special-token-in-text": "a message holds one of the model's control tokens",
+    "token-beyond-embedding": "the row holds a token that the model's embedding has no row for",
+}
+
+
+def inspect_data(
+    data: DataSpec | str | Path,
+    *,
+    target: Sequence[DataSpec | str | Path] = (),
+    evaluation: Sequence[DataSpec | str | Path] = (),
+    model: ModelSpec | None = None,
+    near_threshold: float = 0.8,
+) -> dict[str, Any]:
+    """Look at one data file, folder or hub dataset.
+
+    Args:
+        data: the file; with a `DataSpec` its format, limit and columns are honoured.
+        target: few-shot rows or pairs that must not be in it.
+        evaluation: held-out pairs that must not be in it.
+        model: adds token lengths and rendered rows by this model's tokenizer and template.
+        near_threshold: Jaccard of word 5-grams from which on two rows count as near copies.
+
+    Returns:
+        JSON-ready facts: `format`, `container`, `columns`, `carried` (columns and message keys that are not used),
+        `rows_in` = `rows` + `quarantined`, `duplicates`, `near_duplicates`, `reasons`, `drops` (lines: the thinking
+        that the model's template drops), `roles`, `sources`, `lengths` (unit, quantiles, histogram), `pairs`,
+        `examples`, `leakage`, `advice`.
+
+    Raises:
+        DataError: a file that is refused as a whole.
+        ModelError: the named model's tokenizer can't be loaded.
+    """
+    spec = data if isinstance(data, DataSpec) else DataSpec.model_validate({"path": str(data)})
+    pool = load_pool(spec, allow_empty=True)
+    messages = list(pool.all_messages())
+    texts = [answer_text(row) for row in messages]
+    encoder, encoded, refused, drops = encode(model, messages) if model is not None else (None, None, [], [])
+    counts = count_words(texts).tolist() if encoded is None else [n for n in encoded if n]
+    facts: dict[str, Any] = {
+        "path": spec.path,
+        "format": pool.dialect if len(pool) else "unknown",
+        "container": sorted({info.container for info in pool.files}),
+        "columns": sorted({column for info in pool.files for column in info.columns}),
+        "carried": carried_along(pool),
+        "rows_in": pool.n_in,
+        "rows": len(pool),
+        "quarantined": len(pool.quarantine),
+        "duplicates": pool.duplicates,
+        "near_duplicates": near_copies([whole_text(row) for row in messages], near_threshold),
+        "reasons": reasons(pool.quarantine, refused, pool),
+        "drops": drops,
+        "roles": dict(Counter(" ".join(m["role"] for m in row[:6]) for row in messages).most_common(6)),
+        "sources": dict(Counter(str(s) for s in pool.sources()).most_common(12)),
+        "categories": dict(Counter(str(c) for c in pool.categories() if c is not None).most_common(12)),
+        "lengths": lengths(counts, "words" if encoded is None else "supervised tokens"),
+        "pairs": pair_facts(load_target(spec, allow_empty=True)) if pool.dialect in PAIRS else None,
+        "examples": examples(pool, messages, texts, encoder),
+        "leakage": [
+            leakage(pool, messages, load_target(other), name, near_threshold)
+            for name, others in (("target", target), ("evaluation", evaluation))
+            for other in others
+        ],
+    }
+    facts["advice"] = advice(facts)
+    return facts
+
+
+def carried_along(pool: Pool) -> dict[str, dict[str, int]]:
+    """The usable rows' `columns` and `message_keys` that are not used, and in how many rows they are not null."""
+    dialects = {info.file: info.dialect for info in pool.files}
+    columns: Counter[str] = Counter()
+    keys: Counter[str] = Counter()
+    for raw, file in zip(pool.table["raw"].to_pylist(), pool.table["file"].to_pylist(), strict=True):
+        row, dialect = json.loads(raw), dialects[file]
+        columns.update(carried(row, dialect))
+        chats = (spoken(name, row.get(name)) for group in COLUMNS[dialect] for name in (*group, "prompt"))
+        messages = (m for chat in chats for m in (chat if isinstance(chat, list) else [chat]) if isinstance(m, dict))
+        keys.update({key for message in messages for key in carried_keys(message)})
+    return {"columns": dict(columns.most_common()), "message_keys": dict(keys.most_common())}
+
+
+def answer_text(messages: list[Message]) -> str:
+    """What would be supervised: the assistant turns that are not context (or the whole of a plain text)."""
+    return "\n".join(m["content"] for m in messages if is_learnt(m))
+
+
+def whole_text(messages: list[Message]) -> str:
+    """All turns but a system one."""
+    return "\n".join(m["content"] for m in messages if m["role"] != "system")
+
+
+def encode(
+    model: ModelSpec, messages: list[list[Message]]
+) -> tuple[Encoder, list[int], list[tuple[int, str, str]], list[str]]:
+    """The encoder, each row's supervised tokens (0: refused), refusals (index, reason, detail), dropped thinking."""
+    from keepset.model.encode import Encoder, encode_all, what_is_lost
+    from keepset.model.load import load_tokenizer
+
+    encoder = Encoder(load_tokenizer(model), model)
+    rows, refused = encode_all(encoder, messages)
+    drops = what_is_lost(row for row in rows if row is not None)
+    return encoder, [0 if row is None else int(row.supervised.sum()) for row in rows], refused, drops
+
+
+def reasons(quarantine: Sequence[Quarantined], refused: list[tuple[int, str, str]], pool: Pool) -> list[dict[str, Any]]:
+    """Bad rows by reason, most frequent first, each with the first place it was met."""
+    places: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for q in quarantine:
+        places[q.reason].append({"file": q.file, "line": q.line, "detail": q.detail, "excerpt": q.excerpt})
+    files, lines = pool.table["file"], pool.table["line"]
+    for index, reason, detail in refused:
+        where = {"file": files[index].as_py(), "line": lines[index].as_py()}
+        places[reason].append({**where, "detail": detail, "excerpt": ""})
+    return [
+        {"reason": name, "rows": len(found), "meaning": REASONS.get(name) or TEMPLATE_REASONS.get(name, ""),
+         "first": found[0]}
+        for name, found in sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]  # fmt: skip
+
+
+def lengths(counts: Sequence[int], unit: str) -> dict[str, Any] | None:
+    """Quantiles and a power-of-two histogram of the answers' lengths; None without a row."""
+    if not counts:
+        return None
+    values = np.asarray(counts)
+    top = int(np.ceil(np.log2(max(2, values.max() + 1))))
+    edges = [0, *(2**k for k in range(2, max(3, top + 1)))]
+    quantiles = {f"p{q}": float(np.quantile(values, q / 100)) for q in (10, 50, 90, 99)}
+    histogram = [
+        {"from": low, "to": high - 1, "rows": int(((values >= low) & (values < high)).sum())}
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+    return {"unit": unit, "total": int(values.sum()), "mean": float(values.mean()), "min": int(values.min()),
+            "max": int(values.max()), **quantiles, "histogram": histogram}  # fmt: skip
+
+
+def pair_facts(target: Target) -> dict[str, Any]:
+    """Chosen against rejected: tasks, and how far length alone would tell them apart (in characters)."""
+    sides = [
+        (sum(len(m["content"]) for m in chosen), sum(len(m["content"]) for m in rejected))
+        for _, chosen, rejected in (target.pair(i) for i in range(len(target)))
+        if rejected is not None
+    ]
+    matched = [abs(c - r) <= LENGTH_MATCH * max(c, r) for c, r in sides]
+    return {
+        "pairs": len(sides),
+        "tasks": dict(Counter(str(t) for t in target.tasks)),
+        "chosen_longer": float(np.mean([c > r for c, r in sides])) if sides else None,
+        "length_matched": float(np.mean(matched)) if sides else None,
+    }
+
+
+def leakage(pool: Pool, messages: list[list[Message]], target: Target, name: str, threshold: float) -> dict[str, Any]:
+    """Rows that a target or evaluation set already holds: exactly (case and white space aside), or nearly."""
+    exact = find_leaks(pool, target)
+    sides = [
+        (whole_text([*prompt, *side]), answer_text(side))
+        for prompt, chosen, rejected in (target.pair(i) for i in range(len(target)))
+        for side in (chosen, rejected)
+        if side is not None
+    ]
+    near = near_pairs([whole_text(row) for row in messages], [whole for whole, _ in sides], threshold)
+    # An answer alone is evidence too, if it is long enough not to be a stock phrase.
+    answers = [answer_text(row) for row in messages]
+    answers = [text if n >= LEAK_WORDS else "" for text, n in zip(answers, count_words(answers), strict=True)]
+    near |= near_pairs(answers, [answer for _, answer in sides], threshold)
+    only_near = sorted(i for i in near if not exact[i])
+    first = [i for i in range(len(pool)) if exact[i]][:3] + only_near[:3]
+    return {
+        "against": name,
+        "path": ", ".join(sorted({info.file for info in target.files})),
+        "rows": len(target),
+        "exact": dict(Counter(str(kind) for kind in exact if kind)),
+        "near": len(only_near),
+        "first": [{"id": str(pool.ids[i]), "file": pool.table["file"][i].as_py(), "line": pool.table["line"][i].as_py(),
+                   "kind": str(exact[i]) or "near"} for i in first],
+    }  # fmt: skip
+
+
+def examples(
+    pool: Pool, messages: list[list[Message]], texts: list[str], encoder: Encoder | None
+) -> list[dict[str, Any]]:
+    """Three rows: the first, one of middle length and the longest; rendered, where there is a template.
+
+    `pieces` are [text, supervised] in order; without an encoder the assistant's text counts as supervised.
+    """
+    if not len(pool):
+        return []
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    chosen = dict.fromkeys([0, int(order[len(order) // 2]), int(order[-1])])
+    out = []
+    for i in chosen:
+        place = {"file": pool.table["file"][i].as_py(), "line": pool.table["line"][i].as_py()}
+        out.append({"id": str(pool.ids[i]), **place, **rendered(messages[i], encoder)})
+    return out
+
+
+def rendered(messages: list[Message], encoder: Encoder | None) -> dict[str, Any]:
+    """One row as [text, supervised] pieces, or why it is refused."""
+    if encoder is None:
+        parts = [([f"{m['role']}: ", False], [m["content"], is_learnt(m)]) for m in messages]
+        return {"pieces": [piece for part in parts for piece in (*part, ["\n", False])]}
+    from keepset.model.encode import RowRefused
+
+    try:
+        row = encoder.encode(messages)
+    except RowRefused as refusal:
+        return {"pieces": [], "refused": str(refusal)}
+    cuts = [0, *(np.flatnonzero(np.diff(row.supervised.astype(np.int8))) + 1).tolist(), len(row.input_ids)]
+    pieces = [
+        [encoder.tokenizer.decode(row.input_ids[a:b].tolist()), bool(row.supervised[a])]
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    return {"pieces": pieces, "tokens": len(row.input_ids), "supervised": int(row.supervised.sum())}
+
+
+def advice(facts: dict[str, Any]) -> list[str]:
+    """One line for each thing that should be mended before a run."""
+    lines = []
+    bad = sum(entry["rows"] for entry in facts["reasons"])
+    if bad > 0.05 * max(1, facts["rows_in"]):
+        lines.append(f"{bad} of {facts['rows_in']} rows can't be used: see the reasons, or name the pool's `format`")
+    if facts["duplicates"]:
+        lines.append(f"{facts['duplicates']} exact copies: set `select: {{dedup: exact}}`, so that none is kept twice")
+    if facts["near_duplicates"] > facts["duplicates"] + 0.02 * facts["rows"]:
+        lines.append(f"{facts['near_duplicates']} near copies: set `select: {{dedup: near}}`")
+    for leak in facts["leakage"]:
+        n = sum(leak["exact"].values()) + leak["near"]
+        if n:
+            lines.append(f"{n} rows stand in the {leak['against']} ({leak['path']}) as well: take them out of the data")
+    pairs = facts["pairs"]
+    if pairs and pairs["chosen_longer"] is not None and abs(pairs["chosen_longer"] - 0.5) > 0.2:
+        lines.append(f"chosen is longer in {pairs['chosen_longer']:.0%} of the pairs, so length alone may decide; "
+                     "set `length_matched: true`, or read the length-matched figures")  # fmt: skip
+    return lines

@@ -1,0 +1,242 @@
+"""`keepset plot`: a run's figures for papers, as PNG, SVG or PDF. Reads the run folder only; needs matplotlib.
+
+Single-column width, 8 point type, colours that survive grey print and colour blindness; text stays text in SVG and PDF.
+The same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keepset.errors import KeepsetError, RecipeError, did_you_mean
+from keepset.pipeline.compare import HEADLINES
+from keepset.report.numbers import cut_of, histogram, length_correlation, overlap
+from keepset.report.payload import CONTROLS, verdicts
+from keepset.report.read import RunData, read_run
+
+FORMATS = ("png", "svg", "pdf")
+KEPT, REST, INK = "#0b7a6f", "#a7a49c", "#26231d"
+KINDS = ("scores", "length", "losses", "comparison", "curve", "overlap")
+DOTS = 20_000  # most dots of a scatter plot
+STYLE: Any = {
+    "font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False,
+    "svg.fonttype": "none", "svg.hashsalt": "keepset", "pdf.fonttype": 42, "figure.constrained_layout.use": True,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "text.parse_math": False,
+}  # fmt: skip
+
+
+def write_plots(
+    run_dir: Path,
+    out: Path | None = None,
+    *,
+    formats: Sequence[str] = ("png", "svg"),
+    only: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    width: float = 3.3,
+) -> list[Path]:
+    """Draw what the run folder has figures for.
+
+    Args:
+        run_dir: the run folder.
+        out: where the files go; default `run_dir/plots`.
+        formats: png, svg, pdf.
+        only: some of `KINDS`; default: all that the run has data for.
+        metrics: those of the comparison; default: the ones it leads with (else the first four).
+        width: inches; the height follows.
+
+    Returns:
+        The files: `scores-<label>` (histogram with the cut), `length-<label>` (score against length), `losses-<label>`
+        (base against reference), `comparison-<metric>` (intervals against Random), `curve-<metric>` (quality against
+        budget, where there are several), `overlap` (Jaccard and rank correlation).
+
+    Raises:
+        RecipeError: an unknown format or kind.
+        KeepsetError: matplotlib is missing, the folder has no scores, or nothing of `only` is there.
+    """
+    for what, given, known in (("format", formats, FORMATS), ("plot", only, KINDS)):
+        for name in given:
+            if name not in known:
+                hint = did_you_mean(name, list(known)) or f"; there are: {', '.join(known)}"
+                raise RecipeError(f"no {what} '{name}'{hint}")
+    try:
+        import matplotlib
+    except ImportError:
+        raise KeepsetError("plots need matplotlib: pip install 'keepset[plots]'") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    data = read_run(Path(run_dir), texts=False)
+    folder = Path(out) if out is not None else Path(run_dir) / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for name, shape, draw in drawings(data, metrics):
+            if only and name.split("-")[0] not in only:
+                continue
+            figure = Figure(figsize=(width, width * shape))
+            FigureCanvasAgg(figure)
+            draw(figure.add_subplot())
+            written += [save(figure, folder / f"{name}.{kind}") for kind in formats]
+    if not written:
+        raise KeepsetError(f"{run_dir}: nothing to draw for {', '.join(only)}; a comparison comes with `keepset run`")
+    return written
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write one file whole or not at all, without a date in it."""
+    part = path.with_name(path.name + ".part")
+    kind = path.suffix[1:]
+    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}.get(kind, {"CreationDate": None})
+    try:
+        figure.savefig(part, format=kind, dpi=300, metadata=metadata)
+        os.replace(part, path)
+    except OSError as error:
+        raise KeepsetError(f"{path}: can't be written: {error.strerror or error}") from None
+    return path
+
+
+def drawings(data: RunData, wanted: Sequence[str]) -> Iterator[tuple[str, float, Callable[[Any], None]]]:
+    """What there is to draw: file name, height over width, and the function that draws into axes."""
+    for label, columns in data.columns.items():
+        if data.method_names.get(label, label) in CONTROLS:
+            continue
+        if histogram(columns["score"], columns["selected"]):
+            yield f"scores-{label}", 0.62, partial(draw_scores, columns)
+        if length_correlation(columns["score"], data.n_tokens):
+            yield f"length-{label}", 0.72, partial(draw_length, columns, data)
+        if {"loss_ini", "loss_ref"} <= set(columns):
+            yield f"losses-{label}", 0.85, partial(draw_losses, columns, data)
+    found = verdicts(data)
+    known = list(dict.fromkeys(name for entry in found for name in entry["metrics"]))
+    metrics = [m for m in wanted or [name for name, *_ in HEADLINES] if m in known] or known[:4]
+    budgets = list(dict.fromkeys(e["budget"] for e in found if e["kind"] in ("method", "random", "longest")))
+    for metric in metrics:
+        first = [e for e in found if metric in e["metrics"] and e["budget"] in (budgets[0] if budgets else None, None)]
+        yield f"comparison-{metric}", 0.16 + 0.085 * len(first), partial(draw_comparison, first, metric)
+        if len(budgets) > 1:
+            yield f"curve-{metric}", 0.68, partial(draw_curve, found, metric)
+    both = overlap(data.columns)
+    if both:
+        yield "overlap", 0.9, partial(draw_overlap, both)
+
+
+def draw_scores(columns: dict[str, np.ndarray], ax: Any) -> None:
+    """Histogram of the scores, kept rows in colour, the cut as a line."""
+    found = histogram(columns["score"], columns["selected"])
+    assert found is not None
+    edges = np.array(found["edges"])
+    ax.bar(edges[:-1], found["all"], np.diff(edges), align="edge", color=REST, label="not kept")
+    ax.bar(edges[:-1], found["kept"], np.diff(edges), align="edge", color=KEPT, label="kept")
+    cut = cut_of(columns["score"], columns["selected"])
+    if cut is not None:
+        ax.axvline(cut, color=INK, lw=0.8, ls=(0, (3, 2)))
+        ax.annotate(f"cut {cut:.3g}", (cut, 1), xycoords=("data", "axes fraction"), xytext=(3, -8),
+                    textcoords="offset points", fontsize=7)  # fmt: skip
+    ax.set(xlabel="score", ylabel="rows")
+    ax.legend()
+
+
+def scatter(ax: Any, x: np.ndarray, y: np.ndarray, selected: np.ndarray) -> None:
+    """Dots, kept ones on top; of very many a fair draw (rows stand in the order of their ids, which are hashes)."""
+    both = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+    for mask, colour, label in ((selected[both] <= 0, REST, "not kept"), (selected[both] > 0, KEPT, "kept")):
+        some = both[mask]
+        some = some[:: max(1, len(some) // DOTS)]
+        size = 9 if len(some) < 400 else 2.5
+        ax.scatter(x[some], y[some], s=size, color=colour, lw=0, alpha=0.7, label=label, rasterized=len(some) > 3000)
+    ax.legend()
+
+
+def draw_length(columns: dict[str, np.ndarray], data: RunData, ax: Any) -> None:
+    """Score against length, with the rank correlation."""
+    scatter(ax, data.n_tokens, columns["score"], columns["selected"])
+    found = length_correlation(columns["score"], data.n_tokens) or {}
+    if found.get("spearman") is not None:
+        ax.set_title(f"Spearman {found['spearman']:+.2f}", fontsize=8, loc="left")
+    ax.set(xlabel=f"supervised {data.length_unit}", ylabel="score")
+
+
+def draw_losses(columns: dict[str, np.ndarray], data: RunData, ax: Any) -> None:
+    """Base against reference loss a token; what lies below the diagonal was learnt."""
+    length = np.maximum(data.n_tokens, 1)
+    x, y = columns["loss_ini"] / length, columns["loss_ref"] / length
+    scatter(ax, x, y, columns["selected"])
+    most = float(np.nanmax([np.nanmax(x), np.nanmax(y)]))
+    ax.plot([0, most], [0, most], color=INK, lw=0.6, ls=(0, (1, 2)))
+    ax.set(xlabel="base loss, nats a token", ylabel="reference loss")
+
+
+def draw_comparison(entries: list[dict[str, Any]], metric: str, ax: Any) -> None:
+    """One line a subset with its 95 % interval; Random as a dashed line; a star where it differs from Random."""
+    sign = -1 if "loss" in metric else 1
+    entries = sorted(entries, key=lambda e: (e["kind"] == "method", sign * e["metrics"][metric]["value"]))
+    for place, entry in enumerate(entries):
+        told = entry["metrics"][metric]
+        colour = KEPT if entry["kind"] == "method" else REST
+        if told["low"] is not None and told["high"] is not None:
+            ax.plot([told["low"], told["high"]], [place, place], color=colour, lw=1.4, solid_capstyle="round")
+        ax.plot(told["value"], place, "o", color=colour, ms=4)
+        versus = entry["versus"].get(metric, {})
+        p = versus.get("p_holm") if versus.get("p_holm") is not None else versus.get("p")
+        if p is not None and p < 0.05:
+            ax.annotate("*", (told["value"], place), xytext=(0, 2), textcoords="offset points", ha="center")
+    random = [e["metrics"][metric]["value"] for e in entries if e["kind"] == "random"]
+    if random:
+        ax.axvline(float(np.mean(random)), color=INK, lw=0.6, ls=(0, (3, 2)), zorder=0)
+    ax.set_yticks(range(len(entries)), [e["label"].split("@")[0] for e in entries])
+    ax.set(xlabel=named(metric), ylim=(-0.6, len(entries) - 0.4))
+    ax.tick_params(axis="y", length=0)
+
+
+def draw_curve(entries: list[dict[str, Any]], metric: str, ax: Any) -> None:
+    """Quality against the rows trained on, one line a method; base and full pool stand apart and are left out."""
+    lines: dict[str, list[tuple[float, float, float | None, float | None]]] = {}
+    for e in entries:
+        if metric in e["metrics"] and e["kind"] in ("method", "random", "longest") and e["n_rows"]:
+            told = e["metrics"][metric]
+            point = (e["n_rows"], told["value"], told["low"], told["high"])
+            lines.setdefault(e["label"].split("@")[0], []).append(point)
+    dashes = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1))]
+    for k, (label, points) in enumerate(lines.items()):
+        points.sort()
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        colour = REST if label in ("random", "longest") else KEPT
+        ax.plot(x, y, color=colour, ls=dashes[k % 4], lw=1.2, marker="o", ms=3, label=label)
+        if all(p[2] is not None and p[3] is not None for p in points):
+            ax.fill_between(x, [p[2] for p in points], [p[3] for p in points], color=colour, alpha=0.12, lw=0)
+    ax.set(xlabel="rows trained on", ylabel=named(metric))
+    ax.legend()
+
+
+def draw_overlap(found: dict[str, Any], ax: Any) -> None:
+    """Below the diagonal the Jaccard of the kept rows, above it the rank correlation of the scores."""
+    n = len(found["labels"])
+    values = np.full((n, n), np.nan)
+    for i in range(n):
+        for j in range(n):
+            if i != j:
+                value = (found["jaccard"] if i > j else found["spearman"])[i][j]
+                values[i, j] = np.nan if value is None else value
+    ax.imshow(np.abs(values), cmap="Greys", vmin=0, vmax=1.6)
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ax.text(j, i, f"{value:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=7)
+    ax.set_xticks(range(n), found["labels"], rotation=35, ha="right")
+    ax.set_yticks(range(n), found["labels"])
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set_title("below: Jaccard of kept rows, above: rank correlation", fontsize=7, loc="left")
+
+
+def named(metric: str) -> str:
+    """A metric's name for an axis, with its direction."""
+    better = "lower" if "loss" in metric else "higher"
+    return f"{metric.replace('.', ', ').replace('_', ' ')} ({better} is better)"

@@ -1,0 +1,179 @@
+"""What a run folder holds, read once: the scores, the comparison, the findings and the rows' texts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from keepset.data import Pool, load_pool
+from keepset.errors import KeepsetError
+from keepset.recipe import DataSpec, Recipe
+from keepset.runfolder.run import Run
+
+Message = dict[str, str]
+PLAIN = {"id", "source", "category", "score", "rank", "selected", "n_tokens"}
+
+
+@dataclass
+class RunData:
+    """A run folder in memory. `ids` is the union of all methods' rows; `columns[label]` are aligned with it."""
+
+    path: Path
+    ids: np.ndarray  # (n,) str
+    source: np.ndarray  # (n,) str
+    category: np.ndarray  # (n,) str, "" where none
+    n_tokens: np.ndarray  # (n,) float, NaN where unknown
+    columns: dict[str, dict[str, np.ndarray]]  # label -> score, rank, selected, parts; NaN / 0 where a row is missing
+    messages: dict[str, list[Message]]
+    recipe: Recipe | None = None
+    recipe_text: str = ""
+    comparison: dict[str, Any] = field(default_factory=dict)
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    method_names: dict[str, str] = field(default_factory=dict)  # label -> method
+    reasons: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> id -> why it has no score
+    why: dict[str, Any] = field(default_factory=dict)  # label -> id -> tokens or pairs, see `keepset.report.why`
+    languages: dict[str, str] = field(default_factory=dict)  # id -> language, filled when it is first asked for
+    length_unit: str = "tokens"  # or "words", where no tokenizer was at hand
+
+
+def read_run(path: Path, *, labels: list[str] | None = None, texts: bool = True) -> RunData:
+    """Read a run folder; only `scores/` has to be there.
+
+    Args:
+        path: the folder.
+        labels: read these methods' scores only; default: all.
+        texts: look the rows' texts up, in the pool files of the recipe or else in what the folder kept.
+
+    Raises:
+        KeepsetError: no scores in the folder, an unknown label, or a damaged file.
+    """
+    run = Run(path)
+    found = {p.stem: p for p in sorted((path / "scores").glob("*.parquet"))}
+    if not found:
+        raise KeepsetError(f"{path}: no scores here yet; `keepset run` or `keepset score` makes them")
+    recipe = run.recipe() if (path / "recipe.yaml").exists() else None
+    order = [m.label for m in recipe.methods] if recipe else []
+    wanted = labels or [*(name for name in order if name in found), *(name for name in found if name not in order)]
+    tables = {label: run.load_table(f"scores/{label}.parquet") for label in wanted}
+    data = align(path, tables)
+    data.recipe = recipe
+    data.recipe_text = (path / "recipe.yaml").read_text(encoding="utf-8") if recipe else ""
+    data.comparison = as_dict(run.load_json("comparison.json"))
+    data.findings = as_list(run.load_json("findings.json"))
+    data.manifest = as_dict(run.load_json("manifest.json"))
+    data.why = as_dict(run.load_json("why.json"))
+    data.quarantine = read_lines(path / "quarantine.jsonl")
+    data.costs = run.costs()
+    if texts:
+        data.messages = row_texts(path, recipe, data.ids)
+    return data
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """`value` if it is a mapping, else an empty one: a report is made from what can be shown."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[dict[str, Any]]:
+    """The mappings in `value`, if it is a list."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; lines torn by a crash are left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return as_list(entries)
+
+
+def strings(table: pa.Table, name: str) -> np.ndarray:
+    """A text column as (n,) str, "" for null or a missing column."""
+    if name not in table.column_names:
+        return np.full(len(table), "", dtype=object)
+    return np.array(["" if v is None else str(v) for v in table[name].to_pylist()], dtype=object)
+
+
+def floats(table: pa.Table, name: str) -> np.ndarray:
+    """A numeric column as (n,) float64, NaN for null or a missing column."""
+    if name not in table.column_names:
+        return np.full(len(table), np.nan)
+    return np.array([np.nan if v is None else float(v) for v in table[name].to_pylist()])
+
+
+def align(path: Path, tables: dict[str, pa.Table]) -> RunData:
+    """Bring several methods' tables onto one list of rows.
+
+    Raises:
+        KeepsetError: a table lacks the id, score, rank or selected column.
+    """
+    for label, table in tables.items():
+        lacking = {"id", "score", "rank", "selected"} - set(table.column_names)
+        if lacking:
+            raise KeepsetError(
+                f"{path / 'scores' / label}.parquet: no column {', '.join(sorted(lacking))}; score again"
+            )
+    ids = np.unique(np.concatenate([strings(table, "id") for table in tables.values()]).astype(str))
+    place = {id_: i for i, id_ in enumerate(ids)}
+    n = len(ids)
+    source, category = np.full(n, "", dtype=object), np.full(n, "", dtype=object)
+    n_tokens = np.full(n, np.nan)
+    columns: dict[str, dict[str, np.ndarray]] = {}
+    names: dict[str, str] = {}
+    reasons: dict[str, dict[str, str]] = {}
+    unit = "tokens"
+    for label, table in tables.items():
+        at = np.array([place[str(id_)] for id_ in strings(table, "id")], dtype=np.int64)
+        source[at], category[at] = strings(table, "source"), strings(table, "category")
+        n_tokens[at] = np.where(np.isnan(floats(table, "n_tokens")), n_tokens[at], floats(table, "n_tokens"))
+        columns[label] = {}
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        names[label] = metadata.get("method", label)
+        unit = metadata.get("length_unit", "tokens")
+        reasons[label] = {
+            str(id_): why for id_, why in zip(strings(table, "id"), strings(table, "reason"), strict=True) if why
+        }
+        for name in ("score", "rank", "selected", *(c for c in table.column_names if c not in PLAIN)):
+            kind = table.schema.field(name).type
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+                continue
+            full = np.full(n, 0.0 if name == "selected" else np.nan)
+            full[at] = floats(table, name)
+            columns[label][name] = full
+    return RunData(
+        path, ids, source, category, n_tokens, columns, {}, method_names=names, reasons=reasons, length_unit=unit
+    )
+
+
+def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, list[Message]]:
+    """Each row's messages, by id, from the recipe's local pool files and else from the subsets that the run kept.
+
+    Rows whose text can't be found (the pool moved) are missing from the mapping; nothing is downloaded for a report.
+    """
+    wanted = {str(id_) for id_ in ids}
+    found: dict[str, list[Message]] = {}
+    files = [*sorted((path / "data").glob("*.parquet")), *sorted((path / "subsets").glob("*.*"))]
+    kept = [DataSpec(path=str(p)) for p in files]
+    here = [spec for spec in recipe.pool if spec.path != "-" and Path(spec.path).exists()] if recipe else []
+    for specs in [here, *([spec] for spec in kept)]:
+        if not specs or len(found) == len(wanted):
+            continue
+        try:
+            pool: Pool = load_pool(specs)
+        except KeepsetError:
+            continue  # a report without some texts is better than none; the page says that they are missing
+        for id_, messages in zip(pool.ids, pool.all_messages(), strict=True):
+            if str(id_) in wanted and str(id_) not in found:
+                found[str(id_)] = messages
+    return found

@@ -1,0 +1,1 @@
+"""What lies on disk and who computes it: the run folder, its shards, costs and workers."""

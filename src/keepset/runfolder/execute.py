@@ -1,0 +1,114 @@
+"""Shards of one stage computed by several processes of this machine, each with its share; the bytes stay the same.
+
+The processes are forks of this one: the model is loaded once and shared, and each uses one thread. They write finished
+shards and nothing else, so whatever happens to one, the others' work and its own finished shards count; what it lacked
+is computed by the parent. CPU only: a CUDA context doesn't survive a fork.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from keepset.memory import Count
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY = 0.1  # seconds between looks at the workers
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2), Linux
+
+
+def share_out(
+    shards: Sequence[int],
+    make: Callable[[int], None],
+    workers: int,
+    *,
+    is_there: Callable[[int], bool],
+    advance: Callable[[int], None],
+) -> None:
+    """Let forks of this process make shards; returns when all of them have ended, however they did.
+
+    Args:
+        shards: numbers of the missing shards; worker k makes every `workers`-th, from the k-th on.
+        make: computes and commits one shard.
+        workers: processes.
+        is_there: whether a shard is committed.
+        advance: called with the number of every shard that is seen to be committed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    running = dict(start(shards[k::workers], make) for k in range(min(workers, len(shards))))
+    waiting = list(shards)
+
+    def look() -> None:
+        for shard in [s for s in waiting if is_there(s)]:
+            waiting.remove(shard)
+            advance(shard)
+
+    try:
+        while running:
+            time.sleep(LOOK_EVERY)
+            look()
+            for pid in list(running):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    with os.fdopen(running.pop(pid)) as report:
+                        Count.total += int(report.read() or 0)
+                    if status:
+                        log.warning("a worker %s; what it lacked is computed here", how_it_ended(status))
+        look()
+    finally:  # an error or a signal here: nobody goes on behind our back
+        for pid, report_fd in running.items():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(report_fd)
+
+
+def start(shards: Sequence[int], make: Callable[[int], None]) -> tuple[int, int]:
+    """Fork a worker for some shards; its process id, and where it writes how many batches it halved."""
+    reading, writing = os.pipe()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        os.close(writing)
+        return pid, reading
+    code = 1
+    try:
+        os.close(reading)
+        alone(parent)
+        before = Count.total
+        for shard in shards:
+            make(shard)
+        os.write(writing, str(Count.total - before).encode())
+        code = 0
+    except Exception as error:
+        log.warning("a worker met %s: %s", type(error).__name__, str(error).split("\n")[0][:300])
+    finally:
+        os._exit(code)  # no clean-up of what is the parent's
+
+
+def alone(parent: int) -> None:
+    """Make a fork fit to compute: one thread, as thread pools don't survive a fork, and no life without the parent."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+def how_it_ended(status: int) -> str:
+    """Words for a status of `waitpid`."""
+    if os.WIFSIGNALED(status):
+        return f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"ended with an error (exit code {os.waitstatus_to_exitcode(status)})"

@@ -1,0 +1,447 @@
+"""The run folder: everything a run knows, on disk, in a form that survives kill -9. The only module that keeps state.
+
+Work is cut into shards that depend on the rows' ids alone. A shard is written to a temporary file, fsynced, renamed and
+then recorded with its checksum; it counts only if record and checksum fit. Starting the same command again therefore
+computes what is missing and nothing else, and the result has the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from keepset.errors import KeepsetError, PlanMismatch, RecipeError
+from keepset.recipe import Recipe, located
+from keepset.runfolder.costs import Meter
+from keepset.runfolder.execute import share_out
+from keepset.runfolder.files import canonical, digest, file_digest, json_text, misfits, write_atomic
+from keepset.runfolder.shards import Arrays, gather, plan_shards, read_shard, write_shard
+
+#: Holds the way from the run folder to the folder that it was started in.
+SEEN_FROM = "work/seen_from"
+
+
+class Run:
+    """A run folder, locked while open."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open (and create) the folder; nothing is written before `lock` or a save.
+
+        Attributes:
+            lenders: other run folders whose shards (of the same stage, key and rows) and finished steps (of the same
+                key) are copied, not made again.
+        """
+        self.path = Path(path)
+        self.lenders: list[Path] = []
+        self.meter = Meter(self.path)
+
+    # -- the recipe ---------------------------------------------------------------------------------------------
+
+    def adopt(self, recipe: Recipe, *, force: bool = False) -> None:
+        """Make `recipe` the folder's own, or check that it is.
+
+        Methods, variants and workers may change freely; any other difference from the stored recipe is refused.
+
+        Raises:
+            PlanMismatch: the folder was made by another recipe; the message lists what differs.
+            KeepsetError: another process works in the folder, or it can't be written.
+        """
+        path = self.path / "recipe.yaml"
+        new = recipe.model_dump(mode="json", exclude={"run_dir"})
+        known = path.exists() and not force
+        if known:
+            try:  # a key that an older keepset didn't know has its default
+                stored = self._parsed().model_dump(mode="json", exclude={"run_dir"})
+                here = Path.cwd()  # the same file may be called otherwise from another folder
+                old, ours = (located(r, here, real=True).model_dump(mode="json", exclude={"run_dir"})
+                             for r in (self.recipe(), recipe))  # fmt: skip
+            except RecipeError:  # it knew one that is gone
+                stored = old = self.recipe_data()
+                old.pop("run_dir", None)
+                ours = new
+            free = ("methods", "variants", "batching.workers:")  # they change no number that is there
+            differences = [d for d in diff_keys(old, ours) if not d.startswith(free)]
+            if differences:
+                shown = "; ".join(differences[:4]) + (
+                    f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
+                )
+                raise PlanMismatch(
+                    f"{self.path} was made by another recipe ({shown}); use another --run_dir, "
+                    "or --force to go on here: what still fits is kept, the rest is redone"
+                )
+            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching")}}
+        text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
+        if not path.exists() or path.read_bytes() != text:
+            with self.lock():  # not under the feet of a run that is at work
+                if not known:
+                    seen_from = os.path.relpath(os.getcwd(), os.path.realpath(self.path))
+                    write_atomic(self.path / SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
+                write_atomic(path, text)
+
+    def recipe_data(self) -> dict[str, Any]:
+        """The stored recipe as it stands in the file.
+
+        Raises:
+            KeepsetError: the file is damaged.
+        """
+        path = self.path / "recipe.yaml"
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError):
+            data = None
+        if not isinstance(data, dict):
+            raise KeepsetError(f"{path}: damaged (not a YAML mapping); delete it and run the same command again")
+        return data
+
+    def recipe(self) -> Recipe:
+        """The stored recipe; what it names by relative paths is found from any folder.
+
+        Raises:
+            KeepsetError: this is no run folder.
+        """
+        recipe, folder = self._parsed(), self.seen_from()
+        away = folder is not None and os.path.realpath(folder) != os.path.realpath(os.getcwd())
+        return located(recipe, folder) if folder is not None and away else recipe
+
+    def seen_from(self) -> Path | None:
+        """The folder that the stored recipe's paths are relative to; None in a run folder of an older keepset."""
+        try:
+            text = (self.path / SEEN_FROM).read_bytes().decode("utf-8", "surrogateescape")
+        except OSError:
+            return None
+        return Path(os.path.normpath(os.path.join(os.path.realpath(self.path), text)))
+
+    def _parsed(self) -> Recipe:
+        from keepset.recipe import parse_recipe
+
+        path = self.path / "recipe.yaml"
+        if not path.exists():
+            raise KeepsetError(
+                f"{self.path} is no run folder (it has no recipe.yaml); start with `keepset run` or `score`"
+            )
+        data = self.recipe_data()
+        data["run_dir"] = str(self.path)
+        return parse_recipe(data, where=str(path), stored=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process.
+
+        Raises:
+            KeepsetError: another process works in it, or it can't be written.
+        """
+        self.refuse_links()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise KeepsetError(f"{self.path}: can't be written: {error.strerror}; choose another --run_dir") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise KeepsetError(f"{self.path}: another keepset process works in this folder; wait for it") from None
+            self.meter.settle()
+            yield
+
+    def refuse_links(self) -> None:
+        """Refuse links in the folder that lead out of it: a folder from elsewhere must not decide where is written.
+
+        Raises:
+            KeepsetError: there is one; the message names it.
+        """
+        root = os.path.realpath(self.path)
+        for folder, folders, files in os.walk(root):
+            for name in (*folders, *files):
+                place = os.path.join(folder, name)
+                if os.path.islink(place) and not os.path.realpath(place).startswith(root + os.sep):
+                    raise KeepsetError(f"{place}: a link that leads out of the run folder; remove it (link the folder)")
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def save(self, name: str, data: bytes, key: str | None = None) -> Path:
+        """Write a file atomically and remember its checksum in `work/records/`, so that damage is found later.
+
+        The record is written first and knows the file before and after: a crash between the two leaves no file that
+        looks damaged.
+
+        Args:
+            name: the file's path in the folder.
+            data: its bytes.
+            key: hash of what the content was made of (see `saved_key`); default: the key it has.
+        """
+        old = self._entry(name)
+        kept = old["key"] if old else None
+        entries = [{"sha256": digest(data), "key": key if key is not None else kept}, *([old] if old else [])]
+        write_atomic(self.path / "work" / "records" / f"{name}.json", canonical(entries).encode())
+        write_atomic(self.path / name, data)
+        return self.path / name
+
+    def _entry(self, name: str) -> dict[str, Any] | None:
+        """The record's entry that fits the file as it is; None without file, record or fit."""
+        try:
+            entries = json.loads((self.path / "work" / "records" / f"{name}.json").read_text(encoding="utf-8"))
+            found = file_digest(self.path / name)
+            return next((e for e in entries if e["sha256"] == found and "key" in e), None)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def saved_key(self, name: str) -> str | None:
+        """The key that a file was saved with; None if there is no such file, or it is not as it was saved."""
+        entry = self._entry(name)
+        return entry["key"] if entry else None
+
+    def check(self, name: str) -> None:
+        """Check a file against the record of its checksum, where there is one.
+
+        Raises:
+            KeepsetError: it is not as it was saved.
+        """
+        record = self.path / "work" / "records" / f"{name}.json"
+        if (self.path / name).exists() and record.exists() and self._entry(name) is None:
+            raise KeepsetError(
+                f"{self.path / name}: damaged, or changed by other hands (its checksum doesn't fit); delete it and run "
+                "the same command again"
+            )
+
+    def save_json(self, name: str, value: Any) -> Path:
+        """Write a JSON file (see `save`); NaN and infinities are null."""
+        return self.save(name, (json_text(value, indent=1) + "\n").encode())
+
+    def load_json(self, name: str, default: Any = None) -> Any:
+        """Read a JSON file of the folder, or return `default` if there is none.
+
+        Raises:
+            KeepsetError: the file is damaged.
+        """
+        path = self.path / name
+        if not path.exists():
+            return default
+        self.check(name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            raise KeepsetError(f"{path}: damaged (not JSON); delete it and run the same command again") from None
+
+    def save_table(self, name: str, table: pa.Table, key: str | None = None) -> Path:
+        """Write a Parquet file (see `save`)."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        return self.save(name, sink.getvalue().to_pybytes(), key)
+
+    def load_table(self, name: str) -> pa.Table:
+        """Read a Parquet file of the folder.
+
+        Raises:
+            KeepsetError: it is missing or damaged.
+        """
+        path = self.path / name
+        self.check(name)
+        try:
+            return pq.read_table(path)
+        except FileNotFoundError:
+            have = sorted(p.stem for p in path.parent.glob("*.parquet"))
+            raise KeepsetError(
+                f"{path}: not there; {path.parent.name} has: {', '.join(have) or 'nothing yet'}"
+            ) from None
+        except (pa.ArrowException, OSError):  # Arrow tells a block that can't be unpacked as an OSError
+            raise KeepsetError(f"{path}: damaged (not Parquet); delete it and run the same command again") from None
+
+    def stage_folder(self, name: str, key: Mapping[str, Any]) -> Path:
+        """Where a stage's shards lie."""
+        return self.path / "work" / name / digest(key)[:16]
+
+    # -- shards -------------------------------------------------------------------------------------------------
+
+    def sweep(
+        self,
+        stages: Mapping[str, Mapping[str, Any]],
+        ids: np.ndarray,
+        compute: Callable[[np.ndarray, list[str]], dict[str, Arrays]],
+        *,
+        shard_rows: int | None = None,
+        workers: int = 1,
+        spent: Callable[[np.ndarray, list[str]], None] = lambda indices, missing: None,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> dict[str, Arrays]:
+        """Compute per-row arrays for several stages in one pass over the rows, shard by shard, resumable.
+
+        Args:
+            stages: name -> key. Everything that changes the numbers belongs into the key; another key is another stage.
+            ids: (n,) unique row ids.
+            compute: `(indices (m,), missing stage names) -> {stage: {column: (m, ...) array}}`.
+            shard_rows: see `plan_shards`.
+            workers: processes that share the shards out (`workers.share_out`); the bytes are the same.
+            spent: called with what `compute` was called with, once a committed shard.
+            advance: called with the rows done, for progress.
+
+        Returns:
+            For each stage its columns over all rows, in the order of `ids`.
+        """
+        shards = plan_shards(ids, shard_rows)
+        folders = {name: self.stage_folder(name, key) for name, key in stages.items()}
+        for name, folder in folders.items():
+            if not (folder / "key.json").exists():
+                write_atomic(folder / "key.json", canonical(stages[name]).encode())
+
+        def have(number: int) -> dict[str, Arrays | None]:
+            id_hash = digest([str(i) for i in ids[shards[number]]])
+            return {name: self._shard(folder, number, id_hash) for name, folder in folders.items()}
+
+        def make(number: int, missing: list[str]) -> dict[str, Arrays]:
+            id_hash = digest([str(i) for i in ids[shards[number]]])
+            fresh = compute(shards[number], missing)
+            for name in missing:
+                write_shard(folders[name], number, id_hash, fresh[name])
+            return fresh
+
+        def made(number: int, missing: list[str]) -> None:
+            spent(shards[number], missing)
+            self.meter.note()
+            advance(len(shards[number]))
+
+        shared: set[int] = set()
+        if workers > 1:
+            found = {n: [name for name, arrays in have(n).items() if arrays is None] for n in range(len(shards))}
+            first, *others = [n for n, missing in found.items() if missing] or [-1]
+
+            def seen(number: int) -> None:
+                shared.add(number)
+                made(number, found[number])
+
+            def make_one(number: int) -> None:
+                make(number, found[number])
+
+            if others:
+                make_one(first)  # here: whatever `compute` prepares once, the workers inherit
+                seen(first)
+                share_out(
+                    others, make_one, workers, advance=seen,
+                    is_there=lambda number: all(have(number)[name] is not None for name in found[number]),
+                )  # fmt: skip
+        collected: dict[str, list[Arrays]] = {name: [] for name in stages}
+        for number in range(len(shards)):
+            ready = have(number)
+            missing = [name for name, arrays in ready.items() if arrays is None]
+            ready |= make(number, missing) if missing else {}
+            for name, arrays in ready.items():
+                assert arrays is not None
+                collected[name].append(arrays)
+            if missing:
+                made(number, missing)
+            elif number not in shared:
+                advance(len(shards[number]))
+        order = np.concatenate(shards) if shards else np.zeros(0, dtype=np.int64)
+        return {name: gather(parts, order) for name, parts in collected.items()}
+
+    def _shard(self, folder: Path, number: int, id_hash: str) -> Arrays | None:
+        """A shard of this folder, or one copied from a lender; None if there is none."""
+        own = read_shard(folder, number, id_hash)
+        for lender in self.lenders if own is None else []:
+            lent = read_shard(lender / folder.relative_to(self.path), number, id_hash)
+            if lent is not None:
+                write_shard(folder, number, id_hash, lent)
+                return lent
+        return own
+
+    def once(self, name: str, key: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
+        """Arrays that are no rows of the pool (target vectors), kept on disk as one shard of a stage of their own."""
+        folder, of = self.path / "work" / name / digest(key)[:16], digest(key)
+        found = self._shard(folder, 0, of)
+        if found is None:
+            write_atomic(folder / "key.json", canonical(key).encode())
+            found = compute()
+            write_shard(folder, 0, of, found)
+            self.meter.note()
+        return found
+
+    def complete(self, name: str, key: Mapping[str, Any], ids: np.ndarray, shard_rows: int | None = None) -> bool:
+        """Whether every shard of a stage is there and whole."""
+        folder = self.stage_folder(name, key)
+        return folder.exists() and all(
+            read_shard(folder, number, digest([str(i) for i in ids[indices]])) is not None
+            for number, indices in enumerate(plan_shards(ids, shard_rows))
+        )
+
+    # -- steps that end in a folder (training) --------------------------------------------------------------------
+
+    def step(self, folder: str, key: Mapping[str, Any], work: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        """Do a step whose product is a folder, unless it was done with the same key and its files are whole.
+
+        `work(path)` fills the folder and returns facts to remember (seconds, tokens ...); they come back on a re-run.
+        """
+        path = self.path / folder
+        record = self.done(folder)
+        if record and record["key"] == digest(key) and not misfits(path, record["files"]):
+            return {**record["facts"], "reused": True}
+        for lender in self.lenders:
+            lent = Run(lender).done(folder)
+            if lent and lent["key"] == digest(key) and not misfits(lender / folder, lent["files"]):
+                for name in lent["files"]:
+                    write_atomic(path / name, (lender / folder / name).read_bytes())
+                self.save_json(f"{folder}/done.json", lent)
+                return {**lent["facts"], "reused": True}
+        (path / "done.json").unlink(missing_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        facts = dict(work(path))
+        files = {
+            str(p.relative_to(path)): file_digest(p)
+            for p in sorted(path.rglob("*"))
+            if p.is_file() and p.name != "done.json" and p.suffix in {".safetensors", ".json"}
+        }
+        self.save_json(f"{folder}/done.json", {"key": digest(key), "facts": facts, "files": files, "inputs": dict(key)})
+        return {**facts, "reused": False}
+
+    def done(self, folder: str) -> dict[str, Any] | None:
+        """A step's record; None if it wasn't finished, or the record is damaged."""
+        try:
+            record = self.load_json(f"{folder}/done.json")
+        except KeepsetError:
+            return None
+        if not isinstance(record, dict) or not {"key", "facts", "files"} <= record.keys():
+            return None
+        return record if isinstance(record["facts"], dict) and isinstance(record["files"], dict) else None
+
+    def require_whole(self, folder: str) -> None:
+        """Check a finished step's files, before they are used outside `step`.
+
+        Raises:
+            KeepsetError: it wasn't finished, or a file is damaged; the message names it.
+        """
+        record = self.done(folder)
+        if record is None:
+            raise KeepsetError(f"{self.path / folder}: not finished, or its done.json is damaged; make it again")
+        for name in misfits(self.path / folder, record["files"]):
+            raise KeepsetError(
+                f"{self.path / folder / name}: missing or damaged (its checksum doesn't fit); make it again"
+            )
+
+    # -- costs --------------------------------------------------------------------------------------------------
+
+    def timed(self, stage: str, **facts: Any) -> AbstractContextManager[dict[str, Any]]:
+        """Append what a stage cost (seconds, tokens, FLOPs, rows) to `costs.jsonl`; see `Meter.timed`."""
+        return self.meter.timed(stage, **facts)
+
+    def costs(self) -> list[dict[str, Any]]:
+        """All entries of `costs.jsonl`; a torn last line (a crash) is left out."""
+        return self.meter.entries()
+
+
+def diff_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Say in words where two nested mappings differ: `budget: 5% -> 10%`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}, key=str):
+            found += diff_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return [] if old == new else [f"{prefix}: {old} -> {new}"]

@@ -1,0 +1,1 @@
+"""The expensive passes of a run, with their keys and prices."""
