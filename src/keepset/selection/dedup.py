@@ -7,7 +7,6 @@ and a pair at the threshold is missed with a chance below 1 %.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -15,14 +14,7 @@ import numpy as np
 
 from keepset.data.words import Hashes, chunks, hash_tokens, mix, ngrams
 
-COPY = re.compile(r"^([0-9a-f]{32})-\d+$")  # the id of a row's second, third ... exact copy
 N_HASHES = 128
-
-
-def content_key(row_id: str) -> str:
-    """Return the id without the suffix that tells exact copies apart."""
-    match = COPY.match(row_id)
-    return match[1] if match else row_id
 
 
 def exact_keep(keys: Sequence[str], order: np.ndarray) -> np.ndarray:

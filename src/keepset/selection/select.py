@@ -10,7 +10,8 @@ from keepset.data.words import ngram_vectors
 from keepset.errors import RecipeError
 from keepset.recipe import SelectSpec
 from keepset.selection.budget import Ledger
-from keepset.selection.dedup import content_key, exact_keep, near_keep
+from keepset.data.ids import content_key
+from keepset.selection.dedup import exact_keep, near_keep
 from keepset.selection.greedy import facility_location, mmr
 from keepset.selection.ranking import percentile, rank_order, soft_scores
 

@@ -1,13 +1,12 @@
-"""What the steps of one run share: the recipe, the run folder, and pool, tokens and model, each loaded once."""
+"""What the stages of one run share: the recipe, the run folder, and pool, target, tokens and model, each loaded once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -19,8 +18,9 @@ from keepset.data.words import count_words
 from keepset.errors import DataError, RecipeError
 from keepset.progress import track
 from keepset.recipe import ModelSpec, Recipe
-from keepset.runfolder.files import canonical, free_memory, write_atomic
+from keepset.runfolder.files import canonical, digest, free_memory, write_atomic
 from keepset.runfolder.run import Run
+from keepset.stages.rows import Rows
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded, Encoder
@@ -29,11 +29,70 @@ if TYPE_CHECKING:
     Pair = tuple[Encoded, Encoded | None]
 
 
+T = TypeVar("T")
+
+
+class Aim:
+    """The target as a method sees it: all of it, or the first `shots` rows a task."""
+
+    def __init__(self, target: Target, job: Job, shots: int | None) -> None:
+        """Nothing is tokenised before it is asked for.
+
+        Attributes:
+            target: the rows.
+            title: how stages that aim at fewer shots than the recipe's target are told apart in `costs.jsonl`.
+            names: (j,) the tasks' names, sorted.
+            codes: (m,) each row's task as an index into `names`.
+        """
+        self.target, self._job = target, job
+        self.title = "" if shots is None else f", {shots} shots"
+        names, self.codes = np.unique(np.asarray(target.tasks, dtype=str), return_inverse=True)
+        self.names = [str(n) for n in names]
+
+    @cached_property
+    def _encoded(self) -> tuple[list[Pair], np.ndarray]:
+        return encode_pairs(self.target, self._job.encoder, self._job.say)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Chosen and rejected side (or None) of the usable rows, as tokens."""
+        return self._encoded[0]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Indices of the usable rows in `target`."""
+        return self._encoded[1]
+
+    @property
+    def chosen(self) -> list[Encoded]:
+        """The usable rows' chosen sides."""
+        return [chosen for chosen, _ in self.pairs]
+
+    @property
+    def pair_codes(self) -> np.ndarray:
+        """The usable rows' tasks as indices into `names`."""
+        return self.codes[self.kept]
+
+    def texts(self, *, with_chosen: bool) -> list[str]:
+        """The prompts as plain text, with or without the chosen answer."""
+        pairs = (self.target.pair(i) for i in range(len(self.target)))
+        return [
+            "\n".join(m["content"] for m in ([*prompt, *chosen] if with_chosen else prompt))
+            for prompt, chosen, _ in pairs
+        ]
+
+
 class Job:
     """One recipe at work in one run folder."""
 
     def __init__(
-        self, recipe: Recipe, *, console: Console | None = None, force: bool = False, text_only: bool = False
+        self,
+        recipe: Recipe,
+        *,
+        console: Console | None = None,
+        force: bool = False,
+        text_only: bool = False,
+        worker: bool = False,
     ) -> None:
         """Adopt the recipe in its run folder (see `Run.adopt` for what is refused).
 
@@ -42,14 +101,18 @@ class Job:
             console: where progress goes; default: standard error.
             force: go on in a folder made by another recipe.
             text_only: never load a tokenizer; lengths are counted in words.
+            worker: take part in the work of the process that adopted the recipe.
         """
         self.recipe = recipe
-        self.shots: int | None = None
-        self.held: dict[str, Loaded] = {}  # one for this job and its copies (`with_shots`)
+        self.held: dict[str, Loaded] = {}
+        self._aims: dict[int | None, Aim] = {}
+        self._rows: dict[str, Rows] = {}
+        self._made: dict[Any, Any] = {}
         self.text_only = text_only
         self.console = console or Console(stderr=True)
         self.run = Run(recipe.run_dir)
-        self.run.adopt(recipe, force=force)
+        if not worker:
+            self.run.adopt(recipe, force=force)
 
     def say(self, text: str) -> None:
         """Print a line for the person at the terminal."""
@@ -82,24 +145,12 @@ class Job:
             raise DataError(f"{self.recipe.target[0].path}: no usable target row")
         return target
 
-    @property
-    def aim(self) -> str:
-        """How stages that aim at fewer shots than the recipe's target are told apart in `costs.jsonl`."""
-        return "" if self.shots is None else f", {self.shots} shots"
-
-    def task_codes(self) -> tuple[list[str], np.ndarray]:
-        """The target's task names (sorted) and each row's task as an index (m,)."""
-        names, codes = np.unique(np.asarray(self.target.tasks, dtype=str), return_inverse=True)
-        return [str(n) for n in names], codes
-
-    def with_shots(self, shots: int) -> Job:
-        """This job, aiming at the first `shots` rows a task of the target: the draw of `shots` in a recipe's target."""
-        _ = self.ids  # what both look at is computed once
-        other = copy(self)
-        other.__dict__.pop("target_pairs", None)
-        other.__dict__["target"] = self.target.shots(shots, self.recipe.seed)
-        other.shots = shots
-        return other
+    def aim(self, shots: int | None = None) -> Aim:
+        """The target, or the draw that `shots` in a recipe's target makes of it."""
+        if shots not in self._aims:
+            target = self.target if shots is None else self.target.shots(shots, self.recipe.seed)
+            self._aims[shots] = Aim(target, self, shots)
+        return self._aims[shots]
 
     # -- model and tokens ---------------------------------------------------------------------------------------
 
@@ -187,11 +238,6 @@ class Job:
         """Indices (n,) of the pool's usable rows and their tokens (of a pair: the chosen side's)."""
         return self.sides[0], [row[0] for row in self.sides[1]]
 
-    @cached_property
-    def rejected(self) -> list[Encoded] | None:
-        """The usable rows' rejected sides; None if the pool isn't of pairs."""
-        return [row[1] for row in self.sides[1]] if self.pool.has_pairs else None
-
     def refusal(self, index: int, reason: str, detail: str) -> dict[str, Any]:
         """A quarantine entry for row `index` of the pool."""
         row = self.pool.table.slice(index, 1).to_pylist()[0]
@@ -217,6 +263,11 @@ class Job:
     def ids(self) -> np.ndarray:
         """(n,) ids of the usable rows."""
         return self.pool.ids[self.usable]
+
+    @cached_property
+    def ids_digest(self) -> str:
+        """Hash of the usable rows' ids in their order."""
+        return digest([str(i) for i in self.ids])
 
     @property
     def rows(self) -> list[Encoded]:
@@ -246,18 +297,52 @@ class Job:
         texts = ["\n".join(m["content"] for m in row) for row in self.pool.all_messages()]
         return [texts[i] for i in self.usable]
 
-    def target_texts(self, *, with_chosen: bool) -> list[str]:
-        """The target's prompts as plain text, with or without the chosen answer."""
-        pairs = (self.target.pair(i) for i in range(len(self.target)))
-        return [
-            "\n".join(m["content"] for m in ([*prompt, *chosen] if with_chosen else prompt))
-            for prompt, chosen, _ in pairs
-        ]
-
-    @cached_property
+    @property
     def target_pairs(self) -> tuple[list[Pair], np.ndarray]:
         """The target's usable rows as tokens, and their indices in the target."""
-        return encode_pairs(self.target, self.encoder, self.say)
+        return self.aim().pairs, self.aim().kept
+
+    def once_a_recipe(self, what: Hashable, make: Callable[[], T]) -> T:
+        """Remember what `make` returns for as long as the recipe stays the same."""
+        key = what, self.recipe.model_dump_json()
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    # -- what stages look at --------------------------------------------------------------------------------------
+
+    @property
+    def pair_gradients(self) -> bool:
+        """Whether a row's gradient is that of a preference loss: a pool of pairs, chosen from for such a training."""
+        return self.pool.has_pairs and self.recipe.train.loss != "sft"
+
+    def rows_of(self, what: str) -> Rows:
+        """The usable rows as a stage looks at them.
+
+        Args:
+            what: `chosen` (of rows that are no pairs: the row), `rejected`, `content` (chosen without the ends of
+                turns), `alone` (the chosen answer after a single BOS or EOS token), `gradients` (the sides whose
+                gradients are formed, cut after `gradients.max_completion_tokens`), `texts`.
+        """
+        if what not in self._rows:
+            self._rows[what] = self._look(what)
+        return self._rows[what]
+
+    def _look(self, what: str) -> Rows:
+        data = self.pool.fingerprint()
+        if what == "texts":
+            return Rows(self.ids, self.texts(), data)
+        if what == "gradients":
+            sides = self.sides[1] if self.pair_gradients else [row[:1] for row in self.sides[1]]
+            return Rows(self.ids, sides, data).first_supervised(self.recipe.gradients.max_completion_tokens)
+        chosen = Rows(self.ids, self.rows, data)
+        if what == "content":
+            return chosen.content_only()
+        if what == "alone":
+            tokenizer = self.encoder.tokenizer
+            return chosen.alone(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+        return Rows(self.ids, [row[1] for row in self.sides[1]], data) if what == "rejected" else chosen
 
     def data_key(self) -> dict[str, Any]:
         """What every feature's key holds: model, template and data."""
