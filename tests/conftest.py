@@ -18,6 +18,7 @@ import pytest
 from hypothesis import settings
 
 from lean import lean
+from tiny_recipe import write_lines
 
 if TYPE_CHECKING:  # torch and transformers only where a test asks for a model
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -187,6 +188,55 @@ def architecture(request: pytest.FixtureRequest) -> str:
 def model(architecture: str) -> PreTrainedModel:
     """One tiny model of every architecture in turn."""
     return tiny_model(architecture)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.5, **sizes)
+    BertModel(config).eval().save_pretrained(folder)
+    tiny_tokenizer(None).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 pool rows (one without an answer, one far too long), target pairs of two tasks, held-out pairs and rows."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["the", "answer", "is", "user", "thing", "wants", "helpful", "assistant", "that"]
+
+    def text(n):
+        return " ".join(rng.choice(words, n))
+
+    pool = [{"instruction": f"q{i} {text(3)}", "input": "", "output": text(2 + i % 7)} for i in range(22)]
+    pool += [
+        {"instruction": "none", "input": "", "output": ""},
+        {"instruction": "long", "input": "", "output": text(400)},
+    ]
+    pairs = [
+        {"task": "ab"[i % 2], "prompt": f"p{i} {text(2)}", "chosen": text(4 + i % 2), "rejected": text(4)}
+        for i in range(12)
+    ]
+    return {
+        "pool": write_lines(folder / "pool.jsonl", pool),
+        "target": write_lines(folder / "target.jsonl", pairs[:6]),
+        "pairs": write_lines(folder / "pairs.jsonl", pairs[6:]),
+        "rows": write_lines(folder / "rows.jsonl", [{"prompt": text(3), "completion": text(5)} for _ in range(4)]),
+    }
 
 
 @pytest.fixture(scope="session")

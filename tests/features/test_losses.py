@@ -11,7 +11,7 @@ from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.features.losses import merged_weights, plan, prefix_groups, row_losses, written_passes  # noqa: E402
 from keepset.features.representations import representations  # noqa: E402
 from keepset.model import pack as packing  # noqa: E402
-from test_packing import one_by_one  # noqa: E402
+from slow_gradients import one_by_one  # noqa: E402
 from tolerance import BACKWARD, FORWARD  # noqa: E402
 
 

@@ -14,7 +14,7 @@ from keepset.methods.knn_shapley import shapley_of_similarities
 from keepset.pipeline.choose import scored_tokens
 from keepset.selection.edge import BANDS, difference_noise, score_noise, stability
 from keepset.stages.job import Job
-from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
+from tiny_recipe import quiet, recipe
 
 IDS = list("abcdef")
 
@@ -164,7 +164,7 @@ def test_the_band_of_knn_shapley_covers_moved_similarities(k):
         assert change.max() <= band
 
 
-def test_the_tokens_of_a_mean_are_those_that_were_scored(model_folder, data, tmp_path):  # noqa: F811
+def test_the_tokens_of_a_mean_are_those_that_were_scored(model_folder, data, tmp_path):
     pool = [{"path": data["pairs"], "pairs": True}]
     made = recipe(model_folder, data, tmp_path, methods=["rho-mean"], pool=pool)
     job = Job(made, console=quiet())

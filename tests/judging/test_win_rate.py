@@ -13,7 +13,7 @@ from scipy import optimize
 from keepset.evaluate.statistics import spearman
 from keepset.judging.win_rate import win_rate
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval"
+DATA = Path(__file__).parents[3] / "shared" / "data" / "alpaca_eval"
 
 # tatsu-lab/alpaca_eval @ 01f3cb2de42f, weighted_alpaca_eval_gpt4_turbo_leaderboard.csv: win rate, length-controlled.
 OFFICIAL = {

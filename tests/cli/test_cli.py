@@ -232,7 +232,7 @@ def test_methods_lists_every_method_with_paper_needs_and_cost(core):
 def test_every_method_has_a_row_in_readme_and_docs_and_a_file():
     from keepset.methods.table import METHODS
 
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for page in ("README.md", "docs/methods.md"):
         cells = [line.split("|")[1] for line in (root / page).read_text().splitlines() if line.startswith("|")]
         missing = set(METHODS) - named_in(cells)
@@ -273,7 +273,7 @@ def test_init_writes_a_recipe_that_loads(core, files):
 
 
 def test_the_command_page_is_current():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     page = runpy.run_path(str(root / "docs/make_cli.py"))["page"]()
     assert page == (root / "docs/cli.md").read_text(), "run python docs/make_cli.py"
 

@@ -9,11 +9,11 @@ from rich.console import Console
 
 from keepset.evaluate.statistics import accuracy_power
 from keepset.pipeline.plan import plan_recipe, print_plan
-from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
+from tiny_recipe import quiet, recipe
 
 
 @pytest.fixture(scope="module")
-def planned(model_folder, data, tmp_path_factory):  # noqa: F811
+def planned(model_folder, data, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("plan")
     made = recipe(model_folder, data, run_dir, methods=["bm25", "rose", "davir"])
     return plan_recipe(made, console=quiet()), run_dir
@@ -44,7 +44,7 @@ def test_nothing_is_scored_or_trained_in_the_run_folder(planned):
     assert not (run_dir / "scores").exists() and not (run_dir / "models").exists()
 
 
-def test_a_text_recipe_probes_no_model(model_folder, data, tmp_path):  # noqa: F811
+def test_a_text_recipe_probes_no_model(model_folder, data, tmp_path):
     made = recipe(model_folder, data, tmp_path, methods=["bm25", "dsir"], evaluate={})
     plan = plan_recipe(made, console=quiet())
     assert plan["rates_gflops"] == {} and plan["total_flops"] == 0

@@ -16,12 +16,12 @@ from keepset.pipeline.findings import diagnose_scores
 from keepset.stages.counts import selection_work
 from keepset.stages.job import Job
 from keepset.stages.losses import warmup_checkpoints
-from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
+from tiny_recipe import quiet, recipe
 from tolerance import MAPPED
 
 
 @pytest.fixture(scope="module")
-def first(model_folder, data, tmp_path_factory):  # noqa: F811
+def first(model_folder, data, tmp_path_factory):
     """A finished exact run whose warm-up the others take."""
     run_dir = tmp_path_factory.mktemp("first")
     job = Job(recipe(model_folder, data, run_dir, methods=["rose"]), console=quiet())

@@ -283,7 +283,7 @@ fit_sft(tiny_model(), tiny_tokenizer(), ModelSpec(device="cpu"), LoraSpec(lora_r
 def test_two_processes_give_what_one_gives(tmp_path):
     """Under torchrun (gloo) TRL's own padded step runs; the batch of 4 is split over two processes."""
     script = tmp_path / "two.py"
-    script.write_text(TWO.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two")))
+    script.write_text(TWO.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path / "two")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     subprocess.run(command, check=True, timeout=250, capture_output=True)
     fit(tmp_path / "one", random_rows(8))

@@ -16,8 +16,7 @@ from keepset.pipeline.run import scored
 from keepset.pipeline.score_key import score_key
 from keepset.recipe import MethodSpec, Recipe, parse_recipe, set_key
 from keepset.stages.job import Job
-from test_embeddings import encoder_folder  # noqa: F401 - a fixture
-from test_pipeline import data, model_folder, recipe  # noqa: F401 - fixtures
+from tiny_recipe import recipe
 
 TEXT = {"random", "length", "bm25", "dsir"}
 STATES = {"rds", "rds+", "knn-shapley"}
@@ -119,7 +118,7 @@ def with_field(base: dict[str, Any], key: str, value: Any, run_dir: Path) -> Rec
 
 
 @pytest.fixture(scope="module")
-def base(model_folder, data, tmp_path_factory):  # noqa: F811
+def base(model_folder, data, tmp_path_factory):
     """A recipe, its keys, and a way to name files in the table."""
     folder = tmp_path_factory.mktemp("keys")
     made = recipe(model_folder, data, folder / "run").model_dump(mode="json")
@@ -228,7 +227,7 @@ def test_every_option_counts_and_a_default_said_aloud_does_not(name, base, tmp_p
         assert score_key(job, MethodSpec(name=name, options={key: other_value(value)})) != plain, key
 
 
-def test_an_embedding_model_s_weights_count_and_the_scoring_model_s_do_not(base, encoder_folder, tmp_path):  # noqa: F811
+def test_an_embedding_model_s_weights_count_and_the_scoring_model_s_do_not(base, encoder_folder, tmp_path):
     folder = shutil.copytree(encoder_folder, tmp_path / "encoder")
     spec = MethodSpec(name="rds", options={"embedding_model": str(folder)})
 

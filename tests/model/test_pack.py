@@ -16,18 +16,8 @@ from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.model import pack as packing  # noqa: E402
 from keepset.model.attention import Segments, packed_attention  # noqa: E402
 from keepset.model.head import LogitMap, nll  # noqa: E402
+from slow_gradients import one_by_one  # noqa: E402
 from tolerance import BACKWARD, FORWARD  # noqa: E402
-
-
-def one_by_one(model: Any, rows: list[TinyRow]) -> np.ndarray:
-    """The obvious way: `model(input_ids, labels=...)` on single rows, times the number of labels."""
-    sums = []
-    for row in rows:
-        ids = torch.tensor(row.input_ids, dtype=torch.int64)[None]
-        labels = torch.where(torch.tensor(row.supervised), ids, -100)
-        with torch.no_grad():
-            sums.append(model(input_ids=ids, labels=labels).loss.item() * row.supervised[1:].sum())
-    return np.asarray(sums)
 
 
 def in_batches(model: Any, rows: list[TinyRow], budget: int, *, packed: bool) -> np.ndarray:

@@ -12,21 +12,10 @@ from keepset.errors import ModelError  # noqa: E402
 from keepset.features import influence as module  # noqa: E402
 from keepset.features.adam import map_gradient  # noqa: E402
 from keepset.features.influence import influence  # noqa: E402
-from keepset.features.targets import GradientTarget, target_vectors  # noqa: E402
-from slow_gradients import flat, mean_nll_gradient, random_state  # noqa: E402
+from slow_gradients import flat, mean_nll_gradient, random_state, shapes_of, some_target  # noqa: E402  # noqa: E402
 from tolerance import BACKWARD, FORWARD, MAPPED  # noqa: E402
 
 MAPS = ["sgd", "adam", "adam-less", "precondition", "sign"]
-
-
-def some_target(peft, seed=11, **options) -> GradientTarget:
-    rows = random_rows(8, seed=seed)
-    pairs = [(rows[2 * i], rows[2 * i + 1]) for i in range(4)]
-    return target_vectors(peft, pairs, np.array([0, 1, 0, 2]), **options)
-
-
-def shapes_of(target):
-    return {n: tuple(b.shape[1:]) for n, b in target.blocks.items()}
 
 
 def slow(peft, rows, target, state, kind):

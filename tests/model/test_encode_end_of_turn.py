@@ -13,13 +13,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from chat_templates import TEMPLATES, chat, encoder_for
 from keepset.errors import DataError, RecipeError
 from keepset.methods.table import score
 from keepset.model.encode import Encoded, content_only
 from keepset.recipe import MethodSpec
 from keepset.stages.job import Job
-from test_encoding_mask import TEMPLATES, chat, encoder_for
-from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
+from tiny_recipe import quiet, recipe
 from tolerance import FORWARD
 
 
@@ -43,7 +43,7 @@ def test_a_row_of_nothing_else_is_not_passed_over():
     assert content_only(unended).supervised.tolist() == [False, True]
 
 
-def test_losses_are_those_of_one_row_at_a_time(model_folder, data, tmp_path):  # noqa: F811
+def test_losses_are_those_of_one_row_at_a_time(model_folder, data, tmp_path):
     options = {"end_of_turn": False}
     specs = [MethodSpec(name=n, label=n, options=options) for n in ("davir", "davir-ref", "rho-sum", "rho-mean")]
     whole = MethodSpec(name="davir", label="whole", options={})
@@ -76,7 +76,7 @@ def summed(model, ids, kept):
     ("reference", "options", "word"),
     [({"folds": 2}, {}, "reference.folds"), ({}, {"side": "margin"}, "side: chosen")],
 )
-def test_what_it_does_not_go_with_is_said(reference, options, word, model_folder, data, tmp_path):  # noqa: F811
+def test_what_it_does_not_go_with_is_said(reference, options, word, model_folder, data, tmp_path):
     spec = MethodSpec(name="davir", label="davir", options={"end_of_turn": False, **options})
     made = recipe(model_folder, data, tmp_path, methods=[spec], reference={"num_train_epochs": 1, **reference})
     with pytest.raises(RecipeError, match=word):

@@ -11,14 +11,13 @@ from keepset.methods.table import METHODS, needs_model, score
 from keepset.recipe import MethodSpec
 from keepset.stages.counts import selection_work
 from keepset.stages.job import Job
-from test_embeddings import encoder_folder  # noqa: F401 - a fixture
-from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
+from tiny_recipe import quiet, recipe
 
 MODEL_METHODS = [name for name in METHODS if needs_model(name)]
 
 
 @pytest.mark.parametrize("folds", [0, 2])
-def test_counted_operations_are_those_of_the_log(folds, model_folder, data, tmp_path):  # noqa: F811
+def test_counted_operations_are_those_of_the_log(folds, model_folder, data, tmp_path):
     few = {"name": "tmc-shapley", "options": {"permutations": 4}}  # each set of rows is a training
     content = {"name": "davir", "label": "davir-content", "options": {"end_of_turn": False}}
     names = [few if n == "tmc-shapley" else n for n in [*MODEL_METHODS, content]] if not folds else ["davir"]
@@ -93,7 +92,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_options_are_counted_as_they_are_logged(case, model_folder, data, encoder_folder, tmp_path):  # noqa: F811
+def test_options_are_counted_as_they_are_logged(case, model_folder, data, encoder_folder, tmp_path):
     methods, more = json.loads(
         json.dumps(CASES[case]).replace("ENCODER", str(encoder_folder)).replace("STORE", str(tmp_path / "store"))
     )
@@ -108,7 +107,7 @@ def test_options_are_counted_as_they_are_logged(case, model_folder, data, encode
     assert all(sum(w.flops for w in selection_work(job, [spec])) > 0 for spec in job.recipe.methods)
 
 
-def test_checkpoints_from_elsewhere_are_counted(model_folder, data, tmp_path):  # noqa: F811
+def test_checkpoints_from_elsewhere_are_counted(model_folder, data, tmp_path):
     first = Job(recipe(model_folder, data, tmp_path / "first", methods=["tracin"]), console=quiet())
     score(first, first.recipe.methods[0])
     given = {"path": str(tmp_path / "first/models/warmup")}
@@ -116,7 +115,7 @@ def test_checkpoints_from_elsewhere_are_counted(model_folder, data, tmp_path):  
     hold_against_the_log(Job(made, console=quiet()))
 
 
-def test_a_method_alone_pays_for_its_own_stages_only(model_folder, data, tmp_path):  # noqa: F811
+def test_a_method_alone_pays_for_its_own_stages_only(model_folder, data, tmp_path):
     job = Job(recipe(model_folder, data, tmp_path, methods=["davir", "ifd", "rose"]), console=quiet())
     stages = {
         name: [w.stage for w in selection_work(job, [MethodSpec(name=name)])] for name in ("davir", "ifd", "bm25")
@@ -130,7 +129,7 @@ def test_a_method_alone_pays_for_its_own_stages_only(model_folder, data, tmp_pat
     assert target[0].rows == 2 * target[1].rows  # both sides of every pair against the chosen ones
 
 
-def test_a_resumed_run_has_the_same_price(model_folder, data, tmp_path):  # noqa: F811
+def test_a_resumed_run_has_the_same_price(model_folder, data, tmp_path):
     made = recipe(model_folder, data, tmp_path, methods=["perplexity"])
     job = Job(made, console=quiet())
     score(job, made.methods[0])

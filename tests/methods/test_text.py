@@ -22,7 +22,7 @@ from tolerance import tolerance
 
 SUM = tolerance(64)  # bm25s and the vectors are float32; a text of these tests has fewer words
 
-# scripts with spaces, no combining marks: the rest is in test_words.py
+# scripts with spaces, no combining marks: the rest is in data/test_words.py
 TEXT = st.text(alphabet=st.sampled_from("aAbz9_ .,\n\té²ßΣς—\x00\U0001f600"), max_size=40)
 TEXTS = st.lists(TEXT, min_size=1, max_size=8)
 WORDY = st.lists(st.lists(st.sampled_from("the cat dog sat 42 ran on".split()), max_size=12).map(" ".join), min_size=1)

@@ -23,7 +23,7 @@ from keepset.model.encode import Encoder
 from keepset.recipe import DataSpec, ModelSpec
 from keepset.report.inspect import inspect_data, print_inspection
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEPT = ""  # the row is used, and reads as it does without the field
 
 # What comes of a value, by hand: (where, first name, first dialect) of a line of the table -> value -> reason, or KEPT.

@@ -14,12 +14,12 @@ from keepset.pipeline import run_recipe
 from keepset.recipe import parse_recipe
 from keepset.stages.counts import final_work
 from keepset.stages.job import Job
-from test_pipeline import data, model_folder, quiet, recipe, write_lines  # noqa: F401 - fixtures
+from tiny_recipe import quiet, recipe, write_lines
 
 CONTROLS = {"random_seeds": [0], "longest": False, "dpo_direct": True}
 
 
-def test_it_is_trained_evaluated_and_compared_at_no_price(model_folder, data, tmp_path):  # noqa: F811
+def test_it_is_trained_evaluated_and_compared_at_no_price(model_folder, data, tmp_path):
     made = recipe(model_folder, data, tmp_path, methods=["bm25"], controls=CONTROLS)
     table = quiet()
     run_recipe(made, console=quiet(), out=table)
@@ -40,7 +40,7 @@ def test_it_is_trained_evaluated_and_compared_at_no_price(model_folder, data, tm
     assert "dpo-direct: trained before, kept" in again.file.getvalue()
 
 
-def test_a_target_without_pairs_and_a_method_of_its_name_are_refused(model_folder, data, tmp_path):  # noqa: F811
+def test_a_target_without_pairs_and_a_method_of_its_name_are_refused(model_folder, data, tmp_path):
     rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": "q the", "completion": "answer is"}])
     made = recipe(model_folder, data, tmp_path / "run", methods=["random"], controls=CONTROLS, target=rows)
     with pytest.raises(RecipeError, match="dpo_direct needs pairs"):
@@ -49,7 +49,7 @@ def test_a_target_without_pairs_and_a_method_of_its_name_are_refused(model_folde
         parse_recipe({"pool": "p", "methods": [{"name": "rose", "label": "dpo-direct"}]})
 
 
-def test_dpo_moves_the_margin_of_its_pairs(model_folder, data, tmp_path):  # noqa: F811
+def test_dpo_moves_the_margin_of_its_pairs(model_folder, data, tmp_path):
     """Trained on the pairs it is evaluated on, their margin rises."""
     target = data["target"]
     strong = {"num_train_epochs": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 2}

@@ -14,7 +14,7 @@ import pytest
 from data_rows import good
 from keepset.data import FileRefused, load_pool, load_target
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.mark.parametrize("n", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from keepset.model import load as model_load
 from keepset.pipeline import run_recipe
-from test_pipeline import TRAIN, data, model_folder, recipe  # noqa: F401 - fixtures
+from tiny_recipe import TRAIN, recipe
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_no_second_model_is_in_memory(full, model_folder, data, tmp_path, monkeypatch):  # noqa: F811
+def test_no_second_model_is_in_memory(full, model_folder, data, tmp_path, monkeypatch):
     alive: weakref.WeakSet = weakref.WeakSet()
     counts, real = [], model_load.load
 

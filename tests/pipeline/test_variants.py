@@ -18,7 +18,7 @@ from keepset.recipe import parse_recipe, set_key
 from keepset.report.overlap import agreement
 from keepset.runfolder.run import Run
 from keepset.stages.job import Job
-from test_pipeline import TRAIN, data, model_folder, quiet, recipe  # noqa: F401  (fixtures)
+from tiny_recipe import TRAIN, quiet, recipe
 from tolerance import FORWARD
 
 FAST = {"target": [], "methods": ["davir", "loss"], "budget": ["10%", "25%"], "evaluate": {}}
@@ -68,7 +68,7 @@ def test_a_key_may_lead_through_a_list():
 
 
 @pytest.fixture(scope="module")
-def finished(model_folder, data, tmp_path_factory):  # noqa: F811
+def finished(model_folder, data, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("variants")
     variants = [
         {"label": "seed-1", "set": {"seed": 1}},
@@ -163,7 +163,7 @@ def test_a_cross_fitted_scoring_tells_the_reference_s_gain_on_held_out_rows(fini
 
 
 @pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_reference_is_held_against_the_base_on_the_evaluation_s_rows(model_folder, data, tmp_path, full):  # noqa: F811
+def test_the_reference_is_held_against_the_base_on_the_evaluation_s_rows(model_folder, data, tmp_path, full):
     evaluate = {"pairs": [{"path": data["pairs"]}], "heldout": [{"path": data["rows"]}], "bootstrap": 100}
     made = recipe(model_folder, data, tmp_path, **{**FAST, "methods": ["davir"], "evaluate": evaluate},
                   controls=CONTROLS, reference={**TRAIN, "full": full})  # fmt: skip
@@ -218,7 +218,7 @@ def test_a_comparison_s_findings_know_which_side_is_better(metric, low, high, na
     assert [f.name for f in found] == ([name] if name else [])
 
 
-def test_a_mix_is_held_against_the_random_mix_on_both_sides(model_folder, data, tmp_path):  # noqa: F811
+def test_a_mix_is_held_against_the_random_mix_on_both_sides(model_folder, data, tmp_path):
     pools = [{"path": data["pool"], "name": "chat"}, {"path": data["rows"], "name": "maths"}]
     heldout = [{"path": data["rows"], "name": "maths"}, {"path": data["pool"], "name": "chat", "limit": 5}]
     mix = [
@@ -243,7 +243,7 @@ def test_a_mix_is_held_against_the_random_mix_on_both_sides(model_folder, data, 
     assert "maths" in out.file.getvalue()
 
 
-def test_kept_token_losses_are_read_instead_of_running_the_models(model_folder, data, tmp_path, monkeypatch):  # noqa: F811
+def test_kept_token_losses_are_read_instead_of_running_the_models(model_folder, data, tmp_path, monkeypatch):
     from keepset.model import load as models
     from keepset.report.explain_tokens import token_changes
 

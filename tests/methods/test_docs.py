@@ -9,7 +9,7 @@ import numpy as np
 from keepset.methods import table as scoring
 from keepset.recipe import MethodSpec
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_the_example_method_runs_is_listed_and_has_checked_options(monkeypatch):

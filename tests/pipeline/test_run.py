@@ -2,90 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
-from conftest import tiny_model, tiny_tokenizer
 from keepset.errors import DataError, PlanMismatch, RecipeError
 from keepset.methods.table import METHODS, score
 from keepset.pipeline.choose import choose
 from keepset.pipeline.compare import compare
 from keepset.pipeline.run import evaluated_cells, run_recipe
-from keepset.recipe import MethodSpec, load_recipe, parse_recipe
+from keepset.recipe import MethodSpec, load_recipe
 from keepset.stages.job import Job
-
-TRAIN = {"num_train_epochs": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def write_lines(path: Path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """24 pool rows (one without an answer, one far too long), target pairs of two tasks, held-out pairs and rows."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    words = ["the", "answer", "is", "user", "thing", "wants", "helpful", "assistant", "that"]
-
-    def text(n):
-        return " ".join(rng.choice(words, n))
-
-    pool = [{"instruction": f"q{i} {text(3)}", "input": "", "output": text(2 + i % 7)} for i in range(22)]
-    pool += [
-        {"instruction": "none", "input": "", "output": ""},
-        {"instruction": "long", "input": "", "output": text(400)},
-    ]
-    pairs = [
-        {"task": "ab"[i % 2], "prompt": f"p{i} {text(2)}", "chosen": text(4 + i % 2), "rejected": text(4)}
-        for i in range(12)
-    ]
-    return {
-        "pool": write_lines(folder / "pool.jsonl", pool),
-        "target": write_lines(folder / "target.jsonl", pairs[:6]),
-        "pairs": write_lines(folder / "pairs.jsonl", pairs[6:]),
-        "rows": write_lines(folder / "rows.jsonl", [{"prompt": text(3), "completion": text(5)} for _ in range(4)]),
-    }
-
-
-def recipe(model_folder, data, run_dir, **more):
-    return parse_recipe(
-        {
-            "run_dir": str(run_dir),
-            "model": {"model_name_or_path": str(model_folder), "max_length": 200},
-            "lora": {"lora_r": 2, "lora_alpha": 4},
-            "pool": data["pool"],
-            "target": data["target"],
-            "methods": ["rose", "less", "davir"],
-            "budget": "25%",
-            "warmup": {**TRAIN, "num_train_epochs": 2, "fraction": 0.3},
-            "reference": TRAIN,
-            "train": TRAIN,
-            "evaluate": {"pairs": [{"path": data["pairs"]}], "heldout": [{"path": data["rows"]}], "bootstrap": 100},
-            "controls": {"random_seeds": [0, 1], "longest": True, "full": True},
-            "batching": {"token_budget": 256, "shard_rows": 8},
-            **more,
-        }
-    )
-
-
-def quiet():
-    return Console(file=io.StringIO(), width=200)
+from tiny_recipe import TRAIN, quiet, recipe
 
 
 @pytest.fixture(scope="module")

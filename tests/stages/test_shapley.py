@@ -15,10 +15,10 @@ from keepset.methods.table import score
 from keepset.recipe import MethodSpec
 from keepset.stages import shapley as stages_shapley
 from keepset.stages.job import Job
-from test_pipeline import data, model_folder, quiet, recipe  # noqa: F401 - fixtures
+from tiny_recipe import quiet, recipe
 
 
-def made(model_folder, data, folder, methods, **more):  # noqa: F811
+def made(model_folder, data, folder, methods, **more):
     return Job(recipe(model_folder, data, folder, methods=methods, **more), console=quiet())
 
 
@@ -26,7 +26,7 @@ def scores_of(job, spec):
     return score(job, spec)["score"].to_numpy()
 
 
-def test_influence_functions_share_tracins_pass_and_change_its_ranking(model_folder, data, tmp_path):  # noqa: F811
+def test_influence_functions_share_tracins_pass_and_change_its_ranking(model_folder, data, tmp_path):
     names = [
         "tracin",
         "influence",
@@ -45,7 +45,7 @@ def test_influence_functions_share_tracins_pass_and_change_its_ranking(model_fol
     assert sum(name.endswith(".norm") for name in table.column_names) == 1  # the last checkpoint alone
 
 
-def test_in_run_shapley_is_the_same_after_a_kill(model_folder, data, tmp_path, monkeypatch):  # noqa: F811
+def test_in_run_shapley_is_the_same_after_a_kill(model_folder, data, tmp_path, monkeypatch):
     options = {"batch_size": 8, "learning_rate": 0.05}
     first, second = (
         {"name": "in-run-shapley", "label": order, "options": {**options, "order": order}}
@@ -77,7 +77,7 @@ def test_in_run_shapley_is_the_same_after_a_kill(model_folder, data, tmp_path, m
     np.testing.assert_array_equal(scores_of(torn, torn.recipe.methods[0]), want["first"])
 
 
-def test_monte_carlo_shapley_trains_each_set_once(model_folder, data, tmp_path, monkeypatch):  # noqa: F811
+def test_monte_carlo_shapley_trains_each_set_once(model_folder, data, tmp_path, monkeypatch):
     lines = Path(data["pool"]).read_text().splitlines(keepends=True)
     for k in range(3):
         (tmp_path / f"part{k}.jsonl").write_text("".join(lines[7 * k : 7 * k + 7]))

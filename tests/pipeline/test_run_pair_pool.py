@@ -19,8 +19,7 @@ from keepset.features.influence import pair_influence  # noqa: E402
 from keepset.model.pair_losses import pair_loss  # noqa: E402
 from keepset.pipeline import run_recipe  # noqa: E402
 from keepset.recipe import DataSpec, parse_recipe  # noqa: E402
-from slow_gradients import flat, gradient, random_state, token_logps  # noqa: E402
-from test_influence import shapes_of, some_target  # noqa: E402
+from slow_gradients import flat, gradient, random_state, shapes_of, some_target, token_logps  # noqa: E402  # noqa: E402
 from tolerance import FORWARD, MAPPED, condition  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,27 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from conftest import VOCABULARY, tiny_tokenizer  # noqa: E402
 from keepset.errors import ModelError  # noqa: E402
 from keepset.features.embeddings import TextEncoder  # noqa: E402
 from keepset.methods.rds import rds  # noqa: E402
 from keepset.methods.table import score  # noqa: E402
 from keepset.stages.job import Job  # noqa: E402
-from test_pipeline import data, model_folder, quiet, recipe  # noqa: E402, F401 - fixtures
+from tiny_recipe import quiet, recipe  # noqa: E402
 from tolerance import FORWARD  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.5, **sizes)
-    BertModel(config).eval().save_pretrained(folder)
-    tiny_tokenizer(None).save_pretrained(folder)
-    return folder
 
 
 def test_vectors_are_those_of_a_one_row_loop_whatever_the_batch(encoder_folder):
@@ -54,7 +40,7 @@ def test_what_can_not_be_loaded_is_told_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_compares_by_the_embedding_model_and_by_query(encoder_folder, model_folder, data, tmp_path):  # noqa: F811
+def test_a_recipe_compares_by_the_embedding_model_and_by_query(encoder_folder, model_folder, data, tmp_path):
     other = {"name": "rds", "label": "embedded", "options": {"embedding_model": str(encoder_folder)}}
     single = {"name": "rds", "label": "single", "options": {**other["options"], "per": "query"}}
     made = recipe(
