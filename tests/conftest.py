@@ -8,7 +8,7 @@ import sys
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from tiny_recipe import write_lines
 
 if TYPE_CHECKING:  # torch and transformers only where a test asks for a model
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+sys.modules.setdefault("conftest", sys.modules[__name__])  # pytest calls it tests.conftest; it is made once
 
 # a busy machine is no bug: a property may take its time
 # The default suite draws the same examples every time; HYPOTHESIS_RANDOM=1 draws new ones.
@@ -163,6 +165,12 @@ def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return fast
 
 
+def save_tiny(folder: Path, architecture: str = "llama", **changes: Any) -> None:
+    """Write a tiny model and its tokenizer as a user's model folder."""
+    tiny_model(architecture, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
@@ -179,6 +187,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def watch_trainers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Called with a callback of transformers' trainer, which every trainer that is made from then on has."""
+    from transformers import Trainer
+
+    made = Trainer.__init__
+
+    def watch(callback: Any) -> None:
+        def init(trainer: Any, *args: Any, **options: Any) -> None:
+            made(trainer, *args, **options)
+            trainer.add_callback(callback)
+
+        monkeypatch.setattr(Trainer, "__init__", init)
+
+    return watch
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -193,8 +218,7 @@ def model(architecture: str) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tiny(folder, max_position_embeddings=512)
     return folder
 
 
@@ -262,8 +286,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from keepset.recipe import parse_recipe
 
     folder = tmp_path_factory.mktemp("small")
-    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model", max_position_embeddings=512)
     rows = [{"instruction": f"q{i} the user", "output": "the answer is " + "thing " * (i % 4 + 1)} for i in range(12)]
     pairs = [{"task": "ab"[i % 2], "prompt": f"p{i}", "chosen": "the answer" + " is" * i, "rejected": "the thing"}
              for i in range(5)]  # fmt: skip

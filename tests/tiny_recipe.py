@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -13,7 +15,7 @@ from keepset.recipe import parse_recipe
 TRAIN = {"num_train_epochs": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
 
 
-def write_lines(path: Path, rows) -> str:
+def write_lines(path: Path, rows: Iterable[Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from conftest import tiny_model, tiny_tokenizer  # noqa: E402
+from conftest import save_tiny  # noqa: E402
 from keepset.cli import app  # noqa: E402
 from keepset.judging.judge import Judgements  # noqa: E402
 from keepset.judging.rank import rank_by_comparison  # noqa: E402
@@ -24,8 +24,7 @@ def files(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("judge")
-    tiny_model(initializer_range=0.1, max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model", initializer_range=0.1, max_position_embeddings=512)
     rng = np.random.default_rng(0)
     liked = [{"prompt": f"{i}", "chosen": f"{''.join(rng.choice(list('abcd'), 3))} thing",
               "rejected": f"{''.join(rng.choice(list('abcd'), 3))} user"} for i in range(30)]  # fmt: skip

@@ -238,13 +238,22 @@ def test_damaged_array(tmp_path: Path, kind: str) -> None:
 
 
 def test_array_elements_beyond_the_buffer_and_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keepset.data.jsonfiles._CHUNK", 64)
+    """Read 64 bytes at a time, as a slow pipe gives them; then with an element that is larger than is kept."""
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(64)
+
+    class Stdin:
+        buffer = Slow()
+
+    monkeypatch.setattr("sys.stdin", Stdin)
     rows = [good("messages", k) | {"x": 'br{ack}[ets] and "quotes\\" ' * 3} for k in range(20)]
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(rows, indent=1))
+    Stdin.buffer = Slow(json.dumps(rows, indent=1).encode())
     want = load_pool(write_rows(tmp_path / "want.jsonl", rows))
-    assert load_pool(path).ids.tolist() == want.ids.tolist()
-    rows[7]["x"] = "y" * 5000
+    assert load_pool("-").ids.tolist() == want.ids.tolist()
+    rows[7]["x"] = "y" * (2**20 + 5000)
+    path = tmp_path / "x.json"
     path.write_text(json.dumps(rows, indent=1))
     monkeypatch.setattr("keepset.data.jsonfiles.MAX_ROW", 2000)
     pool = load_pool(path)

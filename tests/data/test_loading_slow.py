@@ -60,15 +60,14 @@ def scores_of(folder: Path, name: str) -> dict[str, pa.Table]:
     pytest.importorskip("transformers")
     from rich.console import Console
 
-    from conftest import tiny_model, tiny_tokenizer
+    from conftest import save_tiny
     from keepset.methods.table import score
     from keepset.recipe import parse_recipe
     from keepset.stages.job import Job
 
     model = folder / "model"
     if not model.exists():
-        tiny_model("llama", max_position_embeddings=512).save_pretrained(model)
-        tiny_tokenizer().save_pretrained(model)
+        save_tiny(model, max_position_embeddings=512)
         rows = "".join(json.dumps(good("alpaca", k)) + "\n" for k in range(5))
         (folder / "target.jsonl").write_text(rows)
     recipe = parse_recipe(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import tiny_model, tiny_tokenizer
 from keepset.errors import ModelError
@@ -19,16 +22,21 @@ from keepset.recipe import ModelSpec
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Stand a tiny model in for what transformers reads out of a GGUF; list the conversions."""
     made: list[str] = []
+    load_model, load_tokenizer = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
 
-    def fake(path: Path, out: Path) -> None:
-        made.append(path.name)
-        out.mkdir(parents=True)
-        tiny_tokenizer().save_pretrained(out)
-        if path.read_bytes() == b"bad":
+    def model(folder: str, *, gguf_file: str | None = None, **options: Any) -> Any:
+        if gguf_file is None:
+            return load_model(folder, **options)
+        made.append(gguf_file)
+        if Path(folder, gguf_file).read_bytes() == b"bad":
             raise ValueError("not a known architecture\nsecond line")
-        tiny_model("llama").save_pretrained(out)
+        return tiny_model("llama"), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
-    monkeypatch.setattr(gguf, "_dequantise", fake)
+    def tokenizer(folder: str, *, gguf_file: str | None = None, **options: Any) -> Any:
+        return load_tokenizer(folder, **options) if gguf_file is None else tiny_tokenizer()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", tokenizer)
     monkeypatch.setenv("KEEPSET_CACHE", str(tmp_path / "cache"))
     return made
 

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from conftest import random_rows, tiny_lora, tiny_model, tiny_tokenizer  # noqa: E402
+from conftest import random_rows, save_tiny, tiny_lora, tiny_model, tiny_tokenizer  # noqa: E402
 from keepset.errors import ModelError  # noqa: E402
 from keepset.features.losses import row_losses  # noqa: E402
 from keepset.model import pack as packing  # noqa: E402
@@ -23,8 +23,7 @@ SENTENCE = "The capital of France is Paris, and the capital of Germany is Berlin
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_model("llama").save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
+    save_tiny(path)
     return path
 
 

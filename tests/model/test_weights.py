@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from conftest import random_rows, tiny_lora, tiny_model, tiny_tokenizer  # noqa: E402
+from conftest import random_rows, save_tiny, tiny_lora, tiny_model, tiny_tokenizer  # noqa: E402
 from keepset.errors import ModelError  # noqa: E402
 from keepset.features.embeddings import TextEncoder  # noqa: E402
 from keepset.features.losses import row_losses  # noqa: E402
@@ -33,8 +33,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def save(path: Path, architecture: str = "llama", **changes: Any) -> Path:
-    tiny_model(architecture, **changes).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
+    save_tiny(path, architecture, **changes)
     return path
 
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from rich.console import Console  # noqa: E402
 
-from conftest import random_rows, tiny_lora, tiny_model, tiny_tokenizer  # noqa: E402
+from conftest import random_rows, save_tiny, tiny_lora, tiny_model  # noqa: E402
 from keepset.data import load_pool, write_subset  # noqa: E402
 from keepset.errors import DataError, RecipeError  # noqa: E402
 from keepset.features.adam import map_gradient  # noqa: E402
@@ -20,6 +20,7 @@ from keepset.model.pair_losses import pair_loss  # noqa: E402
 from keepset.pipeline import run_recipe  # noqa: E402
 from keepset.recipe import DataSpec, parse_recipe  # noqa: E402
 from slow_gradients import flat, gradient, random_state, shapes_of, some_target, token_logps  # noqa: E402  # noqa: E402
+from tiny_recipe import write_lines  # noqa: E402
 from tolerance import FORWARD, MAPPED, condition  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,16 +61,10 @@ def test_influence_of_pairs_against_one_at_a_time_autograd(loss, kind):
     assert found.grad_norms.min() > 0
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model", max_position_embeddings=512)
     rng = np.random.default_rng(0)
 
     def text(n):

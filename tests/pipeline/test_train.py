@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 from typer.testing import CliRunner
 
-from conftest import tiny_model, tiny_tokenizer
+from conftest import save_tiny
 from keepset.cli import app
 from keepset.errors import RecipeError
 from keepset.pipeline.train import hold_out, parse_words, read_rows, sections
@@ -22,8 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    tiny_model(initializer_range=0.1, max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model", initializer_range=0.1, max_position_embeddings=512)
     rng = np.random.default_rng(0)
 
     def filler():

@@ -67,12 +67,11 @@ def test_shots_of_a_target_are_the_recipes_own_draw(tmp_path):
 
 def test_epochs_shots_and_checkpoints_in_a_run(tmp_path):
     pytest.importorskip("torch")
-    from conftest import tiny_model, tiny_tokenizer
+    from conftest import save_tiny
     from keepset.pipeline import run_recipe
     from keepset.recipe import parse_recipe
 
-    tiny_model(max_position_embeddings=512).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model", max_position_embeddings=512)
     rng = np.random.default_rng(0)
 
     def text(n):

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from conftest import tiny_model, tiny_tokenizer
+from conftest import save_tiny, tiny_tokenizer
 from keepset.errors import DataError, ModelError
 from keepset.judging.judge import Comparison, reward_judge, reward_scores
 from keepset.model.encode import Encoder
@@ -21,8 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    tiny_model(initializer_range=0.1).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_tiny(folder, initializer_range=0.1)
     return ModelSpec(model_name_or_path=str(folder), device="cpu")
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from conftest import random_rows, tiny_model, tiny_tokenizer
+from conftest import random_rows, save_tiny, tiny_model, tiny_tokenizer
 from keepset.errors import DataError, ModelError, RecipeError
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train import sft
@@ -102,38 +102,40 @@ def test_first_loss_is_the_token_mean(tmp_path):
 
 
 class Stop(TrainerCallback):
+    """Ends the first training at its third epoch."""
+
+    stopped = False
+
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if state.epoch >= 2:
+        if state.epoch >= 2 and not self.stopped:
+            self.stopped = True
             raise KeyboardInterrupt
 
 
+class Never(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        pytest.fail("trained again")
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_resume_is_exact(tmp_path, monkeypatch, dropout):
+def test_resume_is_exact(tmp_path, watch_trainers, dropout):
     lora = LORA.model_copy(update={"lora_dropout": dropout})
     whole = fit(tmp_path / "whole", num_train_epochs=4, lora=lora)
-    original = sft.sft_trainer
-
-    def stopping(*args):
-        trainer = original(*args)
-        trainer.add_callback(Stop())
-        return trainer
-
-    monkeypatch.setattr(sft, "sft_trainer", stopping)
+    watch_trainers(Stop())
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", num_train_epochs=4, lora=lora)
     assert not (tmp_path / "cut" / "training.json").exists()
     # A checkpoint that was being written when the power went counts for nothing.
     torn = tmp_path / "cut" / "trainer" / "checkpoint-11"
     torn.mkdir()
-    monkeypatch.setattr(sft, "sft_trainer", original)
     rest = fit(tmp_path / "cut", num_train_epochs=4, lora=lora)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert rest.losses == whole.losses and rest.steps == whole.steps and rest.tokens == whole.tokens
 
 
-def test_finished_is_reused_and_other_plan_is_not(tmp_path, monkeypatch):
+def test_finished_is_reused_and_other_plan_is_not(tmp_path, watch_trainers, monkeypatch):
     first = fit(tmp_path / "out")
-    monkeypatch.setattr(sft, "run_trainer", lambda *a, **k: pytest.fail("trained again"))
+    watch_trainers(Never())
     assert fit(tmp_path / "out").losses == first.losses
     monkeypatch.undo()
     other = fit(tmp_path / "out", num_train_epochs=1)
@@ -148,18 +150,10 @@ def test_what_a_kill_after_the_last_write_left_is_removed(tmp_path):
     assert not (tmp_path / "a/trainer").exists()
 
 
-def test_checkpoint_of_another_plan_is_dropped(tmp_path, monkeypatch, caplog):
-    original = sft.sft_trainer
-
-    def stopping(*args):
-        trainer = original(*args)
-        trainer.add_callback(Stop())
-        return trainer
-
-    monkeypatch.setattr(sft, "sft_trainer", stopping)
+def test_checkpoint_of_another_plan_is_dropped(tmp_path, watch_trainers, caplog):
+    watch_trainers(Stop())
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "out", num_train_epochs=4)
-    monkeypatch.setattr(sft, "sft_trainer", original)
     fit(tmp_path / "out", num_train_epochs=3)
     assert "dropped" in caplog.text
     fit(tmp_path / "fresh", num_train_epochs=3)
@@ -224,8 +218,7 @@ def test_from_a_model_folder_and_back(tmp_path):
     from keepset.model.load import load
 
     base = ModelSpec(model_name_or_path=str(tmp_path / "base"), device="cpu")
-    tiny_model().save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    save_tiny(tmp_path / "base")
     rows = [
         load(base).encoder.encode([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the answer"}])
     ]
@@ -268,7 +261,7 @@ from pathlib import Path
 
 sys.path.insert(0, {tests!r})
 import torch
-from conftest import random_rows, tiny_model, tiny_tokenizer
+from conftest import random_rows, tiny_model, tiny_tokenizer, save_tiny
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.sft import fit_sft
 

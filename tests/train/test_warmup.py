@@ -86,15 +86,9 @@ class Keep(TrainerCallback):
         }
 
 
-def test_saved_moments_are_the_optimisers(tmp_path, monkeypatch):
-    keep, original = Keep(), sft.sft_trainer
-
-    def watched(*args):
-        trainer = original(*args)
-        trainer.add_callback(keep)
-        return trainer
-
-    monkeypatch.setattr(sft, "sft_trainer", watched)
+def test_saved_moments_are_the_optimisers(tmp_path, watch_trainers):
+    keep = Keep()
+    watch_trainers(keep)
     fit(tmp_path / "w", extra={"adam_beta2": 0.99, "adam_epsilon": 1e-7})
     for checkpoint in list_checkpoints(tmp_path / "w"):
         state = load_adam(checkpoint.path)
