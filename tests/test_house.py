@@ -16,28 +16,22 @@ ROOMS = [
 """Top to bottom: a file imports from its own room and those below, also inside functions."""
 
 UPWARD = {
-    "keepset.features.curvature": {"keepset.methods.datainf", "keepset.methods.ekfac", "keepset.methods.influence"},
-    "keepset.memory": {"keepset.runfolder.files"},
     "keepset.methods.cross_fit": {"keepset.selection.dedup"},
     "keepset.methods.perplexity": {"keepset.selection.ranking"},
-    "keepset.methods.table": {"keepset.pipeline.idle", "keepset.pipeline.score_key"},
-    "keepset.model.load": {"keepset.features.checks"},
-    "keepset.model.pack": {"keepset.features.checks"},
+    "keepset.methods.table": {"keepset.pipeline.score_key"},
     "keepset.pipeline.run": {"keepset.deliver.card", "keepset.deliver.trainers", "keepset.report"},
     "keepset.pipeline.variants": {"keepset.report.overlap"},
-    "keepset.recipe": {"keepset.pipeline.idle"},
     "keepset.stages.counts": {
         "keepset.methods.cross_fit", "keepset.methods.gradient", "keepset.methods.table", "keepset.pipeline.learn",
         "keepset.pipeline.reference_check",
     },
     "keepset.stages.losses": {"keepset.methods.cross_fit"},
     "keepset.stages.shapley": {"keepset.methods.in_run_shapley", "keepset.methods.tmc_shapley"},
-    "keepset.train.reward": {"keepset.judging.judge"},
 }  # fmt: skip
 """Imports that still go up: each is to go away, none may be added."""
 
 LONG = {
-    "data/export.py", "evaluate/statistics.py", "features/checks.py", "features/gradients.py", "judging/judge.py",
+    "data/export.py", "evaluate/statistics.py", "features/gradients.py",
     "methods/table.py", "model/llama_backward.py", "recipe.py", "runfolder/run.py", "stages/counts.py",
     "stages/losses.py",
 }  # fmt: skip

@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from keepset.errors import RecipeError, did_you_mean
-from keepset.pipeline.idle import refuse_idle
+from keepset.idle import idle, refuse_idle
+from keepset.keys import set_key
 
 
 class Strict(BaseModel):
@@ -331,41 +332,6 @@ def parse_budget(budget: int | str, n_rows: int, n_tokens: int | None) -> tuple[
     return unit, int(number)
 
 
-SHORT = {"pool": "path", "target": "path", "methods": "name"}
-"""Lists of sections that a text may stand for, and the key whose value it is then."""
-
-
-def set_key(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested mappings; a number is a place in a list (`pool.0.limit`), short forms included.
-
-    Raises:
-        RecipeError: the key leads through something that holds no keys.
-    """
-    *parents, last = key.split(".")
-    inner: Any = data
-    if len(path := [*parents, last]) > 1 and path[1].isdecimal() and path[0] in SHORT and path[0] in data:
-        short, given = SHORT[path[0]], data[path[0]]
-        given = given if isinstance(given, list) else [given]
-        data[path[0]] = [{short: one} if isinstance(one, str) and len(path) > 2 else one for one in given]
-    for name in parents:
-        if isinstance(inner, list):
-            inner = inner[_place(inner, name, key)]
-        else:
-            inner = inner.setdefault(name, {})
-        if not isinstance(inner, dict | list):
-            raise RecipeError(f"key '{key}': '{name}' holds no keys")
-    if isinstance(inner, list):
-        inner[_place(inner, last, key)] = value
-    else:
-        inner[last] = value
-
-
-def _place(inner: list[Any], name: str, key: str) -> int:
-    if not name.isdecimal() or int(name) >= len(inner):
-        raise RecipeError(f"key '{key}': '{name}' must be a place in the list, from 0 to {len(inner) - 1}")
-    return int(name)
-
-
 def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Return the keys allowed where `path` (a pydantic error location) points."""
     current: Any = model
@@ -406,8 +372,27 @@ def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> R
             raise RecipeError(f"{where}: unknown key '{place}'{hint}") from None
         raise RecipeError(f"{where}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
     if not stored:
-        refuse_idle(recipe, where)
+        refuse_idle(recipe, [variant_recipe(recipe, variant, where) for variant in recipe.variants], where)
     return recipe
+
+
+def variant_recipe(recipe: Recipe, variant: VariantSpec, where: str = "recipe") -> Recipe:
+    """The recipe with the variant's keys, in a folder of its own; it scores, and trains no model on what it chooses.
+
+    Raises:
+        RecipeError: an unknown key, a value that doesn't fit it, or a key that does nothing in the variant.
+    """
+    data = recipe.model_dump(mode="json", exclude={"variants", "mix", "evaluate"})
+    data["run_dir"] = f"{recipe.run_dir}/variants/{variant.label}"
+    data["controls"] = {"random_seeds": [], "longest": False, "base": False}
+    for key, value in variant.set.items():
+        set_key(data, key, value)
+    where = f"{where}: variants.{variant.label}"
+    changed = parse_recipe(data, where=where, stored=True)  # what it changes may idle what is left
+    for key, why in idle(changed):
+        if key in variant.set:
+            raise RecipeError(f"{where}: {key}: {why}")
+    return changed
 
 
 def load_recipe(path: str | Path) -> Recipe:

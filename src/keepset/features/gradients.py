@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keepset.errors import ModelError
-from keepset.features import checks
+from keepset.features.gradient_check import own_gradient, unlike
 from keepset.model import head
 from keepset.model.linears import Linear, find_linears
 from keepset.model.llama_backward import LlamaPass, Places, lay_out, serves
 from keepset.model.pack import Batch, Row, bare, engine, full_span, last_hidden, own_logits, pack, token_nll, vocabulary
+from keepset.model.probes import Probe, probes
 
 log = logging.getLogger(__name__)
 LOGITS = 1 << 22
@@ -153,18 +154,18 @@ def recording(
             p.requires_grad_(True)
 
 
-def _wanted(model: nn.Module, recorder: Recorder) -> tuple[list[checks.Probe], dict[str, Tensor]]:
+def _wanted(model: nn.Module, recorder: Recorder) -> tuple[list[Probe], dict[str, Tensor]]:
     """Two probes and the second one's gradient by plain autograd; nothing if these matrices were verified before."""
     seen: set[Any] = vars(bare(model)).setdefault("keepset_verified", set())
     key = (tuple(recorder.shapes), recorder.packed, recorder.written is not None)
     if key in seen:
         return [], {}
     seen.add(key)
-    rows = checks.probes(model)[-2:]
-    return rows, dict(zip(recorder.shapes, checks.own_gradient(model, rows[-1], list(recorder.shapes)), strict=True))
+    rows = probes(model)[-2:]
+    return rows, dict(zip(recorder.shapes, own_gradient(model, rows[-1], list(recorder.shapes)), strict=True))
 
 
-def _verify(model: nn.Module, recorder: Recorder, wanted: tuple[list[checks.Probe], dict[str, Tensor]]) -> None:
+def _verify(model: nn.Module, recorder: Recorder, wanted: tuple[list[Probe], dict[str, Tensor]]) -> None:
     """Hold the engine's gradient of a probe against plain autograd's.
 
     Raises:
@@ -187,12 +188,12 @@ def _verify(model: nn.Module, recorder: Recorder, wanted: tuple[list[checks.Prob
     except (ModelError, RuntimeError, IndexError) as error:
         trouble = f": {error}"
     dtype = next(model.parameters()).dtype
-    unlike = checks.unlike(got, want, dtype)
-    if unlike:
+    wrong = unlike(got, want, dtype)
+    if wrong:
         vars(bare(model))["keepset_verified"].clear()
-        more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ModelError(
-            f"gradients a row can't be taken of {unlike[0]}{more}: "
+            f"gradients a row can't be taken of {wrong[0]}{more}: "
             f"they are not autograd's{trouble}; name other lora_target_modules"
         )
 
