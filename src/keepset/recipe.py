@@ -5,18 +5,18 @@ Names are TRL's and Hugging Face's wherever they have one.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from keepset.budget_text import parse_budget
 from keepset.errors import RecipeError, did_you_mean
 from keepset.idle import idle, refuse_idle
 from keepset.keys import set_key
+from keepset.located import located
 
 
 class Strict(BaseModel):
@@ -309,29 +309,6 @@ class Recipe(Strict):
         return self
 
 
-def parse_budget(budget: int | str, n_rows: int, n_tokens: int | None) -> tuple[str, int]:
-    """Turn a budget into `("rows", k)` or `("tokens", t)`.
-
-    Args:
-        budget: 500, "500", "5%" (of the rows) or "200000 tokens" ("20% tokens": of the pool's supervised tokens).
-        n_rows: rows in the pool.
-        n_tokens: supervised tokens in the pool, if known.
-
-    Raises:
-        RecipeError: the text is none of these, or not positive.
-    """
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%?)\s*(tokens|rows)?\s*", str(budget))
-    if match is None or float(match[1]) <= 0 or (match[2] and float(match[1]) > 100):
-        raise RecipeError(f"budget '{budget}' is not a count (500), a percentage (5%) or tokens (200000 tokens)")
-    number, unit = float(match[1]), match[3] or "rows"
-    whole = n_rows if unit == "rows" else n_tokens
-    if match[2]:
-        return unit, max(1, int(number / 100 * (whole if whole is not None else 1) + 1e-9))
-    if number != int(number):
-        raise RecipeError(f"budget '{budget}': a count must be a whole number")
-    return unit, int(number)
-
-
 def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Return the keys allowed where `path` (a pydantic error location) points."""
     current: Any = model
@@ -414,52 +391,3 @@ def load_recipe(path: str | Path) -> Recipe:
         problem = str(getattr(error, "problem", None) or error)
         raise RecipeError(f"{path}{line}: not YAML: {problem.splitlines()[0] if problem else error!r}") from None
     return located(parse_recipe(data, where=str(path)), path.parent, here_first=True)
-
-
-#: Arguments of SFTConfig that are settings or the path of a file with them.
-SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint")
-
-
-def located(recipe: Recipe, folder: Path, *, here_first: bool = False, real: bool = False) -> Recipe:
-    """Return the recipe with `folder` put before the relative paths of what stands there: data, models, templates.
-
-    Names of the hub, `demo`, and what isn't there stay as they are.
-
-    Args:
-        recipe: the recipe; it is not changed.
-        folder: what relative paths are relative to.
-        here_first: a path that is found from the working directory stays as it is.
-        real: absolute paths without links and `..`, also of what was absolute: to compare two recipes by.
-    """
-
-    def place(path: Any, there: Callable[[Path], bool] = Path.exists) -> Any:
-        if not isinstance(path, str) or path in ("-", "plain") or (here_first and there(Path(path))):
-            return path
-        full = folder / Path(path).expanduser()
-        if not there(full) or (Path(path).expanduser().is_absolute() and not real):
-            return path
-        return os.path.realpath(full) if real else str(full)
-
-    def is_model(path: Path) -> bool:  # a folder that happens to be called like a hub name or `demo` is none
-        return path.is_file() or any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-    recipe = recipe.model_copy(deep=True)
-    specs = [*recipe.pool, *recipe.target, *recipe.evaluate.pairs, *recipe.evaluate.heldout]
-    for spec in [*specs, *([recipe.evaluate.gsm8k] if recipe.evaluate.gsm8k else [])]:
-        spec.path = place(spec.path)
-    for model in (recipe.model, recipe.train_model):
-        if model:
-            model.model_name_or_path = place(model.model_name_or_path, is_model)
-            model.chat_template = place(model.chat_template, Path.is_file)
-    for train in (recipe.train, recipe.reference, recipe.warmup):
-        train.extra = {k: place(v) if k in SETTINGS_FILES else v for k, v in train.extra.items()}
-    recipe.reference.path = place(recipe.reference.path, is_model)
-    recipe.warmup.path = place(recipe.warmup.path)
-    recipe.gradients.store = place(recipe.gradients.store)
-    for variant in recipe.variants:
-        for key, value in variant.set.items():
-            last = key.rsplit(".", 1)[-1]
-            if last in ("path", "store", "chat_template", "pool", "target", "model_name_or_path"):
-                in_models = last == "model_name_or_path" or key == "reference.path"
-                variant.set[key] = place(value, is_model if in_models else Path.exists)
-    return recipe

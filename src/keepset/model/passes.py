@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from keepset.model import llama_backward as llama_pass
 from keepset.model import pack as packing
 from keepset.model.linears import Linear
+from keepset.model.llama_blocks import serves
 from keepset.model.llama_forward import LlamaForward
 from keepset.model.pack import Batch, Row
 from keepset.model.prefix import plan
@@ -108,7 +108,7 @@ def written_passes(
             str(place): Linear(module, both if on else base, module.get_base_layer().bias, (), recorded=False)
             for place, (module, base, both) in enumerate(weights or [])
         }
-        if not llama_pass.serves(model, linears):
+        if not serves(model, linears):
             return None
         found[on] = LlamaForward(model, linears)
     return [found[on] for on in adapters]
