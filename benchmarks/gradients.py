@@ -42,7 +42,7 @@ from keepset.features.projection import ProjectedTarget, project_target, store_e
 from keepset.features.targets import GradientTarget, target_vectors
 from keepset.model.encode import Encoded, encode_all
 from keepset.model.flops import matrix_weights
-from keepset.model.llama_backward import common_prefix
+from keepset.model.layout import common_prefix
 from keepset.model.load import apply_lora, load
 from keepset.model.pack import plan_batches
 from keepset.recipe import LoraSpec, ModelSpec

@@ -64,7 +64,7 @@ def tight(monkeypatch):
     """Batches of more than 2 rows don't fit."""
     torch = pytest.importorskip("torch")
     from keepset.features import gradients
-    from keepset.model import llama_backward as llama_pass
+    from keepset.model import layout
     from keepset.model import pack as packing
     from keepset.model.llama_forward import LlamaForward
 
@@ -80,7 +80,7 @@ def tight(monkeypatch):
         packing, "last_hidden", small(packing.last_hidden, lambda model, batch, **more: len(batch.rows))
     )
     monkeypatch.setattr(LlamaForward, "__call__", small(LlamaForward.__call__, lambda forward, batch: len(batch.rows)))
-    monkeypatch.setattr(gradients, "lay_out", small(llama_pass.lay_out, len))
+    monkeypatch.setattr(gradients, "lay_out", small(layout.lay_out, len))
 
 
 WHATS = ["losses", "losses of both", "representations", "influence", "target", "target of tasks", "pairs"]

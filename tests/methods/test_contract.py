@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 import keepset.methods
+from keepset.features.solvers import ekfac_solve, fisher_coefficients
 from keepset.methods.bm25 import bm25
 from keepset.methods.datainf import datainf
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
-from keepset.methods.ekfac import corrected_eigenvalues, ekfac_solve, kronecker_bases
+from keepset.methods.ekfac import corrected_eigenvalues, kronecker_bases
 from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
 from keepset.methods.ifd import ifd
 from keepset.methods.in_run_shapley import in_run_shapley
-from keepset.methods.influence import fisher_coefficients, influence
+from keepset.methods.influence import influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
 from keepset.methods.less import less, tracin

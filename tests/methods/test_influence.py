@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from keepset.features.solvers import cg_solve, ekfac_solve
 from keepset.methods.datainf import datainf, datainf_solve
-from keepset.methods.ekfac import corrected_eigenvalues, ekfac_solve, kronecker_bases
-from keepset.methods.influence import cg_solve, dense_solve, influence
+from keepset.methods.ekfac import corrected_eigenvalues, kronecker_bases
+from keepset.methods.influence import dense_solve, influence
 
 L2 = 0.05
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from keepset.features.solvers import ekfac_solve, fisher_coefficients
 from keepset.methods.datainf import datainf
-from keepset.methods.ekfac import corrected_eigenvalues, ekfac_solve, kronecker_bases
+from keepset.methods.ekfac import corrected_eigenvalues, kronecker_bases
 from keepset.methods.in_run_shapley import in_run_shapley
-from keepset.methods.influence import dense_solve, fisher_coefficients, influence
+from keepset.methods.influence import dense_solve, influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.less import less, tracin
 from keepset.methods.random_ import random_

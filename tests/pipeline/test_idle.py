@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from keepset.errors import RecipeError
+from keepset.keys import set_key
 from keepset.methods.table import check_options
-from keepset.pipeline.variants import variant_recipe
-from keepset.recipe import MethodSpec, parse_recipe, set_key
+from keepset.recipe import MethodSpec, parse_recipe, variant_recipe
 
 BASE = {"pool": [{"path": "pool.jsonl"}], "target": ["shots.jsonl"], "methods": ["rose"]}
 HELD = [{"path": "held.jsonl"}]
@@ -122,5 +122,8 @@ def test_an_option_that_counts_in_a_variant_counts():
     with pytest.raises(RecipeError, match="select.quota_by"):
         parse_recipe(data)
     data = made(variants=[{"label": "other", "set": {"pool.0.shots": 3}}])
-    with pytest.raises(RecipeError, match="^variants.other: pool.0.shots: "):
-        variant_recipe(parse_recipe(data), parse_recipe(data).variants[0])
+    with pytest.raises(RecipeError, match="^recipe: variants.other: pool.0.shots: "):
+        parse_recipe(data)
+    stored = parse_recipe(data, stored=True)  # as a run folder holds it, from a version that took it
+    with pytest.raises(RecipeError, match="^recipe: variants.other: pool.0.shots: "):
+        variant_recipe(stored, stored.variants[0])

@@ -11,10 +11,11 @@ import pytest
 from pydantic import BaseModel
 from rich.console import Console
 
+from keepset.keys import set_key
 from keepset.methods.table import METHODS, options_of
 from keepset.pipeline.run import scored
 from keepset.pipeline.score_key import score_key
-from keepset.recipe import MethodSpec, Recipe, parse_recipe, set_key
+from keepset.recipe import MethodSpec, Recipe, parse_recipe
 from keepset.stages.job import Job
 from tiny_recipe import recipe
 

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from keepset.cli import app
 from keepset.errors import PlanMismatch, RecipeError
+from keepset.keys import set_key
 from keepset.pipeline import run_recipe
 from keepset.pipeline.findings import diagnose_comparison, diagnose_shares
 from keepset.pipeline.reference_check import OtherRows, held_out_finding
-from keepset.recipe import parse_recipe, set_key
+from keepset.recipe import parse_recipe
 from keepset.report.overlap import agreement
 from keepset.runfolder.run import Run
 from keepset.stages.job import Job
@@ -134,10 +135,11 @@ def test_variants_may_be_added_later_and_wrong_ones_are_refused(finished, tmp_pa
     with pytest.raises(PlanMismatch):
         Job(made.model_copy(update={"seed": 5}), console=quiet())
     Job(made, console=quiet())
-    bad = parse_recipe({**made.model_dump(mode="json"), "run_dir": str(tmp_path / "bad"),
-                        "variants": [{"label": "x", "set": {"reference.fold": 2}}]})  # fmt: skip
+    bad = {**made.model_dump(mode="json"), "variants": [{"label": "x", "set": {"reference.fold": 2}}]}
     with pytest.raises(RecipeError, match=r"variants.x: unknown key 'reference.fold'.*folds"):
-        run_recipe(bad, console=quiet(), out=quiet())
+        parse_recipe(bad)
+    with pytest.raises(RecipeError, match=r"variants.x: unknown key 'reference.fold'.*folds"):  # from a run folder
+        run_recipe(parse_recipe({**bad, "run_dir": str(tmp_path / "bad")}, stored=True), console=quiet(), out=quiet())
 
 
 def test_overlap_on_the_command_line(finished):

@@ -39,7 +39,7 @@ def apply_setting(data: dict[str, Any], text: str, option: str = "--set") -> Non
     """Apply `a.b.c=value` (the value is YAML), given by `option`, to nested mappings and lists."""
     import yaml
 
-    from keepset.recipe import set_key
+    from keepset.keys import set_key
 
     key, separator, value = text.partition("=")
     if not separator:

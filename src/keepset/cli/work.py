@@ -165,10 +165,10 @@ def select(
 
     Example: keepset select davir --budget 5% --out chosen.jsonl
     """
+    from keepset.budget_text import parse_budget
     from keepset.data.export import write_subset
     from keepset.pipeline.choose import choose
     from keepset.pipeline.findings import diagnose_edge, diagnose_shares, record
-    from keepset.recipe import parse_budget
 
     given = (("policy", policy), ("quota", quota), ("quota_by", quota_by), ("dedup", dedup))
     settings = [f"select.{k}={v}" for k, v in given if v]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 
 from keepset import __version__
-from keepset.data.export import pool_table
+from keepset.data.export_parquet import pool_table
 from keepset.methods.table import METHODS
 from keepset.pipeline.choose import Subset
 from keepset.runfolder.files import write_atomic

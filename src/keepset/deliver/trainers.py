@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from keepset.data.export import DIALECTS
+from keepset.data.export_dialects import DIALECTS
 from keepset.data.turns import is_learnt
+from keepset.located import SETTINGS_FILES
 from keepset.model.gguf import DEMO_MODELS
-from keepset.recipe import SETTINGS_FILES
 from keepset.runfolder.files import write_atomic
 
 if TYPE_CHECKING:

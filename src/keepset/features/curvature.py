@@ -27,13 +27,11 @@ from torch import Tensor, nn
 
 from keepset.errors import ModelError, RecipeError
 from keepset.features.gauss_newton import GaussNewton
-from keepset.features.gradients import Sink
+from keepset.features.recorded import Sink
 from keepset.features.row_gradients import Labels, each_gradient, run_batches, stacked_gradients, weighted_gradients
+from keepset.features.solvers import cg_solve, datainf_shares, eigenvectors, ekfac_solve, fisher_coefficients
 from keepset.features.targets import GradientTarget
-from keepset.methods.datainf import datainf_shares
-from keepset.methods.ekfac import eigenvectors, ekfac_solve
-from keepset.methods.influence import cg_solve, fisher_coefficients
-from keepset.model.llama_backward import Places
+from keepset.model.layout import Places
 from keepset.model.pack import Row
 
 Solver = Literal["none", "fisher", "cg", "datainf", "ekfac", "ekfac-matrix"]

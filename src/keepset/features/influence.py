@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from keepset.features.adam import AdamState, ParameterMap, check_map, momentum_direction, parameter_map
-from keepset.features.gradients import mean_weights, products, recording, run_rows
+from keepset.features.gradients import mean_weights, recording, run_rows
 from keepset.features.losses import row_losses
+from keepset.features.recorded import products
 from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
 from keepset.memory import in_halves
-from keepset.model.llama_backward import Places
+from keepset.model.layout import Places
 from keepset.model.pack import Row, engine, plan_batches
 from keepset.model.pair_losses import pair_loss
 

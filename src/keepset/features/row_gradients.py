@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from keepset.features.gradients import Recorder, Sink, mean_weights, products, recording, run_rows
-from keepset.model.llama_backward import Places
+from keepset.features.gradients import mean_weights, recording, run_rows
+from keepset.features.recorded import Recorder, Sink, products
+from keepset.model.layout import Places
 from keepset.model.pack import Row, engine, plan_batches
 
 Labels = Literal["sampled", "data"]

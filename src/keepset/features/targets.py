@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keepset.errors import ModelError, RecipeError, did_you_mean
-from keepset.features.gradients import Recorder, mean_weights, products, recording, run_rows, sum_weights
+from keepset.features.gradients import mean_weights, recording, run_rows, sum_weights
+from keepset.features.recorded import Recorder, products
 from keepset.memory import in_halves
-from keepset.model.llama_backward import Places
+from keepset.model.layout import Places
 from keepset.model.pack import Row, pack, plan_batches, row_sums, token_nll
 
 FACTS = ("tasks", "margin", "log_weight", "norms")

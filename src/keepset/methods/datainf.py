@@ -16,23 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
-def datainf_shares(
-    dots: np.ndarray, squares: np.ndarray, size: int, *, damping: float = 0.1
-) -> tuple[np.ndarray, float]:
-    """Return one layer's weights of the rows in r, and its λ: r = (v − mean_i share_i · g_i) / λ.
-
-    Args:
-        dots: (n, j) <g_i, v_j>.
-        squares: (n,) ‖g_i‖².
-        size: numbers in the layer, d.
-        damping: the factor 0.1 of λ.
-
-    Returns:
-        shares (n, j) float64 and λ; both 0 for a layer whose gradients are all zero.
-    """
-    lam = damping * float(np.mean(squares)) / size
-    return (dots / (lam + squares)[:, None], lam) if lam > 0 else (np.zeros_like(dots), 0.0)
+from keepset.features.solvers import datainf_shares
 
 
 def datainf_solve(

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from keepset.features.solvers import eigenvectors
+
 
 def kronecker_bases(inputs: np.ndarray, output_gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the eigenvectors Q_A (in, in) and Q_B (out, out) of the two factors.
@@ -28,28 +30,7 @@ def kronecker_bases(inputs: np.ndarray, output_gradients: np.ndarray) -> tuple[n
     return q_a, q_b
 
 
-def eigenvectors(factor: np.ndarray) -> np.ndarray:
-    """Return the eigenvectors (d, d), as columns, of a factor: a sum or mean of outer products (d, d)."""
-    return np.linalg.eigh(factor)[1]
-
-
 def corrected_eigenvalues(gradients: np.ndarray, q_a: np.ndarray, q_b: np.ndarray) -> np.ndarray:
     """Return Λ (out, in), mean squares of the rows' gradients (n, out, in) in the eigenbasis; shards' means combine."""
     rotated = q_b.T @ np.asarray(gradients, dtype=np.float64) @ q_a
     return np.mean(rotated**2, axis=0)
-
-
-def ekfac_solve(
-    targets: np.ndarray, q_a: np.ndarray, q_b: np.ndarray, eigenvalues: np.ndarray, *, damping: float | None = None
-) -> np.ndarray:
-    """Return r (j, out, in) for targets V (j, out, in).
-
-    Args:
-        targets: the target's gradients in this layer.
-        q_a: (in, in) eigenvectors of A.
-        q_b: (out, out) eigenvectors of B.
-        eigenvalues: Λ (out, in).
-        damping: λ; None: 0.1 · mean(Λ).
-    """
-    lam = 0.1 * eigenvalues.mean() if damping is None else damping
-    return q_b @ ((q_b.T @ np.asarray(targets, dtype=np.float64) @ q_a) / (eigenvalues + lam)) @ q_a.T

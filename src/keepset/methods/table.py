@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from keepset.errors import RecipeError, did_you_mean
+from keepset.idle import refuse_idle_options
 from keepset.methods.bm25 import bm25
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
@@ -40,7 +41,6 @@ from keepset.methods.loss import loss
 from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
-from keepset.pipeline.idle import refuse_idle_options
 from keepset.recipe import MethodSpec
 from keepset.runfolder.scored import Scored, signed, task_parts
 

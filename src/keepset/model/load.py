@@ -5,7 +5,7 @@ Weights are read from safetensors only: a pickle (`.bin`, `.pt`) can run any pro
 has nothing else is refused. Code from a model's repository runs only with `trust_remote_code` and a pinned
 `model_revision`.
 
-Every model is checked against transformers' own forward pass before it is used (`keepset.features.checks`): rows run
+Every model is checked against transformers' own forward pass before it is used (`keepset.model.check`): rows run
 packed under keepset's attention where that gives the same numbers, else padded under the model's own, else not at all.
 """
 
@@ -216,8 +216,8 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from keepset.features.checks import check
     from keepset.model import attention, weights
+    from keepset.model.check import check
 
     source = resolve(spec)
     tokenizer = load_tokenizer(spec)

@@ -7,7 +7,7 @@ every row and attention stays inside it (`keepset.model.attention`). The output 
 
 A model whose attention can't be served that way takes the padded path: right padding, an attention mask made from the
 lengths (never from a pad id: for many models pad = eos), the same numbers to rounding. Which path a model takes is no
-list of names: `keepset.features.checks` runs it both ways when it is loaded and compares with the model's own forward
+list of names: `keepset.model.check` runs it both ways when it is loaded and compares with the model's own forward
 pass (`Engine`).
 """
 
@@ -227,11 +227,11 @@ def engine(model: Any) -> Engine:
     """Return how the model's rows are run; a model that was never checked is checked now.
 
     Raises:
-        ModelError: keepset can't give this architecture's own numbers (see `keepset.features.checks`).
+        ModelError: keepset can't give this architecture's own numbers (see `keepset.model.check`).
     """
     found: Engine | None = getattr(bare(model), "keepset_engine", None)
     if found is None:
-        from keepset.features.checks import check
+        from keepset.model.check import check  # which runs this module's functions
 
         found = check(model)
     return found

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from keepset.budget_text import parse_budget
 from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
-from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label, parse_budget
+from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label
 from keepset.runfolder.files import file_digest
 from keepset.selection.edge import BANDS, COARSE_NOISE, NOISE, Stability, score_noise, stability
 from keepset.selection.select import select

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from keepset.errors import KeepsetError
 from keepset.evaluate.statistics import spearman
-from keepset.recipe import Recipe, located, parse_recipe
+from keepset.located import located
+from keepset.recipe import Recipe, parse_recipe
 from keepset.runfolder.run import Run
 
 

@@ -6,32 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
-from keepset.errors import RecipeError
-from keepset.pipeline.idle import idle
-from keepset.recipe import Recipe, VariantSpec, parse_recipe, set_key
+from keepset.recipe import variant_recipe
 from keepset.report.overlap import agreement, print_agreement
 from keepset.stages.job import Job
 
 OWN = "recipe"  # what the recipe's own scoring is called
-
-
-def variant_recipe(recipe: Recipe, variant: VariantSpec) -> Recipe:
-    """The recipe with the variant's keys, in a folder of its own; it scores, and trains no model on what it chooses.
-
-    Raises:
-        RecipeError: an unknown key, or a value that doesn't fit it.
-    """
-    data = recipe.model_dump(mode="json", exclude={"variants", "mix", "evaluate"})
-    data["run_dir"] = f"{recipe.run_dir}/variants/{variant.label}"
-    data["controls"] = {"random_seeds": [], "longest": False, "base": False}
-    for key, value in variant.set.items():
-        set_key(data, key, value)
-    where = f"variants.{variant.label}"
-    found = parse_recipe(data, where=where, stored=True)  # what it changes may idle what is left
-    for key, why in idle(found):
-        if key in variant.set:
-            raise RecipeError(f"{where}: {key}: {why}")
-    return found
 
 
 def run_variants(job: Job, out: Console | None, *, force: bool = False) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from keepset.budget_text import parse_budget
 from keepset.errors import RecipeError
 from keepset.evaluate.statistics import correlations
-from keepset.recipe import parse_budget
 from keepset.runfolder.run import Run
 from keepset.selection.ranking import rank_order
 

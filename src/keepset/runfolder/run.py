@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
-from keepset.recipe import Recipe, located
+from keepset.located import located
+from keepset.recipe import Recipe
 from keepset.runfolder.costs import Meter
 from keepset.runfolder.files import canonical, digest, file_digest, json_text, misfits, write_atomic
 from keepset.runfolder.shards import Arrays, Shards, find_shard, stage_folder, write_shard

@@ -34,7 +34,7 @@ def select(
     Args:
         scores: (n,) larger = better, all finite.
         ids: (n,) content ids; they alone break ties.
-        budget: ("rows", k) or ("tokens", t), as `keepset.recipe.parse_budget` returns it. A token budget is never
+        budget: ("rows", k) or ("tokens", t), as `keepset.budget_text.parse_budget` returns it. A token budget is never
             exceeded: a row that doesn't fit is passed over, a later, shorter one may still fit.
         spec: policy, quota, duplicates; default: plain top-k.
         n_tokens: (n,) supervised tokens; needed for a token budget.

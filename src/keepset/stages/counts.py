@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from keepset.budget_text import parse_budget
 from keepset.methods.gradient import in_run_request, influence_request, retraining_request
 from keepset.methods.table import METHODS, options_of
 from keepset.model.flops import count_tokens, flops, trained_sides
-from keepset.recipe import MethodSpec, TrainSpec, parse_budget
+from keepset.recipe import MethodSpec, TrainSpec
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded

@@ -16,9 +16,10 @@ from keepset.data.pool import Message
 from keepset.data.turns import is_learnt
 from keepset.data.words import count_words
 from keepset.errors import DataError, RecipeError
+from keepset.memory import free_memory
 from keepset.progress import track
 from keepset.recipe import ModelSpec, Recipe
-from keepset.runfolder.files import canonical, digest, free_memory, write_atomic
+from keepset.runfolder.files import canonical, digest, write_atomic
 from keepset.runfolder.run import Run
 from keepset.stages.rows import Rows
 

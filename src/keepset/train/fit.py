@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keepset.memory import free_memory
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.runfolder.files import free_memory
 from keepset.train.sft import TrainResult, train_sft
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -20,25 +20,21 @@ SHOTS = ("shots", "length_matched", "task_column")
 STORE = ("store_dim", "store_error", "store_dtype", "store_sample")
 
 
-def refuse_idle(recipe: Recipe, where: str) -> None:
+def refuse_idle(recipe: Recipe, variants: Sequence[Recipe], where: str) -> None:
     """Refuse what no step of the recipe or of its variants would look at. An option at its default says nothing.
+
+    Args:
+        recipe: the recipe.
+        variants: the recipes that its `variants` make of it.
+        where: what messages begin with.
 
     Raises:
         RecipeError: one line with the key's place, why it does nothing, and what to do.
     """
     for key, why in idle(recipe):
         of_all = key.startswith(("mix", "evaluate"))  # which variants don't have
-        if of_all or not counts_in_a_variant(recipe, key):
+        if of_all or all(key in dict(idle(variant)) for variant in variants):
             raise RecipeError(f"{where}: {key}: {why}")
-
-
-def counts_in_a_variant(recipe: Recipe, key: str) -> bool:
-    """Whether a variant of the recipe looks at an option."""
-    if not recipe.variants:
-        return False
-    from keepset.pipeline.variants import variant_recipe
-
-    return any(key not in dict(idle(variant_recipe(recipe, variant))) for variant in recipe.variants)
 
 
 def idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
