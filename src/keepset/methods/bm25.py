@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
@@ -23,9 +24,8 @@ import numpy as np
 from scipy import sparse
 
 from keepset.data.words import chunks, hash_terms
-from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
-from dataclasses import dataclass
 from keepset.methods.method import Columns, Features, Method, Scores, task_parts
+from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
 
 
 def bm25(

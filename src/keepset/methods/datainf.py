@@ -13,10 +13,15 @@ The error of the swap grows with d_l; it is exact for n = 1. `benchmarks` and te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from keepset.features.solvers import datainf_shares
+from keepset.methods.gradient import InfluenceFunction, Labels
+from keepset.methods.influence import influence
+from keepset.stages.influence import Curvature
 
 
 def datainf_solve(
@@ -65,3 +70,26 @@ def datainf(
     """
     solved = datainf_solve(targets, gradients if curvature is None else curvature, damping=damping)
     return np.sum([np.asarray(g, np.float64) @ r.T for g, r in zip(gradients, solved, strict=True)], axis=0)
+
+
+@dataclass(frozen=True)
+class DataInf(InfluenceFunction):
+    """DataInf's closed form, each LoRA matrix by itself."""
+
+    name = "datainf"
+    paper = "DataInf, arXiv 2310.00902"
+    formula = "influence, mean of one-row inverses a matrix"
+    curvature_rows: int = 200
+    labels: Labels = "data"
+    damping: float = 0.1
+    reduce: Literal["max", "mean"] = "mean"
+    seed: int = 0
+
+    @property
+    def solver(self) -> Curvature:
+        """The mean of one-row inverses."""
+        return Curvature("datainf", self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
+
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `influence`."""
+        return influence(dots[0], reduce=self.reduce)

@@ -17,16 +17,16 @@ where.
 from __future__ import annotations
 
 from abc import abstractmethod
-
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from keepset.methods.method import Columns, Features, Method, Scores, difference_noise, signed
+
 from keepset.errors import RecipeError
+from keepset.methods.method import Columns, Features, Method, Scores, difference_noise, signed
 from keepset.stages.losses import Losses, reference_losses
 from keepset.stages.stage import Stage
+
 if TYPE_CHECKING:
     from keepset.stages.job import Job
 
@@ -121,43 +121,35 @@ class LossDrop(Method):
 
 
 @dataclass(frozen=True)
-class Davir(Method):
+class Davir(LossDrop):
     """Share of the loss that fine-tuning on the pool removed; of a pair: of one side, or chosen less rejected."""
 
     name = "davir"
-    paper = "DavIR, arXiv 2310.13008"
     formula = "S = (L_ini − L_ref) / L_ini"
-    needs = ("losses", "reference")
-    cost = "reference"
-    prefer: Literal["high", "low"] = "high"
-    token_loss: TokenLoss = "ce"
     side: Literal["chosen", "rejected", "margin"] = "chosen"
-    end_of_turn: bool = True
-
-    @property
-    def summed_over(self) -> Literal["chosen", "content"]:
-        """The answers, with or without the tokens that end a turn."""
-        return "chosen" if self.end_of_turn else "content"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
         """Losses under base and reference, of both sides where both count."""
-        if self.side != "chosen" and not self.end_of_turn:
+        if self.side == "chosen":
+            return super().stages(job, shots)
+        if not self.end_of_turn:
             raise RecipeError("davir: `end_of_turn: false` is for `side: chosen`")
-        loss, of = self.token_loss, self.summed_over
-        stages: dict[str, Stage] = {"ini": Losses(token_loss=loss, of=of), "ref": reference_losses(job, loss, of)}
-        if self.side != "chosen":
-            stages["ini.rejected"] = Losses(token_loss=loss, of="rejected")
-            stages["ref.rejected"] = reference_losses(job, loss, "rejected")
-        return stages
+        rejected = Losses(token_loss=self.token_loss, of="rejected")
+        more = {"ini.rejected": rejected, "ref.rejected": reference_losses(job, self.token_loss, "rejected")}
+        return super().stages(job, shots) | more
+
+    def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+        """The relative drop."""
+        return davir(ini, ref)
 
     def score(self, features: Features) -> Scores:
         """The relative drop of the side that counts, and all losses."""
+        if self.side == "chosen":
+            return super().score(features)
         parts = {f"loss_{name}": features[name]["nll"] for name in features.stages}
-        score = davir(parts["loss_ini"], parts["loss_ref"])
-        if self.side != "chosen":
-            parts["chosen"] = score
-            parts["rejected"] = davir(parts["loss_ini.rejected"], parts["loss_ref.rejected"])
-            score = parts["rejected"] if self.side == "rejected" else parts["chosen"] - parts["rejected"]
+        parts["chosen"] = davir(parts["loss_ini"], parts["loss_ref"])
+        parts["rejected"] = davir(parts["loss_ini.rejected"], parts["loss_ref.rejected"])
+        score = parts["rejected"] if self.side == "rejected" else parts["chosen"] - parts["rejected"]
         return Scores(signed(score, self.prefer), parts)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray:

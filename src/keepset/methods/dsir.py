@@ -17,17 +17,16 @@ S sums over a row's n-grams, and with a small target most of them are unseen the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from keepset.data.buckets import Hash, NgramBuckets, Twice
 from keepset.data.ids import gumbel_by_id
-from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
-from dataclasses import dataclass
-from collections.abc import Iterator
-from typing import Literal
 from keepset.methods.method import Columns, Features, Method, Scores, task_parts
+from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
 
 
 def dsir(

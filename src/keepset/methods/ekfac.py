@@ -13,9 +13,15 @@ the paper.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 
 from keepset.features.solvers import eigenvectors
+from keepset.methods.gradient import InfluenceFunction, Labels
+from keepset.methods.influence import influence
+from keepset.stages.influence import Curvature
 
 
 def kronecker_bases(inputs: np.ndarray, output_gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -34,3 +40,28 @@ def corrected_eigenvalues(gradients: np.ndarray, q_a: np.ndarray, q_b: np.ndarra
     """Return Λ (out, in), mean squares of the rows' gradients (n, out, in) in the eigenbasis; shards' means combine."""
     rotated = q_b.T @ np.asarray(gradients, dtype=np.float64) @ q_a
     return np.mean(rotated**2, axis=0)
+
+
+@dataclass(frozen=True)
+class Ekfac(InfluenceFunction):
+    """Eigenvalue-corrected Kronecker factors of each LoRA matrix; one damping for all of them, or one for each."""
+
+    name = "ekfac"
+    paper = "EK-FAC, arXiv 2308.03296"
+    formula = "influence, eigenvalue-corrected Kronecker factors"
+    curvature_rows: int = 200
+    labels: Labels = "sampled"
+    damping: float = 0.1
+    damping_by: Literal["all", "matrix"] = "all"
+    reduce: Literal["max", "mean"] = "mean"
+    seed: int = 0
+
+    @property
+    def solver(self) -> Curvature:
+        """Kronecker factors."""
+        solver = "ekfac-matrix" if self.damping_by == "matrix" else "ekfac"
+        return Curvature(solver, self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
+
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `influence`."""
+        return influence(dots[0], reduce=self.reduce)

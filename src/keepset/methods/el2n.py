@@ -11,16 +11,18 @@ averages the lengths of the tokens' errors, GraNd takes the length of their aver
 
 from __future__ import annotations
 
-import numpy as np
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from keepset.methods.method import Columns, Features, Method, Scores, score_noise
+
+import numpy as np
+
 from keepset.methods.gradient import GradientMethod, of_store
+from keepset.methods.method import Columns, Features, Method, Scores, score_noise
 from keepset.stages.losses import Losses
 from keepset.stages.stage import Stage
+
 if TYPE_CHECKING:
     from keepset.stages.job import Job
-
 
 
 def el2n(error_norms: np.ndarray, n_tokens: np.ndarray | None = None) -> np.ndarray:
@@ -74,8 +76,6 @@ class GradNorm(GradientMethod):
     name = "grad-norm"
     paper = "GraNd, arXiv 2107.07075"
     formula = "S = mean_c ‖∇ℓ(z)‖"
-    needs = ("gradients", "target", "warmup")
-    cost = "gradients"
 
     def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The norms' mean; no task counts."""

@@ -11,16 +11,18 @@ still decides first.
 
 from __future__ import annotations
 
-import numpy as np
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+
 from keepset.methods.method import Columns, Features, Method, Scores
 from keepset.stages.losses import Losses
 from keepset.stages.stage import Stage
 from keepset.stages.trained import checkpoints
+
 if TYPE_CHECKING:
     from keepset.stages.job import Job
-
 
 
 def forgetting(losses: np.ndarray, *, threshold: float | None = None, tie_break: bool = True) -> np.ndarray:

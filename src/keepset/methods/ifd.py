@@ -9,15 +9,17 @@ here they rank below every other row, so that no row vanishes. `ceiling=None` ra
 
 from __future__ import annotations
 
-import numpy as np
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+
 from keepset.methods.method import Columns, Features, Method, Scores, score_noise
 from keepset.stages.losses import Losses
 from keepset.stages.stage import Stage
+
 if TYPE_CHECKING:
     from keepset.stages.job import Job
-
 
 
 def ifd(

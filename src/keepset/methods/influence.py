@@ -12,9 +12,15 @@ the scores are the dot products <∇ℓ(z), r_j>. `keepset.features.solvers` tur
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 
+from keepset.methods.gradient import InfluenceFunction, Labels
 from keepset.methods.tasks import Reduce, reduce_tasks
+from keepset.stages.influence import Curvature
 
 
 def influence(dots: np.ndarray, *, reduce: Reduce = "mean") -> tuple[np.ndarray, np.ndarray]:
@@ -44,3 +50,33 @@ def dense_solve(hessian: np.ndarray, targets: np.ndarray, *, damping: float = 0.
     """
     hessian = np.asarray(hessian, dtype=np.float64)
     return np.linalg.solve(hessian + damping * np.eye(len(hessian)), np.asarray(targets, dtype=np.float64).T).T
+
+
+@dataclass(frozen=True)
+class Influence(InfluenceFunction):
+    """Influence function: some rows' damped Fisher matrix inverted exactly, or Gauss-Newton by conjugate gradients."""
+
+    name = "influence"
+    paper = "arXiv 1703.04730"
+    formula = "S = mean_j v_jᵀ (F + λI)⁻¹ ∇ℓ(z)"
+    curvature: Literal["fisher", "gauss-newton"] = "fisher"
+    curvature_rows: int = 100
+    labels: Labels = "sampled"
+    damping: float = 0.1
+    reduce: Literal["max", "mean"] = "mean"
+    seed: int = 0
+
+    @property
+    def solver(self) -> Curvature:
+        """Fisher by Woodbury's identity, or conjugate gradients."""
+        solver = "cg" if self.curvature == "gauss-newton" else "fisher"
+        return Curvature(solver, self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
+
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `influence`."""
+        return influence(dots[0], reduce=self.reduce)
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """`labels` of a matrix that has none."""
+        if self.curvature == "gauss-newton":
+            yield ("labels",), "`gauss-newton` takes no labels"

@@ -15,20 +15,19 @@ non-negative ones gets 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from keepset.methods.rds import unit_rows
-from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 from keepset.methods.method import Columns, Features, Method, Scores, cosine_noise, task_parts
-from keepset.methods.rds import Pooling
+from keepset.methods.rds import Pooling, unit_rows
+from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
 from keepset.stages.representations import Representations, TargetRepresentations
 from keepset.stages.stage import Stage
+
 if TYPE_CHECKING:
     from keepset.stages.job import Job
-
 
 
 def knn_shapley(

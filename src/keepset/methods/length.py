@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from dataclasses import dataclass
+
 from keepset.methods.method import Columns, Features, Method, Scores
 
 

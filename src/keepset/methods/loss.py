@@ -9,14 +9,15 @@ does more than either: the highest base loss is what "hard examples" selection k
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
 from keepset.methods.method import Columns, Features, Method, Scores, score_noise
 from keepset.stages.losses import Losses, reference_losses
 from keepset.stages.stage import Stage
+
 if TYPE_CHECKING:
     from keepset.stages.job import Job
 

@@ -1,4 +1,4 @@
-"""What a method is: its options as fields, the stages it takes, its formula on their arrays, and how noise carries over."""
+"""What a method is: options as fields, the stages it takes, its formula on their arrays, how noise carries over."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 import numpy as np
 
 from keepset.stages.stage import Stage, Sweep, fetch
+from keepset.stages.trained import WarmupCheckpoint
 
 if TYPE_CHECKING:
     from keepset.stages.job import Job
@@ -68,6 +69,11 @@ class Features:
         if isinstance(stage, Sweep):
             return fetch(self._job, [stage, *self._alike(stage)], self._beside)[stage]
         return stage.value(self._job)
+
+    def learning_rate(self, name: str) -> float:
+        """Mean learning rate of the warm-up's checkpoint that a stage looks at."""
+        (checkpoint,) = (s for s in self.stages[name].needs(self._job) if isinstance(s, WarmupCheckpoint))
+        return checkpoint.value(self._job).mean_lr
 
     def _alike(self, stage: Sweep) -> list[Sweep]:
         """The method's own other stages of that kind, so that a pass serves all of them."""

@@ -9,18 +9,17 @@ alone" and "ref alone" baseline.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
 from keepset.methods.method import Columns, Features, Method, Scores, score_noise
 from keepset.stages.losses import Losses
 from keepset.stages.stage import Stage
+
 if TYPE_CHECKING:
     from keepset.stages.job import Job
-
-
 
 
 def perplexity(

@@ -8,11 +8,11 @@ The draw belongs to the row's content id and the seed: shuffling or splitting th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from keepset.data.ids import uniform_by_id
-from dataclasses import dataclass
 from keepset.methods.method import Columns, Features, Method, Scores
 
 

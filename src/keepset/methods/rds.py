@@ -9,18 +9,17 @@ caller's `representations`, and so is an embedding model. RDS+ chooses by round-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from keepset.methods.tasks import Reduce, reduce_queries, reduce_tasks
-from dataclasses import dataclass
-from collections.abc import Iterator
 from keepset.methods.method import Columns, Features, Method, Scores, cosine_noise, task_parts
+from keepset.methods.tasks import Reduce, reduce_queries, reduce_tasks
 from keepset.stages.representations import Embeddings, Representations, TargetEmbeddings, TargetRepresentations
 from keepset.stages.stage import Stage
-from typing import TYPE_CHECKING
+
 if TYPE_CHECKING:
     from keepset.stages.job import Job
 

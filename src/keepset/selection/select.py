@@ -13,7 +13,8 @@ from keepset.selection.budget import Ledger
 from keepset.data.ids import content_key
 from keepset.selection.dedup import exact_keep, near_keep
 from keepset.selection.greedy import facility_location, mmr
-from keepset.selection.ranking import percentile, rank_order, soft_scores
+from keepset.methods.perplexity import percentile
+from keepset.selection.ranking import rank_order, soft_scores
 
 
 def select(

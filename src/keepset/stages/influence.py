@@ -41,7 +41,7 @@ class Curvature:
 
 @dataclass(frozen=True)
 class InfluenceRequest:
-    """How a target's gradients are defined (`loss`, `reference`, `beta`, `normalise`, `curvature`), and the rows' map."""
+    """How a target's gradients are defined, and (`map`) what is done to the rows' before they are multiplied."""
 
     loss: str = "sft"  # sft | dpo | margin | mean_margin
     map: str = "sgd"  # sgd | adam | adam-less | precondition | sign
@@ -156,9 +156,7 @@ class TargetGradients(Stage):
         (work,) = self.works(job)
         with (
             attached(job.loaded.model, checkpoint.path) as model,
-            job.run.timed(
-                work.titles[0], rows=work.rows, ids=list(work.ids), tokens=work.tokens, flops=work.flops
-            ),
+            job.run.timed(work.titles[0], rows=work.rows, ids=list(work.ids), tokens=work.tokens, flops=work.flops),
         ):
             return target_vectors(
                 model, aim.pairs, aim.pair_codes, n_tasks=len(aim.names), loss=request.loss, beta=request.beta,  # type: ignore[arg-type]

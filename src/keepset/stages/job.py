@@ -1,4 +1,4 @@
-"""What the stages of one run share: the recipe, the run folder, and pool, target, tokens and model, each loaded once."""
+"""What the stages of a run share: the recipe, the run folder, and pool, target, tokens and model, each loaded once."""
 
 from __future__ import annotations
 

@@ -77,9 +77,7 @@ class Representations(Sweep):
         (stage,), model = stages, job.loaded.model
 
         def batch(rows: list[Any], missing: list[Sweep]) -> dict[Sweep, Arrays]:
-            states = representations(
-                model, rows, token_budget=job.recipe.batching.token_budget, pooling=stage.pooling
-            )
+            states = representations(model, rows, token_budget=job.recipe.batching.token_budget, pooling=stage.pooling)
             return {stage: {"state": states}}
 
         yield batch

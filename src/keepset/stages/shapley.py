@@ -42,7 +42,7 @@ def step_values(dots: np.ndarray, lr: float | np.ndarray, curvature: np.ndarray 
 
 @dataclass(frozen=True)
 class InRun(Stage):
-    """Each row's value for every task, (n, j), in plain SGD from the warm-up's last checkpoint, all rows every epoch."""
+    """Each row's value for every task, (n, j), in plain SGD over all rows from the warm-up's last checkpoint."""
 
     second_order: bool
     learning_rate: float

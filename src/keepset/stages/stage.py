@@ -1,8 +1,8 @@
 """What a run computes, as values: a stage says what its numbers are made of, what it needs, what it costs, and does it.
 
 Equal stages give equal numbers, so two methods that ask for equal stages share them. From the value alone follow the
-files in the run folder (`Sweep.name` and `Sweep.key`), the price (`works`, what `plan` and `compare` print), the entries
-in `costs.jsonl`, the keys of stored scores (`id`), and what another process needs to take part (`Pass`).
+files in the run folder (`Sweep.name` and `Sweep.key`), the price (`works`, what `plan` and `compare` print), the
+entries in `costs.jsonl`, the keys of stored scores (`id`), and what another process needs to take part (`Pass`).
 """
 
 from __future__ import annotations

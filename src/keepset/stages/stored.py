@@ -46,6 +46,8 @@ def stored_influence(
         adam: the checkpoint's moments.
         kind: the gradient map.
         adapter: the checkpoint's digest.
+        ids: what the entries of the pass and of the sample in `costs.jsonl` are found by.
+        passes: forward-equivalents of a gradient pass.
 
     Returns:
         The columns of `Dots`, and the store's error on a sample that is scored exactly too:

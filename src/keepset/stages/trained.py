@@ -1,4 +1,4 @@
-"""The helpers that scoring trains: DavIR's reference, a reference for each fold, and the warm-up with its checkpoints."""
+"""What scoring trains: DavIR's reference, a reference for each fold, and the warm-up with its checkpoints."""
 
 from __future__ import annotations
 
@@ -187,7 +187,6 @@ def given_reference(job: Job) -> Trained:
 @dataclass(frozen=True)
 class Warmup(Stage):
     """A LoRA trained on a share of the pool, with a checkpoint an epoch."""
-
 
     @property
     def word(self) -> str:
