@@ -10,6 +10,7 @@ from keepset.errors import RecipeError
 from keepset.pipeline.idle import idle
 from keepset.recipe import Recipe, VariantSpec, parse_recipe, set_key
 from keepset.report.overlap import agreement, print_agreement
+from keepset.runfolder import layout
 from keepset.stages.job import Job
 
 OWN = "recipe"  # what the recipe's own scoring is called
@@ -22,7 +23,7 @@ def variant_recipe(recipe: Recipe, variant: VariantSpec) -> Recipe:
         RecipeError: an unknown key, or a value that doesn't fit it.
     """
     data = recipe.model_dump(mode="json", exclude={"variants", "mix", "evaluate"})
-    data["run_dir"] = f"{recipe.run_dir}/variants/{variant.label}"
+    data["run_dir"] = f"{recipe.run_dir}/{layout.variant(variant.label)}"
     data["controls"] = {"random_seeds": [], "longest": False, "base": False}
     for key, value in variant.set.items():
         set_key(data, key, value)
@@ -53,9 +54,9 @@ def run_variants(job: Job, out: Console | None, *, force: bool = False) -> dict[
         jobs[variant.label] = sub
     result = {}
     for method in recipe.methods:
-        tables = {name: one.run.load_table(f"scores/{method.label}.parquet") for name, one in jobs.items()}
+        tables = {name: one.run.load_table(layout.scores(method.label)) for name, one in jobs.items()}
         result[method.label] = agreement(tables, recipe.budget)
-    job.run.save_json("overlap.json", result)
+    job.run.save_json(layout.OVERLAP, result)
     for label, found in result.items():
         job.say(f"{label}: agreement over variants")
         print_agreement(found, out or Console())
