@@ -42,6 +42,7 @@ from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.pipeline.idle import refuse_idle_options
 from keepset.recipe import MethodSpec
+from keepset.runfolder import layout
 from keepset.runfolder.scored import Scored, signed, task_parts
 
 if TYPE_CHECKING:
@@ -477,7 +478,7 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
     ).replace_schema_metadata(
         {"method": spec.name, "label": spec.label, "options": str(spec.options), "length_unit": job.length_unit}
     )
-    job.run.save_table(f"scores/{spec.label}.parquet", table, key=score_key(job, spec))
+    job.run.save_table(layout.scores(spec.label), table, key=score_key(job, spec))
     bad = int((~finite).sum())
     job.say(f"{spec.label}: {len(values)} rows in = {len(values) - bad} scored + {bad} quarantined")
     return table

@@ -19,6 +19,7 @@ from keepset.data.words import count_words
 from keepset.errors import DataError, RecipeError
 from keepset.progress import track
 from keepset.recipe import ModelSpec, Recipe
+from keepset.runfolder import layout
 from keepset.runfolder.files import canonical, free_memory, write_atomic
 from keepset.runfolder.run import Run
 
@@ -205,7 +206,7 @@ class Job:
         """
         entries = [asdict(q) for q in self.pool.quarantine] + ([] if self.text_only else self.encoded[1])
         write_atomic(
-            self.run.path / "quarantine.jsonl", "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
+            self.run.path / layout.QUARANTINE, "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
         )
 
     @property

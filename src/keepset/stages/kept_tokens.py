@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from keepset.runfolder import layout
 from keepset.runfolder.files import digest, write_atomic
 from keepset.runfolder.run import Run
 
@@ -23,7 +24,7 @@ def keep_tokens(folder: Path, ids: Sequence[str], token_nll: Sequence[np.ndarray
     nll = pa.array([x.astype(np.float32) for x in token_nll], pa.list_(pa.float32()))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"id": pa.array(list(ids)), "nll": nll}), sink, compression="zstd")
-    write_atomic(folder / "tokens" / f"{digest(list(ids))[:16]}.parquet", sink.getvalue().to_pybytes())
+    write_atomic(folder / layout.TOKENS_FOLDER / f"{digest(list(ids))[:16]}.parquet", sink.getvalue().to_pybytes())
 
 
 def kept_tokens(run: Run, stage: str, row_id: str) -> np.ndarray | None:
@@ -35,9 +36,9 @@ def kept_tokens(run: Run, stage: str, row_id: str) -> np.ndarray | None:
         row_id: the row.
     """
     found = []
-    for path in sorted((run.path / "work" / stage).glob("*/tokens/*.parquet")):
+    for path in sorted((run.path / layout.WORK_FOLDER / stage).glob(f"*/{layout.TOKENS_FOLDER}/*.parquet")):
         try:
-            key = json.loads((path.parents[1] / "key.json").read_text(encoding="utf-8"))
+            key = json.loads((path.parents[1] / layout.KEY).read_text(encoding="utf-8"))
             if key["token_loss"] != "ce":  # of a method with another loss
                 continue
             table = pq.read_table(path, filters=[("id", "=", row_id)])

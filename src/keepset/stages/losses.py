@@ -16,6 +16,7 @@ from keepset.model.encode import content_only
 from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.model.weights import config_digests, fingerprint, weight_files
 from keepset.recipe import TrainSpec
+from keepset.runfolder import layout
 from keepset.runfolder.files import digest, file_digest
 from keepset.runfolder.shards import Arrays
 from keepset.stages.counts import answer_alone
@@ -294,8 +295,8 @@ def reference_model(job: Job) -> tuple[Path, str, bool]:
             else weights_of(path)
         )
         return path, digest([spec.path, *made]), full
-    train_rows(job, "models/reference", job.sides[1], job.ids, spec, job.recipe.seed)
-    path = job.run.path / "models/reference"
+    train_rows(job, layout.reference(), job.sides[1], job.ids, spec, job.recipe.seed)
+    path = job.run.path / layout.reference()
     return path, digest(weights_of(path)), spec.full
 
 
@@ -311,7 +312,7 @@ def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
     nll, n_tokens = np.zeros(len(fold)), np.zeros(len(fold), dtype=np.int64)
     for k in range(spec.folds):
         train, score = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        folder = f"models/reference-fold{k}"
+        folder = layout.reference(k)
         train_rows(job, folder, [job.sides[1][i] for i in train], job.ids[train], spec, job.recipe.seed)
         path = job.run.path / folder
         key = {**base_key(job, token_loss), "reference": digest(weights_of(path)), "fold": k}
@@ -364,7 +365,7 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
 
     def work(path: Path) -> dict[str, Any]:
         n_tokens, n_head = count_tokens(trained_sides(sides, spec))
-        with job.run.timed("train models/warmup", rows=len(sides)) as spent:
+        with job.run.timed(f"train {layout.WARMUP}", rows=len(sides)) as spent:
             job.say(f"warm-up: {len(sides)} rows, {n_tokens} tokens, {spec.num_train_epochs:g} epochs")
             work = flops(job.loaded.model, n_tokens, n_head, passes=2) * spec.num_train_epochs
             job.release()
@@ -372,8 +373,8 @@ def warmup_checkpoints(job: Job) -> list[Checkpoint]:
             spent.update(tokens=int(n_tokens * spec.num_train_epochs), flops=work)
         return {"rows": len(sides), "checkpoints": [c.path.name for c in found]}
 
-    job.run.step("models/warmup", train_key(job, spec, job.ids[picked], seed), work)
-    checkpoints = list_checkpoints(job.run.path / "models/warmup")
+    job.run.step(layout.WARMUP, train_key(job, spec, job.ids[picked], seed), work)
+    checkpoints = list_checkpoints(job.run.path / layout.WARMUP)
     return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
 
 

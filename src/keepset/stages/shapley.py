@@ -14,6 +14,7 @@ from keepset.methods.in_run_shapley import in_run_shapley
 from keepset.methods.tmc_shapley import ShapleyEstimate, tmc_shapley
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops
+from keepset.runfolder import layout
 from keepset.runfolder.files import digest, write_atomic
 from keepset.stages.counts import pair_gradients
 from keepset.stages.losses import VERSION, id_order, warmup_checkpoints, weights_of
@@ -65,16 +66,16 @@ def in_run_values(job: Job, spec: InRun) -> np.ndarray:
         "version": VERSION, **job.data_key(), "ids": digest([str(i) for i in job.ids]), "tasks": names,
         "target": job.target.fingerprint(), "checkpoint": digest(weights_of(checkpoint.path)), "run": vars(spec),
     }  # fmt: skip
-    folder = f"models/in-run-{digest(key)[:8]}"
+    folder = layout.in_run(digest(key)[:8])
 
     def work(path: Path) -> dict[str, Any]:
         with attached(job.loaded.model, checkpoint.path) as model:
-            return run_steps(job, spec, model, path / "state.safetensors")
+            return run_steps(job, spec, model, path / layout.STATE)
 
     facts = job.run.step(folder, key, work)
     if not facts["reused"]:
         job.say(f"in-run Shapley: {facts['steps']} SGD steps took the target's loss down by {facts['drop']:.4f} nats")
-    return load_state(job.run.path / folder / "state.safetensors")["values"]
+    return load_state(job.run.path / folder / layout.STATE)["values"]
 
 
 def run_steps(job: Job, spec: InRun, model: Any, path: Path) -> dict[str, Any]:
@@ -219,7 +220,7 @@ def retraining_values(job: Job, spec: Retrain) -> tuple[np.ndarray, np.ndarray, 
         "players": [[str(i) for i in sorted(job.ids[rows])] for _, rows in players],
         "seed": spec.seed, **retraining_args(job),
     }  # fmt: skip
-    name = f"work/retraining-{digest(key)[:16]}.json"
+    name = layout.retraining(digest(key)[:16])
     known: dict[str, float] = known_utilities(job, name)
     model = apply_lora(job.loaded.model, job.recipe.lora, spec.seed)
     try:
