@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from keepset.runfolder import layout
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/keepset"
@@ -37,6 +39,9 @@ LONG = {
 """Files that are still too long: none may be added."""
 
 LONGEST = 400
+
+OTHER_FOLDERS = {"data/readers.py": {"data"}, "model/gguf.py": {"models", ".lock"}}
+"""Names of the layout in folders that are no run's: a data set's own, and the cache of converted models."""
 
 
 def modules() -> dict[str, Path]:
@@ -97,6 +102,59 @@ def test_no_file_is_longer_than_four_hundred_lines_but_those_that_are_listed() -
     lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCE.rglob("*.py")}
     long = {p.relative_to(SOURCE).as_posix() for p, n in lines.items() if n > LONGEST}
     assert long == LONG
+
+
+def names_of_the_layout() -> tuple[set[str], set[str]]:
+    """Every file name (it has a dot) and folder name that `layout` gives, also in the paths that it puts together."""
+    made = [layout.scores("x"), layout.subset("x"), layout.reference(), layout.reference(0), layout.in_run("x"),
+            layout.model("x", 0), layout.epochs("x", 0), layout.stage("x", "y"), layout.retraining("x")]  # fmt: skip
+    constants = [value for name, value in vars(layout).items() if name.isupper() and isinstance(value, str)]
+    parts = {part for path in [*constants, *made] for part in PurePosixPath(path).parts}
+    own = {part for part in parts if not re.match(r"x|y$|.*-(x|seed0|fold0)\b", part)}
+    return {part for part in own if "." in part}, {part for part in own if "." not in part}
+
+
+def spelt_out(path: Path) -> set[str]:
+    """The literals of a file that spell a name of the layout out.
+
+    A docstring and a text for people (any literal with a blank, the stages' names in costs.jsonl too) may name a file.
+    Any other literal may not hold a file's name, nor a folder's before a `/`, nor a folder's alone as a part of a path
+    put together by `/`; nor end in `-seed`, by which a subset's model is named.
+    """
+    files, folders = names_of_the_layout()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    joined = {side for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+              for side in (node.left, node.right)}  # fmt: skip
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or node in docstrings:
+            continue
+        text = node.value
+        *before, last = text.split("/")
+        if re.search(r"\s", text):
+            continue
+        if files & {*before, last} or folders & {*before} or (node in joined and text in folders):
+            found.add(text)
+        if re.search(r"(^|[^-])-seed$", text):
+            found.add(text)
+    return found
+
+
+def test_the_names_in_a_run_folder_stand_in_the_layout_alone() -> None:
+    spelt = {p.relative_to(SOURCE).as_posix(): spelt_out(p) for p in SOURCE.rglob("*.py") if p.name != "layout.py"}
+    assert {file: names for file, names in spelt.items() if names} == OTHER_FOLDERS
+
+
+def test_a_name_spelt_out_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(
+        'def f(run, label, seed):\n    """Writes scores/x.parquet and subsets.json."""\n'
+        '    run.say(f"{run}: no scores/ in this folder")\n'
+        '    return (run / "scores", f"scores/{label}.parquet", f"{label}-seed{seed}", run.subsets["scores"],\n'
+        '            run / "x/done.json", "subsets.json", "--seed", "data", "costs.jsonl is not there")\n'
+    )
+    assert spelt_out(file) == {"scores", "scores/", "-seed", "x/done.json", "subsets.json"}
 
 
 def test_the_map_in_the_readme_is_the_tree() -> None:

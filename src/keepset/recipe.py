@@ -354,13 +354,12 @@ def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> R
 
 
 def variant_recipe(recipe: Recipe, variant: VariantSpec, where: str = "recipe") -> Recipe:
-    """The recipe with the variant's keys, in a folder of its own; it scores, and trains no model on what it chooses.
+    """The recipe with the variant's keys; it scores, and trains no model on what it chooses.
 
     Raises:
         RecipeError: an unknown key, a value that doesn't fit it, or a key that does nothing in the variant.
     """
     data = recipe.model_dump(mode="json", exclude={"variants", "mix", "evaluate"})
-    data["run_dir"] = f"{recipe.run_dir}/variants/{variant.label}"
     data["controls"] = {"random_seeds": [], "longest": False, "base": False}
     for key, value in variant.set.items():
         set_key(data, key, value)

@@ -10,6 +10,7 @@ import typer
 
 from keepset.cli.train import AsJson, accuracy_lines, interval, progress
 from keepset.errors import DataError, RecipeError
+from keepset.runfolder import layout
 from keepset.runfolder.files import json_text, write_atomic
 
 Model = Annotated[str, typer.Option("--model_name_or_path", "--model-name-or-path", help="hub name, folder or `demo`")]
@@ -203,7 +204,7 @@ def lm_eval(
     job = open_job(run_dir)
     learner = Learner(job)
     wanted = [t for t in tasks.split(",") if t]
-    folder = run_dir / "lm-eval"
+    folder = run_dir / layout.LM_EVAL_FOLDER
     if learner.eval_pairs:
         write_pair_task(folder, "keepset_pairs", learner.encoder.tokenizer, learner.eval_pairs[0])
         wanted.insert(0, "keepset_pairs")
@@ -211,7 +212,7 @@ def lm_eval(
         raise RecipeError("nothing to hand over: the recipe has no held-out pairs and --tasks names no task")
     base, names = str(resolve(learner.spec)), ",".join(wanted)
     print(command(base, None, names, folder, folder / "base"))
-    for path in sorted((run_dir / "models").glob("*-seed*")):
+    for path in sorted((run_dir / layout.MODELS_FOLDER).glob(layout.seeded("*", "*"))):
         whole = not (path / "adapter_config.json").exists()
         print(command(str(path) if whole else base, None if whole else path, names, folder, folder / path.name))
 
@@ -279,7 +280,7 @@ def open_reward(folder: Path, base: str | None) -> tuple[Any, Any, dict[str, Any
     spec = ModelSpec(model_name_or_path=base)
     progress().print(f"judge: {folder} on {base}", highlight=False)
     model, tokenizer = load_reward(spec, folder)
-    measured = folder / "heldout.json"
+    measured = folder / layout.REWARD_HELDOUT
     return model, Encoder(tokenizer, spec), json.loads(measured.read_text()) if measured.exists() else None
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from keepset.errors import RecipeError
+from keepset.runfolder import layout
 
 RunDir = Annotated[Path, typer.Option("--run_dir", "--run-dir", help="the run folder")]
 Force = Annotated[bool, typer.Option("--force", help="go on in a folder made by another recipe")]
@@ -67,7 +68,7 @@ def open_job(
     from keepset.runfolder.run import Run
     from keepset.stages.job import Job
 
-    path = run_dir / "recipe.yaml"
+    path = run_dir / layout.RECIPE
     data: dict[str, Any] = Run(run_dir).recipe().model_dump(mode="json") if path.exists() else {"methods": []}
     if not path.exists() and not pool:
         raise RecipeError(

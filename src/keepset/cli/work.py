@@ -23,6 +23,7 @@ from keepset.cli.options import (
     open_job,
 )
 from keepset.errors import KeepsetError, RecipeError
+from keepset.runfolder import layout
 from keepset.runfolder.files import json_text
 
 
@@ -88,7 +89,7 @@ def demo(run_dir: RunDir = Path("runs/demo"), force: Force = False, quiet: Quiet
     from keepset.recipe import load_recipe
 
     with as_file(files("keepset") / "demo") as folder:
-        loaded = load_recipe(folder / "recipe.yaml").model_copy(update={"run_dir": str(run_dir)})
+        loaded = load_recipe(folder / layout.RECIPE).model_copy(update={"run_dir": str(run_dir)})
         run_recipe(loaded, console=err, force=force)
 
 
@@ -140,7 +141,7 @@ def score(
         scored = table.num_rows - table["score"].null_count
         quarantined = job.pool.n_in - scored
         print(json_text({"label": spec.label, "rows_in": job.pool.n_in, "scored": scored, "quarantined": quarantined,
-                          "file": str(run_dir / "scores" / f"{spec.label}.parquet")}))  # fmt: skip
+                          "file": str(run_dir / layout.scores(spec.label))}))  # fmt: skip
 
 
 def select(
@@ -175,13 +176,13 @@ def select(
     if budget:
         parse_budget(budget, 1, None)
     probe = open_job(run_dir)
-    words = (probe.run.load_table(f"scores/{label}.parquet").schema.metadata or {}).get(b"length_unit") == b"words"
+    words = (probe.run.load_table(layout.scores(label)).schema.metadata or {}).get(b"length_unit") == b"words"
     job = open_job(
         run_dir, settings=[*settings, *([f"budget={budget}"] if budget else [])], force=True, text_only=words
     )
     with job.run.lock():
         subset = choose(job, label, job.recipe.budget[0], overrides=overrides)
-        table = job.run.load_table(f"scores/{label}.parquet")
+        table = job.run.load_table(layout.scores(label))
         shares = diagnose_shares(table, subset.name, subset.ids(job))
         record(job, diagnose_edge(subset) + shares)
         for finding in shares:

@@ -29,6 +29,7 @@ from keepset.data.export_dialects import DIALECTS
 from keepset.data.turns import is_learnt
 from keepset.located import SETTINGS_FILES
 from keepset.model.gguf import DEMO_MODELS
+from keepset.runfolder import layout
 from keepset.runfolder.files import write_atomic
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
     from keepset.stages.job import Job
 
-FOLDER = "trainers"
+FOLDER = layout.TRAINERS_FOLDER
 ANSWER = "assistant"
 
 README = """# {n} rows chosen by {label}, ready for a trainer
@@ -96,7 +97,7 @@ def write_trainers(job: Job, subset: Subset) -> list[str]:
     }
     if model.template is not None:
         files["chat_template.jinja"] = model.template
-    files["README.md"] = README.format(
+    files[layout.CARD] = README.format(
         n=subset.n_rows,
         label=subset.label,
         kind="plain `text`" if all(plain) else "`messages`",

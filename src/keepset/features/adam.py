@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keepset.errors import ModelError, RecipeError, did_you_mean
+from keepset.runfolder import layout
 
 GradientMap = Literal["sgd", "adam", "adam-less", "precondition", "sign"]
-FILE = "adam.safetensors"
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def from_optimizer(optimizer: torch.optim.Optimizer, named_parameters: dict[str,
 
 def save_adam(state: AdamState, folder: str | Path) -> Path:
     """Write `adam.safetensors` (keys `exp_avg.<name>`, `exp_avg_sq.<name>`; step, betas and eps in its header)."""
-    path = Path(folder) / FILE
+    path = Path(folder) / layout.MOMENTS
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"exp_avg.{n}": t.float().cpu().contiguous() for n, t in state.exp_avg.items()}
     tensors |= {f"exp_avg_sq.{n}": t.float().cpu().contiguous() for n, t in state.exp_avg_sq.items()}
@@ -235,7 +235,7 @@ def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamSt
         ModelError: no such file, not safetensors, or without step, betas and eps.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() or path.suffix != ".safetensors" else path
+    path = path / layout.MOMENTS if path.is_dir() or path.suffix != ".safetensors" else path
     if not path.is_file():
         raise ModelError(f"{path}: no Adam moments there; a warm-up of this version writes them at every checkpoint")
     first: dict[str, Tensor] = {}
@@ -250,7 +250,7 @@ def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamSt
                     (first if kind == "exp_avg" else second)[name] = file.get_tensor(key)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
-    beside = path.parent / "meta.json"
+    beside = path.parent / layout.META
     if isinstance(meta, dict) and "step" not in meta and beside.is_file():
         try:
             meta = json.loads(beside.read_text(encoding="utf-8"))

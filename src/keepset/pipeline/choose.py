@@ -15,6 +15,7 @@ from keepset.budget_text import parse_budget
 from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label
+from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
 from keepset.selection.edge import BANDS, COARSE_NOISE, NOISE, Stability, score_noise, stability
 from keepset.selection.select import select
@@ -73,7 +74,7 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
         KeepsetError: `label` has not been scored in this run folder.
         RecipeError: the budget can't be met by the policy.
     """
-    table = job.run.load_table(f"scores/{check_label(label)}.parquet")
+    table = job.run.load_table(layout.scores(check_label(label)))
     if overrides is not None:
         table = apply_overrides(table, overrides)
     indices = select_rows(job, table, budget, job.recipe.select)
@@ -179,7 +180,7 @@ def choose_mix(job: Job, mix: MixSpec) -> Subset:
         if part.method == "full":
             parts.append(np.flatnonzero(np.asarray(job.pool.sources())[job.usable].astype(str) == part.source))
         else:
-            table = job.run.load_table(f"scores/{part.method}.parquet")
+            table = job.run.load_table(layout.scores(part.method))
             parts.append(select_rows(job, table, part.budget, job.recipe.select, source=part.source))
     indices = np.concatenate(parts)
     return finish(job, Subset(mix.label, mix.label, "mix", "mix", indices, int(job.n_tokens()[indices].sum())))
@@ -216,8 +217,8 @@ def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
 
 def finish(job: Job, subset: Subset) -> Subset:
     """Write `subsets/<name>` in the input's own dialect, mark the rows in the scores, and note the subset."""
-    path = job.run.path / "subsets" / f"{subset.name}.jsonl"
-    index = job.run.load_json("subsets.json", {})
+    path = job.run.path / layout.subset(subset.name)
+    index = job.run.load_json(layout.SUBSETS, {})
     ids = [str(i) for i in subset.ids(job)]
     old = index.get(subset.name, {})
     if path.exists() and old.get("ids") == ids and old.get("sha256") not in (None, file_digest(path)):
@@ -226,9 +227,9 @@ def finish(job: Job, subset: Subset) -> Subset:
     entry = {k: v for k, v in asdict(subset).items() if k not in ("indices", "edge")}
     if subset.edge is not None:
         entry["edge"] = {**asdict(subset.edge), "left_out": subset.edge.left_out[:MOST_NAMED]}
-    index[subset.name] = {**entry, "n_rows": subset.n_rows, "file": f"subsets/{path.name}",
+    index[subset.name] = {**entry, "n_rows": subset.n_rows, "file": layout.subset(subset.name),
                           "sha256": file_digest(path), "ids": ids}  # fmt: skip
-    job.run.save_json("subsets.json", index)
+    job.run.save_json(layout.SUBSETS, index)
     mark_selected(job, subset)
     job.say(f"{subset.name}: keeps {subset.n_rows} of {len(job.ids)} rows ({subset.n_tokens} {job.length_unit})")
     return subset
@@ -236,7 +237,7 @@ def finish(job: Job, subset: Subset) -> Subset:
 
 def mark_selected(job: Job, subset: Subset) -> None:
     """Set the `selected` column of the label's scores, for the first budget only."""
-    name = f"scores/{subset.label}.parquet"
+    name = layout.scores(subset.label)
     first = subset_name(subset.label, job.recipe.budget[0], len(job.recipe.budget))
     if subset.name != first or not (job.run.path / name).exists():
         return
@@ -254,7 +255,7 @@ def stored_ids(job: Job, name: str) -> list[str]:
     """
     if name == "full":
         return [str(i) for i in job.ids]
-    index: dict[str, Any] = job.run.load_json("subsets.json", {})
+    index: dict[str, Any] = job.run.load_json(layout.SUBSETS, {})
     if name not in index:
         hint = did_you_mean(name, list(index)) or f"; there are: {', '.join(index) or 'none, run `keepset select`'}"
         raise RecipeError(f"no subset '{name}' in {job.run.path}{hint}")
@@ -273,7 +274,7 @@ def stored_subset(job: Job, name: str) -> Subset:
     if name == "dpo-direct":
         return direct_subset(job)
     ids = stored_ids(job, name)
-    entry = job.run.load_json("subsets.json")[name]
+    entry = job.run.load_json(layout.SUBSETS)[name]
     place = {row_id: i for i, row_id in enumerate(job.ids)}
     indices = np.array([place[i] for i in ids], dtype=np.int64)
     return Subset(name, entry["label"], entry["kind"], entry["budget"], indices, entry["n_tokens"])

@@ -15,6 +15,7 @@ from rich.table import Table
 from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, win_tie_loss
 from keepset.pipeline.learn import Items, epoch_points, item_metrics
 from keepset.pipeline.verdict import loss_against_performance, means_of, pareto, qualities
+from keepset.runfolder import layout
 from keepset.stages.counts import selection_work, training
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
             "models": loss_against_performance(means_of(rows)), "epochs": loss_against_performance(points),
         },
     }  # fmt: skip
-    job.run.save_json("comparison.json", result)
+    job.run.save_json(layout.COMPARISON, result)
     return result
 
 
@@ -151,7 +152,7 @@ def cost_of(job: Job, subset: Subset | None) -> dict[str, float]:
     patterns = [w.logged for w in work if w.logged] or [re.escape(f"score {subset.label}")]
     costs = job.run.costs()
     chosen = [e for e in costs if any(re.fullmatch(p, e["stage"]) for p in patterns)]
-    trained = [e for e in costs if e["stage"].startswith(f"train models/{subset.name}-seed")]
+    trained = [e for e in costs if e["stage"].startswith(f"train {layout.model(subset.name, '')}")]
     seeds = len({e["stage"] for e in trained}) or 1
     return {
         "select_seconds": round(sum(e["seconds"] for e in chosen), 2),

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from keepset.data import Pool, Target
 from keepset.data.leakage import find_leaks
 from keepset.evaluate.statistics import correlations
+from keepset.runfolder import layout
 
 if TYPE_CHECKING:
     from keepset.pipeline.choose import Subset
@@ -251,10 +252,10 @@ def record(job: Job, findings: list[Finding], *, anew: Collection[str] = ()) -> 
         findings: what was found.
         anew: names whose older findings all go: what they were about was looked at again.
     """
-    old = job.run.load_json("findings.json", [])
+    old = job.run.load_json(layout.FINDINGS, [])
     fresh = {(f.name, f.method) for f in findings}
     kept = [entry for entry in old if (entry["name"], entry["method"]) not in fresh and entry["name"] not in anew]
-    job.run.save_json("findings.json", kept + [asdict(f) for f in findings])
+    job.run.save_json(layout.FINDINGS, kept + [asdict(f) for f in findings])
     for finding in findings:
         if finding.level == "warning":
             job.say(f"  ! {finding.method + ': ' if finding.method else ''}{finding.text}; {finding.advice}")

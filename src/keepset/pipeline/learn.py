@@ -17,6 +17,7 @@ from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.pipeline.choose import Subset
 from keepset.recipe import TrainSpec
+from keepset.runfolder import layout
 from keepset.runfolder.files import digest, file_digest
 from keepset.stages.job import encode_pairs, encode_pool
 from keepset.stages.losses import VERSION, id_order
@@ -108,11 +109,6 @@ class Learner:
         return [rows[i] for i in usable], np.asarray(pool.sources(), dtype=str)[usable], pool  # type: ignore[misc]
 
 
-def model_folder(name: str, seed: int) -> str:
-    """Where the model trained on a subset lies in the run folder."""
-    return f"models/{name}-seed{seed}"
-
-
 def direct_args(job: Job) -> TrainSpec:
     """How the target's pairs are trained on: `train`, with DPO where that says SFT."""
     args = job.recipe.train
@@ -125,7 +121,7 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
 
     direct = subset.kind == "dpo-direct"
     args, rows = (direct_args(job), learner.target_pairs) if direct else (job.recipe.train, learner.rows(subset))
-    folder = model_folder(subset.name, seed)
+    folder = layout.model(subset.name, seed)
     key = {
         "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
@@ -163,10 +159,10 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
         The summary, and the per-item arrays: `pair.*` (m,) and `row.*` (n,); `pair.of.<task>` and `row.of.<source>`
         are 1 for their items.
     """
-    weights = None if seed is None else job.run.path / model_folder(name, seed)
-    folder = "evaluation/base" if weights is None else f"evaluation/{name}-seed{seed}"
+    weights = None if seed is None else job.run.path / layout.model(name, seed)
+    folder = layout.evaluation(name, seed)
     if seed is not None:
-        job.run.require_whole(model_folder(name, seed))
+        job.run.require_whole(layout.model(name, seed))
     pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
     key = {
         "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
@@ -177,41 +173,41 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
     }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
-        with job.run.timed(f"evaluate {folder.removeprefix('evaluation/')}"):
+        with job.run.timed(f"evaluate {name if seed is None else layout.seeded(name, seed)}"):
             items, gsm8k = measure(job, learner, weights)
-        save_file(items, str(path / "items.safetensors"))
+        save_file(items, str(path / layout.ITEMS))
         summary = summarise(job, learner, items, base)
         if gsm8k is not None:  # the answers' texts apart: they are most of the bytes
             answers, right = gsm8k.pop("answers"), items["gsm8k.correct"]
             job.run.save_json(
-                f"{folder}/gsm8k-answers.json",
+                f"{folder}/{layout.GSM8K_ANSWERS}",
                 [{"correct": bool(c), "answer": a} for c, a in zip(right, answers, strict=True)],
             )
             summary["gsm8k"] = gsm8k
-        job.run.save_json(f"{folder}/summary.json", summary)
+        job.run.save_json(f"{folder}/{layout.SUMMARY}", summary)
         return {}
 
     job.run.step(folder, key, work)
-    return job.run.load_json(f"{folder}/summary.json"), load_file(str(job.run.path / folder / "items.safetensors"))
+    return job.run.load_json(f"{folder}/{layout.SUMMARY}"), load_file(str(job.run.path / folder / layout.ITEMS))
 
 
 def evaluate_epochs(job: Job, learner: Learner, name: str, seed: int, base: Items | None, final: Items) -> None:
     """Evaluate a trained model at each epoch's end into `epochs/<name>-seed<k>`; the last one is the final model."""
-    model = job.run.path / model_folder(name, seed)
+    model = job.run.path / layout.model(name, seed)
     checkpoints = sorted(model.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     share = job.recipe.evaluate.length_match
     key = {"version": VERSION, "weights": [file_digest(p / "adapter_model.safetensors") for p in checkpoints],
            "final": digest([digest(v.tobytes()) for _, v in sorted(final.items())]), "match": share}  # fmt: skip
-    folder = f"epochs/{name}-seed{seed}"
+    folder = layout.epochs(name, seed)
 
     def work(path: Path) -> dict[str, Any]:
         points = []
         for k, checkpoint in enumerate(checkpoints, start=1):
-            with job.run.timed(f"evaluate {name}-seed{seed} after epoch {k}"):
+            with job.run.timed(f"evaluate {layout.seeded(name, seed)} after epoch {k}"):
                 items = final if checkpoint == checkpoints[-1] else measure(job, learner, checkpoint)[0]
             means = {m: float(np.mean(v)) for m, v in item_metrics(items, base, share).items()}
-            points.append({"model": f"{name}-seed{seed}", "epoch": k, "metrics": means})
-        job.run.save_json(f"{folder}/points.json", points)
+            points.append({"model": layout.seeded(name, seed), "epoch": k, "metrics": means})
+        job.run.save_json(f"{folder}/{layout.POINTS}", points)
         return {}
 
     job.run.step(folder, key, work)
@@ -219,7 +215,7 @@ def evaluate_epochs(job: Job, learner: Learner, name: str, seed: int, base: Item
 
 def epoch_points(job: Job) -> list[dict[str, Any]]:
     """What `evaluate_epochs` has measured, all models together."""
-    files = sorted((job.run.path / "epochs").glob("*/points.json"))
+    files = sorted((job.run.path / layout.EPOCHS_FOLDER).glob(f"*/{layout.POINTS}"))
     return [point for file in files for point in job.run.load_json(str(file.relative_to(job.run.path)))]
 
 

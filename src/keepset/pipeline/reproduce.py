@@ -16,6 +16,7 @@ from keepset.errors import KeepsetError
 from keepset.evaluate.statistics import spearman
 from keepset.located import located
 from keepset.recipe import Recipe, parse_recipe
+from keepset.runfolder import layout
 from keepset.runfolder.run import Run
 
 
@@ -25,7 +26,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
     Raises:
         KeepsetError: there is none, or it isn't one.
     """
-    path = path / "manifest.json" if path.is_dir() else path
+    path = path / layout.MANIFEST if path.is_dir() else path
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -118,7 +119,7 @@ def shared(before: list[str] | None, after: list[str] | None) -> str:
 
 def likeness(old: Path, new: Path, name: str) -> str:
     """How far two score files that differ agree; other files only differ."""
-    if not name.startswith("scores/"):
+    if not name.startswith(f"{layout.SCORES_FOLDER}/"):
         return "other bytes"
     try:
         tables = [Run(folder).load_table(name).select(["id", "score"]).to_pydict() for folder in (old, new)]

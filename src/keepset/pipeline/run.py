@@ -39,6 +39,7 @@ from keepset.pipeline.score_key import score_key
 from keepset.pipeline.variants import run_variants
 from keepset.recipe import MethodSpec, Recipe
 from keepset.report import write_report
+from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
 from keepset.stages.job import Job
 
@@ -75,14 +76,14 @@ def run_recipe(
         if cells:
             print_comparison(result, out or Console())
         job.say(tell_selection_cost(result["selection"]))
-        job.say(f"report: {job.run.path / 'report.html'}")
+        job.say(f"report: {job.run.path / layout.REPORT}")
         job.say(f"run folder: {job.run.path}")
     return job
 
 
 def scored(job: Job, spec: MethodSpec) -> None:
     """Score by a method unless this folder has its whole scores, made of the same rows, models and options."""
-    if job.run.saved_key(f"scores/{spec.label}.parquet") == score_key(job, spec):
+    if job.run.saved_key(layout.scores(spec.label)) == score_key(job, spec):
         job.say(f"{spec.label}: scored before, kept")
         return
     score(job, spec)
@@ -99,7 +100,7 @@ def choose_all(job: Job) -> list[Subset]:
         chosen = [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
         subsets += chosen
         if kind == "method":
-            table = job.run.load_table(f"scores/{spec.label}.parquet")
+            table = job.run.load_table(layout.scores(spec.label))
             record(job, diagnose_scores(table, spec.label, folds=job.recipe.reference.folds))
             for subset in chosen:
                 record(job, diagnose_edge(subset) + diagnose_shares(table, subset.name, subset.ids(job)))
@@ -148,13 +149,13 @@ def evaluated_cells(job: Job) -> list[Cell]:
     Raises:
         KeepsetError: nothing is evaluated yet.
     """
-    folder = job.run.path / "evaluation"
+    folder = job.run.path / layout.EVALUATION_FOLDER
     cells: list[Cell] = []
-    for path in sorted(folder.glob("*/done.json")):
-        name, _, seed = path.parent.name.rpartition("-seed")
-        job.run.require_whole(f"evaluation/{path.parent.name}")
-        items = load_file(str(path.parent / "items.safetensors"))
-        cells.append((stored_subset(job, name), int(seed), items) if name else (None, None, items))
+    for path in sorted(folder.glob(f"*/{layout.DONE}")):
+        named = layout.name_and_seed(path.parent.name)
+        job.run.require_whole(layout.evaluation(path.parent.name, None))
+        items = load_file(str(path.parent / layout.ITEMS))
+        cells.append((stored_subset(job, named[0]), named[1], items) if named else (None, None, items))
     if not cells:
         raise KeepsetError(f"{folder}: nothing evaluated yet; `keepset run`, or `train` and then `evaluate`")
     return sorted(cells, key=lambda cell: table_order(job.recipe, cell))
@@ -213,22 +214,22 @@ def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
             "fingerprint": job.pool.fingerprint(),
         },
         "files": made_files(job),
-        "subsets": job.run.load_json("subsets.json", {}),
+        "subsets": job.run.load_json(layout.SUBSETS, {}),
         "costs": job.run.costs(),
-        "selection_cost": job.run.load_json("comparison.json", {}).get("selection"),
+        "selection_cost": job.run.load_json(layout.COMPARISON, {}).get("selection"),
         "seconds": round(seconds, 1),
     }
-    job.run.save_json("manifest.json", manifest)
+    job.run.save_json(layout.MANIFEST, manifest)
 
 
 def made_files(job: Job) -> dict[str, str]:
     """sha256 of what the run made and would make again: scores, subsets, weights, per-item results; by file name."""
     run = job.run
-    files = {f"scores/{p.name}": file_digest(p) for p in sorted((run.path / "scores").glob("*.parquet"))}
-    files |= {entry["file"]: entry["sha256"] for entry in run.load_json("subsets.json", {}).values()}
-    for done in sorted(p for kind in ("models", "evaluation", "epochs") for p in run.path.glob(f"{kind}/*/done.json")):
+    files = {layout.scores(p.stem): file_digest(p) for p in sorted(run.path.glob(layout.scores("*")))}
+    files |= {entry["file"]: entry["sha256"] for entry in run.load_json(layout.SUBSETS, {}).values()}
+    for done in sorted(p for kind in layout.STEP_FOLDERS for p in run.path.glob(f"{kind}/*/{layout.DONE}")):
         folder = str(done.parent.relative_to(run.path))
         made = (run.done(folder) or {"files": {}})["files"]
-        kept = (".safetensors", "points.json")  # others hold seconds
+        kept = (".safetensors", layout.POINTS)  # others hold seconds
         files |= {f"{folder}/{name}": sha for name, sha in sorted(made.items()) if name.endswith(kept)}
     return files

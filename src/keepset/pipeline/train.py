@@ -17,6 +17,7 @@ from rich.console import Console
 from keepset.data import load_pool
 from keepset.errors import DataError, RecipeError, did_you_mean
 from keepset.recipe import DataSpec, LoraSpec, ModelSpec, TrainSpec
+from keepset.runfolder import layout
 from keepset.runfolder.files import canonical, json_text, write_atomic
 from keepset.stages.job import encode_pool
 from keepset.train.arguments import OURS
@@ -144,7 +145,7 @@ def read_rows(paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs:
         raise DataError(f"{paths[0]}: no usable row; the first: {bad[0]['reason']}: {bad[0]['detail']}")
     if bad and out is not None and is_main():
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "quarantine.jsonl", "".join(canonical(b) + "\n" for b in bad).encode("utf-8", "replace"))
+        write_atomic(out / layout.QUARANTINE, "".join(canonical(b) + "\n" for b in bad).encode("utf-8", "replace"))
     prompts = [pool.messages(i)[: pool.table["n_prompt"][int(i)].as_py() if pairs else -1] for i in used]
     return Rows([found[i] for i in used], [canonical(p) for p in prompts])
 
@@ -263,5 +264,5 @@ def training_facts(result: Any) -> dict[str, Any]:
 def save_facts(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write `evaluation.json` beside the weights."""
     if is_main():
-        write_atomic(out / "evaluation.json", json_text(facts, indent=1).encode())
+        write_atomic(out / layout.TRAIN_EVALUATION, json_text(facts, indent=1).encode())
     return facts

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from keepset.recipe import variant_recipe
 from keepset.report.overlap import agreement, print_agreement
+from keepset.runfolder import layout
 from keepset.stages.job import Job
 
 OWN = "recipe"  # what the recipe's own scoring is called
@@ -25,16 +26,18 @@ def run_variants(job: Job, out: Console | None, *, force: bool = False) -> dict[
     for variant in recipe.variants:
         changed = ", ".join(f"{k}: {v}" for k, v in variant.set.items())
         job.say(f"variant {variant.label}: {changed}")
-        sub = Job(variant_recipe(recipe, variant), console=job.console, force=force)
+        folder = f"{recipe.run_dir}/{layout.variant(variant.label)}"
+        own = variant_recipe(recipe, variant).model_copy(update={"run_dir": folder})
+        sub = Job(own, console=job.console, force=force)
         sub.run.lenders = [job.run.path]
         with sub.run.lock():
             choose_all(sub)
         jobs[variant.label] = sub
     result = {}
     for method in recipe.methods:
-        tables = {name: one.run.load_table(f"scores/{method.label}.parquet") for name, one in jobs.items()}
+        tables = {name: one.run.load_table(layout.scores(method.label)) for name, one in jobs.items()}
         result[method.label] = agreement(tables, recipe.budget)
-    job.run.save_json("overlap.json", result)
+    job.run.save_json(layout.OVERLAP, result)
     for label, found in result.items():
         job.say(f"{label}: agreement over variants")
         print_agreement(found, out or Console())

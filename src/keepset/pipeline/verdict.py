@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.evaluate.statistics import correlations
+from keepset.runfolder import layout
 
 # What a comparison is summed up by, the first that was measured; the sign makes larger better.
 QUALITY = (("accuracy.policy_mean.matched", 1), ("gsm8k.accuracy", 1), ("accuracy.policy_mean", 1),
@@ -105,7 +106,7 @@ def loss_against_performance(points: Sequence[dict[str, Any]]) -> list[dict[str,
 
 def means_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The comparison's rows as points: the base and every trained model, by its means."""
-    return [{"model": f"{row['label']}-seed{row['seed']}",
+    return [{"model": layout.seeded(row["label"], row["seed"]),
              "metrics": {k: v["value"] for k, v in row["metrics"].items()}} for row in rows]  # fmt: skip
 
 

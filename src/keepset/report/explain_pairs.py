@@ -26,6 +26,7 @@ from keepset.errors import KeepsetError
 from keepset.methods.rose import checkpoint_weights
 from keepset.report.explain import find_row
 from keepset.report.read import RunData, read_run
+from keepset.runfolder import layout
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
@@ -97,10 +98,10 @@ def checkpoints_of(job: Job, spec: Any) -> list[Checkpoint]:
 
     given = job.recipe.warmup
     if not given.path:
-        if not (job.run.path / "models/warmup/done.json").exists():
+        if not (job.run.path / layout.WARMUP / layout.DONE).exists():
             raise KeepsetError(f"{job.run.path}: no warm-up checkpoints here; `keepset score {spec.name}` trains them")
-        job.run.require_whole("models/warmup")
-    found = list_checkpoints(Path(given.path) if given.path else job.run.path / "models/warmup")
+        job.run.require_whole(layout.WARMUP)
+    found = list_checkpoints(Path(given.path) if given.path else job.run.path / layout.WARMUP)
     found = found if given.checkpoints == "all" else found[-1:]
     return found[-spec.options.get("last", 0) :]
 

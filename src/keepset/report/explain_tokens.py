@@ -15,6 +15,7 @@ from rich.text import Text
 from keepset.errors import KeepsetError
 from keepset.report.explain import find_row
 from keepset.report.read import RunData, read_run
+from keepset.runfolder import layout
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
@@ -85,12 +86,12 @@ def reference_folder(data: RunData, id_: str) -> Path:
     spec = data.recipe.reference
     if spec.path:
         return Path(spec.path)
-    name = "models/reference"
+    name = layout.reference()
     if spec.folds >= 2:
         from keepset.methods.cross_fit import fold_of
 
         fold = dict(zip(data.ids.tolist(), fold_of(data.ids, spec.folds).tolist(), strict=True))
-        name = f"models/reference-fold{fold[id_]}"
+        name = layout.reference(fold[id_])
     if not (data.path / name).is_dir():
         raise KeepsetError(f"{data.path}: no reference model here ({name}); `keepset score davir` trains one")
     return data.path / name

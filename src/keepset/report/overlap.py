@@ -20,6 +20,7 @@ from rich.table import Table
 from keepset.budget_text import parse_budget
 from keepset.errors import RecipeError
 from keepset.evaluate.statistics import correlations
+from keepset.runfolder import layout
 from keepset.runfolder.run import Run
 from keepset.selection.ranking import rank_order
 
@@ -33,11 +34,11 @@ def stored_scores(place: str) -> pa.Table:
         KeepsetError: no such folder, or no such label in it.
     """
     folder, _, label = place.rpartition(":") if ":" in place else (place, "", "")
-    if not (Path(folder) / "recipe.yaml").exists():  # a Windows path, or a folder with a colon in its name
+    if not (Path(folder) / layout.RECIPE).exists():  # a Windows path, or a folder with a colon in its name
         folder, label = place, ""
     run = Run(folder)
     methods = run.recipe().methods
-    return run.load_table(f"scores/{label or methods[0].label}.parquet")
+    return run.load_table(layout.scores(label or methods[0].label))
 
 
 def agreement(tables: Mapping[str, pa.Table], budgets: Sequence[int | str] = SHARES) -> dict[str, Any]:

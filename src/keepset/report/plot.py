@@ -19,6 +19,7 @@ from keepset.pipeline.compare import HEADLINES
 from keepset.report.numbers import cut_of, histogram, length_correlation, overlap
 from keepset.report.payload import CONTROLS, verdicts
 from keepset.report.read import RunData, read_run
+from keepset.runfolder import layout
 
 FORMATS = ("png", "svg", "pdf")
 KEPT, REST, INK = "#0b7a6f", "#a7a49c", "#26231d"
@@ -73,7 +74,7 @@ def write_plots(
     from matplotlib.figure import Figure
 
     data = read_run(Path(run_dir), texts=False)
-    folder = Path(out) if out is not None else Path(run_dir) / "plots"
+    folder = Path(out) if out is not None else Path(run_dir) / layout.PLOTS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context(STYLE):

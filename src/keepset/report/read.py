@@ -13,6 +13,7 @@ import pyarrow as pa
 from keepset.data import Pool, load_pool
 from keepset.errors import KeepsetError
 from keepset.recipe import DataSpec, Recipe
+from keepset.runfolder import layout
 from keepset.runfolder.run import Run
 
 Message = dict[str, str]
@@ -56,21 +57,21 @@ def read_run(path: Path, *, labels: list[str] | None = None, texts: bool = True)
         KeepsetError: no scores in the folder, an unknown label, or a damaged file.
     """
     run = Run(path)
-    found = {p.stem: p for p in sorted((path / "scores").glob("*.parquet"))}
+    found = {p.stem: p for p in sorted((path / layout.SCORES_FOLDER).glob("*.parquet"))}
     if not found:
         raise KeepsetError(f"{path}: no scores here yet; `keepset run` or `keepset score` makes them")
-    recipe = run.recipe() if (path / "recipe.yaml").exists() else None
+    recipe = run.recipe() if (path / layout.RECIPE).exists() else None
     order = [m.label for m in recipe.methods] if recipe else []
     wanted = labels or [*(name for name in order if name in found), *(name for name in found if name not in order)]
-    tables = {label: run.load_table(f"scores/{label}.parquet") for label in wanted}
+    tables = {label: run.load_table(layout.scores(label)) for label in wanted}
     data = align(path, tables)
     data.recipe = recipe
-    data.recipe_text = (path / "recipe.yaml").read_text(encoding="utf-8") if recipe else ""
-    data.comparison = as_dict(run.load_json("comparison.json"))
-    data.findings = as_list(run.load_json("findings.json"))
-    data.manifest = as_dict(run.load_json("manifest.json"))
-    data.why = as_dict(run.load_json("why.json"))
-    data.quarantine = read_lines(path / "quarantine.jsonl")
+    data.recipe_text = (path / layout.RECIPE).read_text(encoding="utf-8") if recipe else ""
+    data.comparison = as_dict(run.load_json(layout.COMPARISON))
+    data.findings = as_list(run.load_json(layout.FINDINGS))
+    data.manifest = as_dict(run.load_json(layout.MANIFEST))
+    data.why = as_dict(run.load_json(layout.WHY))
+    data.quarantine = read_lines(path / layout.QUARANTINE)
     data.costs = run.costs()
     if texts:
         data.messages = row_texts(path, recipe, data.ids)
@@ -121,9 +122,7 @@ def align(path: Path, tables: dict[str, pa.Table]) -> RunData:
     for label, table in tables.items():
         lacking = {"id", "score", "rank", "selected"} - set(table.column_names)
         if lacking:
-            raise KeepsetError(
-                f"{path / 'scores' / label}.parquet: no column {', '.join(sorted(lacking))}; score again"
-            )
+            raise KeepsetError(f"{path / layout.scores(label)}: no column {', '.join(sorted(lacking))}; score again")
     ids = np.unique(np.concatenate([strings(table, "id") for table in tables.values()]).astype(str))
     place = {id_: i for i, id_ in enumerate(ids)}
     n = len(ids)
@@ -163,7 +162,8 @@ def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, l
     """
     wanted = {str(id_) for id_ in ids}
     found: dict[str, list[Message]] = {}
-    files = [*sorted((path / "data").glob("*.parquet")), *sorted((path / "subsets").glob("*.*"))]
+    folders = ((layout.DATA_FOLDER, "*.parquet"), (layout.SUBSETS_FOLDER, "*.*"))
+    files = [file for folder, pattern in folders for file in sorted((path / folder).glob(pattern))]
     kept = [DataSpec(path=str(p)) for p in files]
     here = [spec for spec in recipe.pool if spec.path != "-" and Path(spec.path).exists()] if recipe else []
     for specs in [here, *([spec] for spec in kept)]:

@@ -15,9 +15,9 @@ from keepset.errors import KeepsetError
 from keepset.report.explain_pairs import COSINES, pair_pulls, tell_without
 from keepset.report.explain_tokens import tokens_of_rows
 from keepset.report.read import read_run
+from keepset.runfolder import layout
 from keepset.runfolder.run import Run
 
-FILE = "why.json"
 EACH = 3  # validation rows kept for each direction
 ROWS = 2_000  # most rows a method
 
@@ -51,7 +51,7 @@ def write_why(run_dir: Path, *, console: Console | None = None) -> Path:
             found[label] = {id_: strongest(facts) for id_, facts in pair_pulls(run_dir, kept, label).items()}
     if not found:
         raise KeepsetError(f"{run_dir}: no method here keeps rows that a model explains (davir, rose, less and kin)")
-    return Run(Path(run_dir)).save_json(FILE, found)
+    return Run(Path(run_dir)).save_json(layout.WHY, found)
 
 
 def strongest(facts: dict[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,10 @@ import yaml
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
 from keepset.located import located
 from keepset.recipe import Recipe
+from keepset.runfolder import layout
 from keepset.runfolder.costs import Meter
 from keepset.runfolder.files import canonical, digest, file_digest, json_text, misfits, write_atomic
 from keepset.runfolder.shards import Arrays, Shards, find_shard, stage_folder, write_shard
-
-#: Holds the way from the run folder to the folder that it was started in.
-SEEN_FROM = "work/seen_from"
 
 
 class Run:
@@ -56,7 +54,7 @@ class Run:
             PlanMismatch: the folder was made by another recipe; the message lists what differs.
             KeepsetError: another process works in the folder, or it can't be written.
         """
-        path = self.path / "recipe.yaml"
+        path = self.path / layout.RECIPE
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
         known = path.exists() and not force
         if known:
@@ -85,7 +83,7 @@ class Run:
             with self.lock():  # not under the feet of a run that is at work
                 if not known:
                     seen_from = os.path.relpath(os.getcwd(), os.path.realpath(self.path))
-                    write_atomic(self.path / SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
+                    write_atomic(self.path / layout.SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
                 write_atomic(path, text)
 
     def recipe_data(self) -> dict[str, Any]:
@@ -94,7 +92,7 @@ class Run:
         Raises:
             KeepsetError: the file is damaged.
         """
-        path = self.path / "recipe.yaml"
+        path = self.path / layout.RECIPE
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError, RecursionError):
@@ -116,7 +114,7 @@ class Run:
     def seen_from(self) -> Path | None:
         """The folder that the stored recipe's paths are relative to; None in a run folder of an older keepset."""
         try:
-            text = (self.path / SEEN_FROM).read_bytes().decode("utf-8", "surrogateescape")
+            text = (self.path / layout.SEEN_FROM).read_bytes().decode("utf-8", "surrogateescape")
         except OSError:
             return None
         return Path(os.path.normpath(os.path.join(os.path.realpath(self.path), text)))
@@ -124,7 +122,7 @@ class Run:
     def _parsed(self) -> Recipe:
         from keepset.recipe import parse_recipe
 
-        path = self.path / "recipe.yaml"
+        path = self.path / layout.RECIPE
         if not path.exists():
             raise KeepsetError(
                 f"{self.path} is no run folder (it has no recipe.yaml); start with `keepset run` or `score`"
@@ -143,7 +141,7 @@ class Run:
         self.refuse_links()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a")
+            file = (self.path / layout.LOCK).open("a")
         except OSError as error:
             raise KeepsetError(f"{self.path}: can't be written: {error.strerror}; choose another --run_dir") from None
         with file:
@@ -183,14 +181,14 @@ class Run:
         old = self._entry(name)
         kept = old["key"] if old else None
         entries = [{"sha256": digest(data), "key": key if key is not None else kept}, *([old] if old else [])]
-        write_atomic(self.path / "work" / "records" / f"{name}.json", canonical(entries).encode())
+        write_atomic(self.path / layout.record(name), canonical(entries).encode())
         write_atomic(self.path / name, data)
         return self.path / name
 
     def _entry(self, name: str) -> dict[str, Any] | None:
         """The record's entry that fits the file as it is; None without file, record or fit."""
         try:
-            entries = json.loads((self.path / "work" / "records" / f"{name}.json").read_text(encoding="utf-8"))
+            entries = json.loads((self.path / layout.record(name)).read_text(encoding="utf-8"))
             found = file_digest(self.path / name)
             return next((e for e in entries if e["sha256"] == found and "key" in e), None)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -207,7 +205,7 @@ class Run:
         Raises:
             KeepsetError: it is not as it was saved.
         """
-        record = self.path / "work" / "records" / f"{name}.json"
+        record = self.path / layout.record(name)
         if (self.path / name).exists() and record.exists() and self._entry(name) is None:
             raise KeepsetError(
                 f"{self.path / name}: damaged, or changed by other hands (its checksum doesn't fit); delete it and run "
@@ -264,7 +262,7 @@ class Run:
         folder, of = stage_folder(self.path, name, key), digest(key)
         arrays = find_shard(self.path, folder, 0, of, self.lenders)
         if arrays is None:
-            write_atomic(folder / "key.json", canonical(key).encode())
+            write_atomic(folder / layout.KEY, canonical(key).encode())
             arrays = compute()
             write_shard(folder, 0, of, arrays)
             self.meter.note()
@@ -292,23 +290,23 @@ class Run:
             if lent and lent["key"] == digest(key) and not misfits(lender / folder, lent["files"]):
                 for name in lent["files"]:
                     write_atomic(path / name, (lender / folder / name).read_bytes())
-                self.save_json(f"{folder}/done.json", lent)
+                self.save_json(layout.done(folder), lent)
                 return {**lent["facts"], "reused": True}
-        (path / "done.json").unlink(missing_ok=True)
+        (path / layout.DONE).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         facts = dict(work(path))
         files = {
             str(p.relative_to(path)): file_digest(p)
             for p in sorted(path.rglob("*"))
-            if p.is_file() and p.name != "done.json" and p.suffix in {".safetensors", ".json"}
+            if p.is_file() and p.name != layout.DONE and p.suffix in {".safetensors", ".json"}
         }
-        self.save_json(f"{folder}/done.json", {"key": digest(key), "facts": facts, "files": files, "inputs": dict(key)})
+        self.save_json(layout.done(folder), {"key": digest(key), "facts": facts, "files": files, "inputs": dict(key)})
         return {**facts, "reused": False}
 
     def done(self, folder: str) -> dict[str, Any] | None:
         """A step's record; None if it wasn't finished, or the record is damaged."""
         try:
-            record = self.load_json(f"{folder}/done.json")
+            record = self.load_json(layout.done(folder))
         except KeepsetError:
             return None
         if not isinstance(record, dict) or not {"key", "facts", "files"} <= record.keys():

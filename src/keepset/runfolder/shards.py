@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from keepset.runfolder import layout
 from keepset.runfolder.files import canonical, digest, write_atomic
 
 Arrays = dict[str, np.ndarray]
@@ -113,8 +114,8 @@ class Shards:
         """Commit the shard of some stages."""
         for stage, columns in arrays.items():
             place = self.place(stage)
-            if not (place / "key.json").exists():
-                write_atomic(place / "key.json", canonical(self.stages[stage]).encode())
+            if not (place / layout.KEY).exists():
+                write_atomic(place / layout.KEY, canonical(self.stages[stage]).encode())
             write_shard(place, number, self.id_hashes[number], columns)
             self.read[number][stage] = columns
 
@@ -133,7 +134,7 @@ class Shards:
 
 def stage_folder(folder: Path, stage: str, key: Mapping[str, Any]) -> Path:
     """Where the shards of a stage with this key lie in a run folder."""
-    return folder / "work" / stage / digest(key)[:16]
+    return folder / layout.stage(stage, digest(key)[:16])
 
 
 def find_shard(folder: Path, place: Path, number: int, id_hash: str, lenders: Sequence[Path] = ()) -> Arrays | None:

@@ -20,6 +20,7 @@ from keepset.memory import free_memory
 from keepset.progress import track
 from keepset.recipe import ModelSpec, Recipe
 from keepset.runfolder.files import canonical, digest, write_atomic
+from keepset.runfolder import layout
 from keepset.runfolder.run import Run
 from keepset.stages.rows import Rows
 
@@ -252,7 +253,7 @@ class Job:
         """
         entries = [asdict(q) for q in self.pool.quarantine] + ([] if self.text_only else self.encoded[1])
         write_atomic(
-            self.run.path / "quarantine.jsonl", "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
+            self.run.path / layout.QUARANTINE, "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
         )
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 from keepset.errors import KeepsetError, RecipeError
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops
+from keepset.runfolder import layout
 from keepset.runfolder.files import digest, write_atomic
 from keepset.stages.stage import VERSION, Stage, Work
 from keepset.stages.trained import WarmupCheckpoint, id_order, weights_of
@@ -103,18 +104,18 @@ class InRun(Stage):
         if job.pair_gradients:
             raise RecipeError("in-run-shapley values single rows, not pairs; use rose, less or grad-cosine")
         key, checkpoint = self._key(job), WarmupCheckpoint().value(job)
-        folder = f"models/in-run-{digest(key)[:8]}"
+        folder = layout.in_run(digest(key)[:8])
 
         def work(path: Path) -> dict[str, Any]:
             with attached(job.loaded.model, checkpoint.path) as model:
-                return run_steps(job, self, model, path / "state.safetensors")
+                return run_steps(job, self, model, path / layout.STATE)
 
         facts = job.run.step(folder, key, work)
         if not facts["reused"]:
             job.say(
                 f"in-run Shapley: {facts['steps']} SGD steps took the target's loss down by {facts['drop']:.4f} nats"
             )
-        return load_state(job.run.path / folder / "state.safetensors")["values"]
+        return load_state(job.run.path / folder / layout.STATE)["values"]
 
 
 def run_steps(job: Job, stage: InRun, model: Any, path: Path) -> dict[str, Any]:
@@ -296,7 +297,7 @@ class Game:
         self.job, self.stage, self.aim = job, stage, job.aim(stage.shots)
         self.members = stage.members(job)
         self.key = digest(stage.key(job, self.members))[:16]
-        self.name = f"work/retraining-{self.key}.json"
+        self.name = layout.retraining(self.key)
 
     @cached_property
     def utilities(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.model.kind import check_same_tokens
 from keepset.model.weights import config_digests, fingerprint, weight_files
 from keepset.recipe import TrainSpec
+from keepset.runfolder import layout
 from keepset.runfolder.files import digest, file_digest
 from keepset.stages.stage import VERSION, Stage, Work
 from keepset.train.warmup import list_checkpoints, pick_subset
@@ -119,7 +120,7 @@ class Reference(Stage):
     @property
     def folder(self) -> str:
         """Where it goes in the run folder."""
-        return "models/reference" if self.fold < 0 else f"models/reference-fold{self.fold}"
+        return layout.reference(None if self.fold < 0 else self.fold)
 
     def inputs(self, job: Job) -> Any:
         """What it is trained from, or its weights where it is from elsewhere."""
@@ -207,7 +208,7 @@ class Warmup(Stage):
     def works(self, job: Job) -> tuple[Work, ...]:
         """The training."""
         sides = [job.sides[1][i] for i in self._rows(job)[0]]
-        return (training(job, "warm-up", sides, job.recipe.warmup, "models/warmup", self.id(job)),)
+        return (training(job, "warm-up", sides, job.recipe.warmup, layout.WARMUP, self.id(job)),)
 
     def value(self, job: Job) -> list[Checkpoint]:
         """Its checkpoints in order of time, trained once and then reused."""
@@ -222,8 +223,8 @@ class Warmup(Stage):
 
         def made() -> list[Checkpoint]:
             rows = [job.sides[1][i] for i in picked], job.ids[picked]
-            train_once(job, self, "models/warmup", rows, spec, seed, warm_up)
-            return list_checkpoints(job.run.path / "models/warmup")
+            train_once(job, self, layout.WARMUP, rows, spec, seed, warm_up)
+            return list_checkpoints(job.run.path / layout.WARMUP)
 
         return job.once_a_recipe(self, made)
 
@@ -268,8 +269,8 @@ class WarmupCheckpoint(Stage):
     def name(self, job: Job) -> str:
         """Its folder's name, `checkpoint-<steps>`; empty where it isn't trained yet."""
         path = job.recipe.warmup.path
-        folder = Path(path) if path else job.run.path / "models/warmup"
-        if not path and job.run.done("models/warmup") is None:
+        folder = Path(path) if path else job.run.path / layout.WARMUP
+        if not path and job.run.done(layout.WARMUP) is None:
             return ""
         return list_checkpoints(folder)[self.at].path.name
 

@@ -18,6 +18,7 @@ from keepset.evaluate.preference import correct, length_matched
 from keepset.evaluate.reward import reward_scores
 from keepset.evaluate.statistics import bootstrap_ci
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.runfolder import layout
 from keepset.runfolder.files import json_text, write_atomic
 from keepset.train.sft import TrainResult, base_weights, finished, plan_of, run_trainer, trainer_arguments
 
@@ -101,7 +102,7 @@ def train_reward(
     if heldout:
         model, _ = load_reward(spec, out)
         accuracy = pair_accuracy(model, heldout, seed=seed)
-        write_atomic(out / "heldout.json", json_text(accuracy, indent=1).encode())
+        write_atomic(out / layout.REWARD_HELDOUT, json_text(accuracy, indent=1).encode())
     return RewardResult(train, accuracy)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from keepset.errors import DataError
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.runfolder import layout
 from keepset.runfolder.files import canonical, digest, file_digest, misfits, write_atomic
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-META = "meta.json"  # written last into a checkpoint: with it the checkpoint is whole
 WORK = "trainer"  # the trainer's own checkpoints, inside the result folder while training goes on
-RECORD = "training.json"  # written last: with it the result is whole
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,7 @@ def run_trainer(
         publish(trainer, out, tokenizer if full else None, keep_checkpoints=moments)
         record = {"plan": plan, **asdict(result), "path": ".", "learning_rates": recorder.learning_rates}
         record["files"] = {str(p.relative_to(out)): file_digest(p) for p in weight_files(out)}
-        write_atomic(out / RECORD, json.dumps(record, indent=1).encode())
+        write_atomic(out / layout.TRAINING, json.dumps(record, indent=1).encode())
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -323,7 +322,7 @@ def prepare_work(work: Path, plan: str, resume: bool) -> None:
 
 def last_whole_checkpoint(work: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    found = [p.parent for p in work.glob(f"checkpoint-*/{META}")]
+    found = [p.parent for p in work.glob(f"checkpoint-*/{layout.META}")]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
@@ -333,7 +332,7 @@ def finished(out: Path, plan: str) -> TrainResult | None:
     What a kill after its last write left of the trainer's own folder is removed.
     """
     try:
-        found = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        found = json.loads((out / layout.TRAINING).read_text(encoding="utf-8"))
         if found["plan"] != plan or not found["files"] or misfits(out, found["files"]):
             return None
         result = TrainResult(

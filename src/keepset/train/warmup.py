@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from keepset.errors import ModelError
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.runfolder import layout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,7 +101,7 @@ def list_checkpoints(out: Path) -> list[Checkpoint]:
         ModelError: there is none.
     """
     found = []
-    for meta_path in Path(out).glob("checkpoint-*/meta.json"):
+    for meta_path in Path(out).glob(f"checkpoint-*/{layout.META}"):
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
         found.append(Checkpoint(meta_path.parent, float(meta["mean_lr"]), int(meta["step"])))
     if not found:
