@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from keepset.errors import RecipeError
 
 if TYPE_CHECKING:
-    from keepset.recipe import MethodSpec, Recipe
+    from keepset.recipe import Recipe
 
 TRAINING = (
     "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -95,33 +95,3 @@ def changed(section: BaseModel, name: str) -> bool:
     """Whether an option has another value than its default."""
     default: Any = type(section).model_fields[name].get_default(call_default_factory=True)
     return bool(getattr(section, name) != default)
-
-
-def refuse_idle_options(spec: MethodSpec, options: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """The same for a method's own options.
-
-    Args:
-        spec: the method.
-        options: all of its options, those not given by their defaults.
-        defaults: the defaults.
-
-    Raises:
-        RecipeError: one line with the option and why it does nothing.
-    """
-    table: dict[str, list[tuple[bool, tuple[str, ...], str]]] = {
-        "rds": [(bool(options.get("embedding_model")), ("pooling",), "an embedding model pools in its own way")],
-        "dsir": [
-            (not options.get("by_task"), ("reduce",), "there is one task; set `by_task: true`"),
-            (not options.get("gumbel"), ("seed",), "nothing is drawn under `gumbel: false`"),
-        ],
-        "rose": [(
-            (options.get("loss"), options.get("normalise")) != ("dpo", "task"), ("beta", "reference"),
-            "it cancels unless `loss: dpo` and `normalise: task`",
-        )],
-        "influence": [(options.get("curvature") == "gauss-newton", ("labels",), "`gauss-newton` takes no labels")],
-        "tmc-shapley": [(options.get("players") == "row", ("rows_per_player",), "each row is a player")],
-    }  # fmt: skip
-    for when, names, why in table.get(spec.name, []):
-        for name in names:
-            if when and options[name] != defaults[name]:
-                raise RecipeError(f"method {spec.label}: {name} does nothing here: {why}; remove it")

@@ -20,22 +20,21 @@ def methods(
 
     Example: keepset methods rose
     """
-    from keepset.methods.table import METHODS, method, options_of
+    from keepset.methods.table import METHODS, find_method
 
     if as_json:
-        wanted = [name] if name else list(METHODS)
-        found = [{"name": n, "paper": method(n).paper, "formula": method(n).formula, "needs": list(method(n).needs),
-                  "cost": method(n).cost, "options": {k: d for k, (_, d) in options_of(n).items()}}
-                 for n in wanted]  # fmt: skip
+        rows = [find_method(n) for n in ([name] if name else METHODS)]
+        found = [{"name": m.name, "paper": m.paper, "formula": m.formula, "needs": list(m.needs), "cost": m.cost,
+                  "options": {k: default for k, (_, default) in m.options().items()}} for m in rows]  # fmt: skip
         print(json_text(found))
         return
     console = Console()
     if name:
-        row = method(name)
+        row = find_method(name)
         console.print(
             f"{name}: {row.paper}\n  {row.formula}\n  needs {', '.join(row.needs)}; cost: {row.cost}", highlight=False
         )
-        for option, (kind, default) in options_of(name).items():
+        for option, (kind, default) in row.options().items():
             choices = " | ".join(map(str, getattr(kind, "__args__", ()))) or kind.__name__
             console.print(f"  -o {option}={default}   ({choices})", highlight=False, markup=False)
         return

@@ -112,10 +112,9 @@ def score(
     """
     import importlib.util
 
-    from keepset.methods.table import check_options, needs_model
-    from keepset.methods.table import method as find_method
-    from keepset.methods.table import score as score_job
+    from keepset.methods.table import check_options, find_method, needs_model
     from keepset.pipeline.findings import diagnose_scores, record
+    from keepset.pipeline.score import score as score_job
     from keepset.recipe import MethodSpec, check_label
 
     find_method(method)

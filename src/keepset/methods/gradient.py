@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from keepset.methods.method import Columns, Features, Method, Scores, task_parts
+from keepset.methods.method import Columns, Cost, Features, Method, Scores, task_parts
 from keepset.stages.influence import Curvature, Dots, InfluenceRequest
 from keepset.stages.stage import Stage
 from keepset.stages.trained import checkpoints
@@ -24,8 +24,8 @@ Labels = Literal["sampled", "data"]
 class GradientMethod(Method):
     """A method on the dots of the rows' gradients with the target's."""
 
-    needs = ("warmup", "gradients", "target")
-    cost = "gradients"
+    needs: ClassVar[tuple[str, ...]] = ("warmup", "gradients", "target")
+    cost: ClassVar[Cost] = "gradients"
 
     @property
     def request(self) -> InfluenceRequest:
@@ -65,7 +65,7 @@ class GradientMethod(Method):
 class InfluenceFunction(GradientMethod):
     """TracIn's pass at the last checkpoint, with the target multiplied by an inverse curvature."""
 
-    needs = ("warmup", "gradients", "curvature", "target")
+    needs: ClassVar[tuple[str, ...]] = ("warmup", "gradients", "curvature", "target")
 
     @property
     def request(self) -> InfluenceRequest:

@@ -10,11 +10,11 @@ does more than either: the highest base loss is what "hard examples" selection k
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from keepset.methods.method import Columns, Features, Method, Scores, score_noise
+from keepset.methods.method import Columns, Cost, Features, Method, Scores, score_noise
 from keepset.stages.losses import Losses, reference_losses
 from keepset.stages.stage import Stage
 
@@ -61,8 +61,8 @@ class Loss(Method):
     name = "loss"
     paper = "DavIR, arXiv 2310.13008"
     formula = "S = ±L_ini / T, or ±L_ini"
-    needs = ("losses",)
-    cost = "forward"
+    needs: ClassVar[tuple[str, ...]] = ("losses",)
+    cost: ClassVar[Cost] = "forward"
     prefer: Literal["high", "low"] = "high"
     form: Literal["mean", "sum"] = "mean"
     token_loss: TokenLoss = "ce"
@@ -88,8 +88,8 @@ class LossRef(Loss):
 
     name = "loss-ref"
     formula = "S = ±L_ref / T, or ±L_ref"
-    needs = ("losses", "reference")
-    cost = "reference"
+    needs: ClassVar[tuple[str, ...]] = ("losses", "reference")
+    cost: ClassVar[Cost] = "reference"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
         """Losses under base and reference."""

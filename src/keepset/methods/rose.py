@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -108,7 +108,7 @@ class Rose(CosineMethod):
     name = "rose"
     paper = "ROSE, arXiv 2412.00631"
     formula = "S = max_j Σ_c w_c cos(Γ_c(z), ∇ℓ_DPO,j)"
-    needs = ("warmup", "gradients", "target", "pairs")
+    needs: ClassVar[tuple[str, ...]] = ("warmup", "gradients", "target", "pairs")
     loss: Literal["dpo", "margin", "mean_margin"] = "dpo"
     reference: Literal["base", "checkpoint", "none"] = "base"
     beta: float = 0.1

@@ -14,10 +14,12 @@ import pyarrow.compute as pc
 from keepset.budget_text import parse_budget
 from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
+from keepset.methods.method import NOISE
+from keepset.methods.table import METHODS, method_of
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label
 from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
-from keepset.selection.edge import BANDS, COARSE_NOISE, NOISE, Stability, score_noise, stability
+from keepset.selection.edge import COARSE_NOISE, Stability, stability
 from keepset.selection.select import select
 
 if TYPE_CHECKING:
@@ -87,18 +89,18 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
 def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stability | None:
     """The chosen rows that numerical noise might have left out, and the other way round.
 
-    None where the noise isn't known or can't decide (`stability.BANDS`), or the score alone doesn't: other policies
-    than top-k, dropped duplicates.
+    None where the noise isn't known or can't decide (`Method.noise`), or the score alone doesn't: other policies than
+    top-k, dropped duplicates.
     """
     spec = next((m for m in job.recipe.methods if m.label == label), None)
     plain = job.recipe.select.policy == "top_k" and job.recipe.select.dedup == "none"
-    if spec is None or not plain or BANDS[spec.name] is None:
+    if spec is None or not plain or "text" in METHODS[spec.name].needs:
         return None
     columns = {name: table[name].to_numpy() for name in table.column_names if pa.types.is_floating(table[name].type)}
     relative = NOISE if job.recipe.model.dtype == "float32" else COARSE_NOISE
     with np.errstate(divide="ignore", invalid="ignore"):  # rows without a score, which don't count
         columns["n_tokens"] = scored_tokens(job, spec)
-        noise = score_noise(spec.name, spec.options, columns, relative=relative)
+        noise = method_of(spec).noise(columns, relative)
     if noise is None:
         return None
     chosen = pc.is_in(table["id"], pa.array(job.ids[indices].astype(str))).to_numpy()
@@ -107,10 +109,8 @@ def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stabi
 
 def scored_tokens(job: Job, spec: MethodSpec) -> np.ndarray:
     """(n,) tokens that a method's losses are summed over: of a pair the chosen side's, ends of turns as it wants."""
-    from keepset.stages.losses import SubJob
-
-    rows = SubJob(job, np.arange(len(job.ids)), end_of_turn=spec.options.get("end_of_turn", True)).rows
-    return np.array([int(row.supervised.sum()) for row in rows])
+    rows = job.rows_of(method_of(spec).summed_over)
+    return np.array([int(row.supervised.sum()) for row in rows.tokens])
 
 
 def apply_overrides(table: pa.Table, path: Path) -> pa.Table:

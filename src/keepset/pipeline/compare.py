@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,9 @@ from rich.table import Table
 
 from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, win_tie_loss
 from keepset.pipeline.learn import Items, epoch_points, item_metrics
+from keepset.pipeline.price import cost_of, full_training_flops, selection_cost
 from keepset.pipeline.verdict import loss_against_performance, means_of, pareto, qualities
 from keepset.runfolder import layout
-from keepset.stages.counts import selection_work, training
 
 if TYPE_CHECKING:
     from keepset.pipeline.choose import Subset
@@ -139,58 +138,11 @@ def adjust(summary: list[dict[str, Any]]) -> None:
             next(e for e in summary if e["label"] == label and e["vs_random"])["vs_random"][metric]["p_holm"] = p
 
 
-def cost_of(job: Job, subset: Subset | None) -> dict[str, float]:
-    """What choosing and training cost: FLOPs by count, as if the method ran alone, and the seconds that were logged.
-
-    Seconds sum every entry of a stage, so that a resumed run counts its first part too; a pass that several methods
-    shared counts in full for each of them.
-    """
-    if subset is None:
-        return {"select_seconds": 0.0, "select_flops": 0.0, "train_seconds": 0.0, "train_flops": 0.0}
-    spec = next((m for m in job.recipe.methods if m.label == subset.label), None)
-    work = selection_work(job, [spec]) if spec else []
-    patterns = [w.logged for w in work if w.logged] or [re.escape(f"score {subset.label}")]
-    costs = job.run.costs()
-    chosen = [e for e in costs if any(re.fullmatch(p, e["stage"]) for p in patterns)]
-    trained = [e for e in costs if e["stage"].startswith(f"train {layout.model(subset.name, '')}")]
-    seeds = len({e["stage"] for e in trained}) or 1
-    return {
-        "select_seconds": round(sum(e["seconds"] for e in chosen), 2),
-        "select_flops": sum(w.flops for w in work),
-        "train_seconds": round(sum(e["seconds"] for e in trained) / seeds, 2),
-        "train_flops": sum({e["stage"]: e.get("flops", 0.0) for e in trained}.values()) / seeds,
-    }
-
-
-def selection_cost(job: Job, full: float) -> dict[str, Any]:
-    """What choosing by all the recipe's methods took, stages they share counted once.
-
-    Returns:
-        `flops`, `tokens`, logged `seconds`, the `share` of `full` (FLOPs of one training on the full pool), and the
-        same for each stage in `stages`.
-    """
-    costs, works, stages = job.run.costs(), selection_work(job, job.recipe.methods), []
-    for work in works:
-        logged = [e["seconds"] for e in costs if work.logged and re.fullmatch(work.logged, e["stage"])]
-        stages.append({"stage": work.stage, "methods": work.methods, "rows": work.rows, "tokens": work.tokens,
-                       "flops": work.flops, "seconds": round(sum(logged), 2)})  # fmt: skip
-    flops = sum(s["flops"] for s in stages)
-    # A sweep of two losses is logged once and stands under both its stages.
-    seconds = sum(e["seconds"] for e in costs if any(w.logged and re.fullmatch(w.logged, e["stage"]) for w in works))
-    return {"flops": flops, "tokens": sum(s["tokens"] for s in stages), "seconds": round(seconds, 2),
-            "share": flops / full if full else None, "stages": stages}  # fmt: skip
-
-
 def tell_selection_cost(found: dict[str, Any]) -> str:
     """One line for the end of a run."""
     share = f", {100 * found['share']:.0f} % of one training on the full pool" if found["share"] is not None else ""
     return (f"choosing by all methods: {found['tokens']} tokens, {found['flops']:.2g} FLOPs{share}; "
             f"{found['seconds']:.0f} s")  # fmt: skip
-
-
-def full_training_flops(job: Job) -> float:
-    """FLOPs of training on the whole usable pool with the recipe's `train`."""
-    return training(job, "", "", job.sides[1], job.recipe.train).flops
 
 
 def print_comparison(result: dict[str, Any], console: Console) -> None:

@@ -20,7 +20,8 @@ from keepset.recipe import TrainSpec
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, file_digest
 from keepset.stages.job import encode_pairs, encode_pool
-from keepset.stages.losses import VERSION, id_order
+from keepset.stages.stage import VERSION
+from keepset.stages.trained import id_order
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded, Encoder

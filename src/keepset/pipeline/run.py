@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from keepset import __version__
 from keepset.errors import KeepsetError
-from keepset.methods.table import check_options, score
+from keepset.methods.table import check_options
 from keepset.pipeline.choose import (
     Kind,
     Subset,
@@ -35,7 +35,7 @@ from keepset.pipeline.findings import (
 )
 from keepset.pipeline.learn import Items, Learner, evaluate_epochs, evaluate_final, train_final
 from keepset.pipeline.reference_check import check_reference
-from keepset.pipeline.score_key import score_key
+from keepset.pipeline.score import scored
 from keepset.pipeline.variants import run_variants
 from keepset.recipe import MethodSpec, Recipe
 from keepset.report import write_report
@@ -79,14 +79,6 @@ def run_recipe(
         job.say(f"report: {job.run.path / layout.REPORT}")
         job.say(f"run folder: {job.run.path}")
     return job
-
-
-def scored(job: Job, spec: MethodSpec) -> None:
-    """Score by a method unless this folder has its whole scores, made of the same rows, models and options."""
-    if job.run.saved_key(layout.scores(spec.label)) == score_key(job, spec):
-        job.say(f"{spec.label}: scored before, kept")
-        return
-    score(job, spec)
 
 
 def choose_all(job: Job) -> list[Subset]:

@@ -268,9 +268,7 @@ class Run:
             self.meter.note()
         return arrays
 
-    def shards(
-        self, stages: Mapping[str, Mapping[str, Any]], ids: np.ndarray, shard_rows: int | None = None
-    ) -> Shards:
+    def shards(self, stages: Mapping[str, Mapping[str, Any]], ids: np.ndarray, shard_rows: int | None = None) -> Shards:
         """The shards of some stages (name -> key) over rows with these ids; see `Shards`."""
         return Shards(self.path, stages, ids, shard_rows, self.lenders)
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keepset.data.ids import content_key
 from keepset.data.words import ngram_vectors
 from keepset.errors import RecipeError
+from keepset.methods.perplexity import percentile
 from keepset.recipe import SelectSpec
 from keepset.selection.budget import Ledger
-from keepset.data.ids import content_key
 from keepset.selection.dedup import exact_keep, near_keep
 from keepset.selection.greedy import facility_location, mmr
-from keepset.methods.perplexity import percentile
 from keepset.selection.ranking import rank_order, soft_scores
 
 

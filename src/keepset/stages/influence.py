@@ -159,8 +159,8 @@ class TargetGradients(Stage):
             job.run.timed(work.titles[0], rows=work.rows, ids=list(work.ids), tokens=work.tokens, flops=work.flops),
         ):
             return target_vectors(
-                model, aim.pairs, aim.pair_codes, n_tasks=len(aim.names), loss=request.loss, beta=request.beta,  # type: ignore[arg-type]
-                reference=request.reference, normalise=request.normalise,  # type: ignore[arg-type]
+                model, aim.pairs, aim.pair_codes, n_tasks=len(aim.names), loss=request.loss, beta=request.beta,
+                reference=request.reference, normalise=request.normalise,
                 token_budget=job.recipe.batching.token_budget, last_layers=job.recipe.gradients.last_layers,
             )  # fmt: skip
 
@@ -179,7 +179,7 @@ class TargetGradients(Stage):
             if curvature.solver != "cg":  # which stops by itself
                 spent.update(tokens=work.tokens, flops=work.flops)
             return solve_target(
-                model, on_device(target, model), rows, solver=curvature.solver, labels=curvature.labels,  # type: ignore[arg-type]
+                model, on_device(target, model), rows, solver=curvature.solver, labels=curvature.labels,
                 damping=curvature.damping, token_budget=job.recipe.batching.token_budget, seed=curvature.seed,
                 last_layers=job.recipe.gradients.last_layers,
             )  # fmt: skip
@@ -268,13 +268,13 @@ class Dots(Sweep):
         aims = {m.shots for m in job.recipe.methods} if store else {self.shots}
         titles = tuple(f"gradients at {checkpoint} ({map_}{job.aim(shots).title})" for shots in aims)
         ids = ([digest(["pass", map_, own, WarmupCheckpoint(self.at).id(job), self.inputs(job)])[:16]], [self.id(job)])
-        works = [backward(job, f"gradients ({map_}{own})", sides, ids=ids[0], titles=titles, counted=True)]
+        works = [backward(job, f"gradients ({map_}{own})", sides, ids=ids[0], titles=titles, need="gradients")]
         if store:
             rows = self.rows(job).tokens
             sample = [rows[i][0] for i in sample_of(len(rows), job.recipe.gradients.store_sample)]
             stage = f"sample of the store ({self.request.loss}, {map_}{aim.title})"
             title = f"sample of gradients at {checkpoint} ({map_}{aim.title})"
-            works.append(backward(job, stage, sample, ids=ids[1], titles=(title,), counted=True))
+            works.append(backward(job, stage, sample, ids=ids[1], titles=(title,)))
         return tuple(works)
 
     @classmethod
@@ -341,7 +341,7 @@ class Dots(Sweep):
                     )  # fmt: skip
                 else:
                     rowwise = influence(
-                        model, [row for (row,) in rows], stacked, adam=adam, map=kind, token_budget=budget,  # type: ignore[arg-type]
+                        model, [row for (row,) in rows], stacked, adam=adam, map=kind, token_budget=budget,
                         last_layers=last_layers,
                     )  # fmt: skip
                 dots, ends, columns = rowwise.dots, 0, {}
@@ -356,9 +356,9 @@ class Dots(Sweep):
 
 
 def backward(
-    job: Job, stage: str, rows: Sequence[Encoded], *, ids: list[str], titles: tuple[str, ...], counted: bool
+    job: Job, stage: str, rows: Sequence[Encoded], *, ids: list[str], titles: tuple[str, ...], need: str = ""
 ) -> Work:
     """A pass forward and backward through frozen weights over `rows`."""
     n_tokens, n_head = count_tokens(list(rows))
     work = flops(job.loaded.model, n_tokens, n_head, passes=gradient_passes(job))
-    return Work(stage, "backward", len(rows), n_tokens, work, tuple(ids), titles, counted=counted)
+    return Work(stage, "backward", len(rows), n_tokens, work, tuple(ids), titles, counted=True, need=need)

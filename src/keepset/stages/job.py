@@ -19,8 +19,8 @@ from keepset.errors import DataError, RecipeError
 from keepset.memory import free_memory
 from keepset.progress import track
 from keepset.recipe import ModelSpec, Recipe
-from keepset.runfolder.files import canonical, digest, write_atomic
 from keepset.runfolder import layout
+from keepset.runfolder.files import canonical, digest, write_atomic
 from keepset.runfolder.run import Run
 from keepset.stages.rows import Rows
 

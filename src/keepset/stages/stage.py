@@ -49,6 +49,7 @@ class Work:
         trainings: how many trainings it starts.
         part: works of one name over other rows have another part; their rows add up.
         counted: whether the printed name says how often it is done.
+        need: `gradients` of a pass over the pool, `reference` of the reference's training: what `plan` advises on.
         methods: whose it is.
     """
 
@@ -62,6 +63,7 @@ class Work:
     trainings: int = 1
     part: str = ""
     counted: bool = False
+    need: str = ""
     methods: str = ""
 
     def logged(self, entry: dict[str, Any]) -> bool:
@@ -176,7 +178,7 @@ def fetch(job: Job, stages: Sequence[Sweep], beside: Iterable[Stage] = ()) -> di
     for stage in stages:
         if stage not in arrays:
             together = stage.together(job)
-            several = [s for s in (*beside, *stages) if type(s) is type(stage) and s.together(job) == together]  # type: ignore[attr-defined]
+            several = [s for s in (*beside, *stages) if type(s) is type(stage) and s.together(job) == together]
             arrays |= type(stage).compute(job, list(dict.fromkeys(several)))
     return arrays
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +135,8 @@ class Reference(Stage):
         if spec.path:
             return ()
         stage = "train the reference" if self.fold < 0 else f"train reference {self.fold + 1} of {spec.folds}"
-        return (training(job, stage, self._rows(job)[0], spec, self.folder, self.id(job)),)
+        work = training(job, stage, self._rows(job)[0], spec, self.folder, self.id(job))
+        return (replace(work, need="reference"),)
 
     def value(self, job: Job) -> Trained:
         """The reference, trained once and then reused.
