@@ -242,7 +242,6 @@ class BatchSpec(Strict):
     shard_rows: int | None = Field(
         None, ge=1, description="rows a shard, the unit of resume; default n / 200, 32 to 2,048"
     )
-    keep_token_losses: bool = Field(False, description="also keep every token's loss, for `explain --tokens`")
     workers: int = Field(1, ge=1, le=256, description="processes that score, one thread each (CPU only); same bytes")
 
 
@@ -338,6 +337,7 @@ def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> R
     """
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: the top level must be a mapping of keys, not {type(data).__name__}")
+    data = without_gone(data, where, stored)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -351,6 +351,26 @@ def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> R
     if not stored:
         refuse_idle(recipe, [variant_recipe(recipe, variant, where) for variant in recipe.variants], where)
     return recipe
+
+
+GONE = {"batching.keep_token_losses": (False, "`keepset explain ROW --tokens` runs the models")}
+"""Keys that earlier versions knew: the value that did nothing, and what there is now."""
+
+
+def without_gone(data: dict[str, Any], where: str, stored: bool) -> dict[str, Any]:
+    """A recipe without the keys of earlier versions that say nothing.
+
+    Raises:
+        RecipeError: one that says something, in a recipe that isn't a stored one.
+    """
+    for place, (nothing, now) in GONE.items():
+        section, key = place.split(".")
+        if not isinstance(data.get(section), dict) or key not in data[section]:
+            continue
+        if data[section][key] != nothing and not stored:
+            raise RecipeError(f"{where}: {place} is gone: {now}; remove it")
+        data = {**data, section: {k: v for k, v in data[section].items() if k != key}}
+    return data
 
 
 def variant_recipe(recipe: Recipe, variant: VariantSpec, where: str = "recipe") -> Recipe:

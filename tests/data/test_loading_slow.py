@@ -61,7 +61,7 @@ def scores_of(folder: Path, name: str) -> dict[str, pa.Table]:
     from rich.console import Console
 
     from conftest import save_tiny
-    from keepset.methods.table import score
+    from keepset.pipeline.score import score
     from keepset.recipe import parse_recipe
     from keepset.stages.job import Job
 

@@ -11,13 +11,9 @@ from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.features.losses import row_losses  # noqa: E402
 from keepset.features.representations import representations  # noqa: E402
 from keepset.model import pack as packing  # noqa: E402
-<<<<<<< HEAD:tests/features/test_losses.py
-from slow_gradients import one_by_one  # noqa: E402
-=======
 from keepset.model.passes import merged_weights, written_passes  # noqa: E402
 from keepset.model.prefix import plan, prefix_groups  # noqa: E402
-from test_packing import one_by_one  # noqa: E402
->>>>>>> lower:tests/test_losses_feature.py
+from slow_gradients import one_by_one  # noqa: E402
 from tolerance import BACKWARD, FORWARD  # noqa: E402
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from keepset.methods.cross_fit import fold_of, held_out
+from keepset.data.ids import fold_of
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
@@ -127,10 +127,3 @@ def test_folds_are_even_kept_by_content_and_free_of_order(n, folds, seed):
     np.testing.assert_array_equal(fold[n:], fold[:n:3])
     order = np.random.default_rng(seed).permutation(len(ids))
     np.testing.assert_array_equal(fold_of(ids[order], folds, seed), fold[order])
-
-
-def test_held_out_takes_the_model_that_left_the_row_out():
-    values = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
-    np.testing.assert_array_equal(held_out(values, np.array([1, 0, 1])), [10, 2, 30])
-    with pytest.raises(ValueError, match="from 2 to the 3 different rows"):
-        fold_of(["a", "b", "c"], 4)

@@ -11,8 +11,8 @@ pytest.importorskip("trl")
 
 from keepset.errors import RecipeError
 from keepset.pipeline import run_recipe
+from keepset.pipeline.price import final_work
 from keepset.recipe import parse_recipe
-from keepset.stages.counts import final_work
 from keepset.stages.job import Job
 from tiny_recipe import quiet, recipe, write_lines
 

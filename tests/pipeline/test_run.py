@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from keepset.errors import DataError, PlanMismatch, RecipeError
-from keepset.methods.table import METHODS, score
+from keepset.methods.table import METHODS
 from keepset.pipeline.choose import choose
 from keepset.pipeline.compare import compare
 from keepset.pipeline.run import evaluated_cells, run_recipe
+from keepset.pipeline.score import score
 from keepset.recipe import MethodSpec, load_recipe
 from keepset.stages.job import Job
 from tiny_recipe import TRAIN, quiet, recipe
@@ -228,7 +229,7 @@ def test_strict_stops_at_the_first_bad_row(model_folder, data, tmp_path):
 
 
 def test_a_nan_score_never_ranks(finished, model_folder, data, monkeypatch):
-    import keepset.methods.table as scoring
+    from keepset.methods import random_ as scoring
 
     run_dir, _, _ = finished
     job = Job(recipe(model_folder, data, run_dir), console=quiet())

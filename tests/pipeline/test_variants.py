@@ -245,19 +245,15 @@ def test_a_mix_is_held_against_the_random_mix_on_both_sides(model_folder, data, 
     assert "maths" in out.file.getvalue()
 
 
-def test_kept_token_losses_are_read_instead_of_running_the_models(model_folder, data, tmp_path, monkeypatch):
-    from keepset.model import load as models
+def test_the_losses_of_a_row_s_tokens_add_up_to_the_scored_ones(model_folder, data, tmp_path):
     from keepset.report.explain_tokens import token_changes
 
-    batching = {"token_budget": 256, "shard_rows": 8, "keep_token_losses": True}
     more = {**FAST, "methods": ["davir"], "controls": CONTROLS}
     for name, reference in (("plain", TRAIN), ("folds", {**TRAIN, "folds": 2})):
-        made = recipe(model_folder, data, tmp_path / name, **more, batching=batching, reference=reference)
+        made = recipe(model_folder, data, tmp_path / name, **more, reference=reference)
         job = run_recipe(made, console=quiet(), out=quiet())
         scores = job.run.load_table("scores/davir.parquet").to_pydict()
-        with monkeypatch.context() as patch:
-            patch.setattr(models, "load", None)
-            facts = token_changes(job.run.path, scores["id"][3])
+        facts = token_changes(job.run.path, scores["id"][3])
         assert len(facts["tokens"]) == scores["n_tokens"][3]
         assert facts["before"] == pytest.approx(scores["loss_ini"][3], rel=4 * FORWARD)
         assert facts["after"] == pytest.approx(scores["loss_ref"][3], rel=4 * FORWARD)

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from keepset.errors import KeepsetError
-from keepset.methods.table import score
+from keepset.pipeline.score import score
 from keepset.recipe import parse_recipe
 from keepset.report.explain_pairs import pair_pulls, print_pair_pulls, tell_without
 from keepset.report.payload import build_payload

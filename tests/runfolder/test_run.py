@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sweeping
 from keepset.errors import KeepsetError, PlanMismatch
 from keepset.recipe import DataSpec, parse_recipe
 from keepset.runfolder.files import digest
@@ -32,7 +32,7 @@ def square(indices, missing):
 
 
 def sweep(folder: Path, compute=square, ids=IDS, **more):
-    return Run(folder).sweep({"stage": KEY}, ids, compute, shard_rows=16, **more)["stage"]
+    return sweeping.sweep(folder, {"stage": KEY}, ids, compute, shard_rows=16, **more)["stage"]
 
 
 def stage_folder(folder: Path) -> Path:
@@ -67,7 +67,7 @@ def test_a_second_sweep_computes_nothing(tmp_path):
     first = sweep(tmp_path)
     again = sweep(tmp_path, compute=lambda indices, missing: pytest.fail("computed again"))
     assert np.array_equal(first["x"], again["x"])
-    assert Run(tmp_path).complete("stage", KEY, IDS, 16)
+    assert not any(Run(tmp_path).shards({"stage": KEY}, IDS, 16).missing(n) for n in range(7))
 
 
 def test_a_crash_redoes_only_the_shard_it_was_in(tmp_path):
@@ -89,14 +89,14 @@ def test_a_crash_redoes_only_the_shard_it_was_in(tmp_path):
 
 
 def test_only_the_missing_stage_is_computed_in_a_shared_pass(tmp_path):
-    run, seen = Run(tmp_path), []
-    run.sweep({"a": KEY}, IDS, square, shard_rows=16)
+    seen = []
+    sweeping.sweep(tmp_path, {"a": KEY}, IDS, square, shard_rows=16)
 
     def compute(indices, missing):
         seen.append(tuple(missing))
         return square(indices, missing)
 
-    out = run.sweep({"a": KEY, "b": {**KEY, "k": 2}}, IDS, compute, shard_rows=16)
+    out = sweeping.sweep(tmp_path, {"a": KEY, "b": {**KEY, "k": 2}}, IDS, compute, shard_rows=16)
     assert set(seen) == {("b",)}
     assert np.array_equal(out["a"]["x"], out["b"]["x"])
 
@@ -142,8 +142,8 @@ def test_swapping_shard_and_record_together_is_found(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from keepset.runfolder.run import Run
-from keepset.runfolder import run as module
+sys.path.insert(0, TESTS)
+from sweeping import sweep
 ids = np.array([f"{i:04d}" for i in range(64)], dtype=object)
 stop = int(sys.argv[2])
 counter = [0]
@@ -156,7 +156,7 @@ def fsync(fd):
 os.fsync = fsync
 def compute(indices, missing):
     return {m: {"x": np.sqrt(indices.astype(np.float64))} for m in missing}
-out = Run(sys.argv[1]).sweep({"s": {"k": 1}}, ids, compute, shard_rows=8)
+out = sweep(sys.argv[1], {"s": {"k": 1}}, ids, compute, shard_rows=8)
 print(out["s"]["x"].tobytes().hex())
 """
 
@@ -165,7 +165,7 @@ print(out["s"]["x"].tobytes().hex())
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     script = folder / "work.py"
-    script.write_text(textwrap.dedent(KILLED))
+    script.write_text(KILLED.replace("TESTS", repr(str(Path(sweeping.__file__).parent))))
     done = subprocess.run([sys.executable, script, folder / "b", "0"], capture_output=True, text=True, check=True)
     return (
         script,

@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepset.data.ids import content_key
 from keepset.data.words import hash_tokens, words
 from keepset.errors import RecipeError
+from keepset.methods.perplexity import percentile
 from keepset.recipe import SelectSpec
 from keepset.selection.budget import Ledger, shares
-from keepset.selection.dedup import band_keys, content_key, jaccard, near_keep, shingles, signatures
+from keepset.selection.dedup import band_keys, jaccard, near_keep, shingles, signatures
 from keepset.selection.greedy import facility_location
-from keepset.selection.ranking import percentile, rank_order, soft_scores
+from keepset.selection.ranking import rank_order, soft_scores
 from keepset.selection.select import select
 
 POLICIES = ["top_k", "round_robin", "mmr", "facility_location", "sample"]

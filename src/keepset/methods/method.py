@@ -62,13 +62,17 @@ class Features:
         """
         self._job, self._shots, self._beside, self._at = job, shots, list(beside), rows
         self.stages = stages
+        self._values: dict[Stage, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """The value of a stage, computed where it isn't in the run folder."""
+        """The value of a stage, computed where it isn't in the run folder; with it all sweeps of its kind."""
         stage = self.stages[name]
-        if isinstance(stage, Sweep):
-            return fetch(self._job, [stage, *self._alike(stage)], self._beside)[stage]
-        return stage.value(self._job)
+        if stage not in self._values:
+            if isinstance(stage, Sweep):
+                self._values |= fetch(self._job, [stage, *self._alike(stage)], self._beside)
+            else:
+                self._values[stage] = stage.value(self._job)
+        return self._values[stage]
 
     def learning_rate(self, name: str) -> float:
         """Mean learning rate of the warm-up's checkpoint that a stage looks at."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from keepset.errors import RecipeError
 from keepset.model.adapters import attached
@@ -33,7 +34,7 @@ class Curvature:
     """The inverse that an influence function puts before the target's gradient, at the last checkpoint alone."""
 
     solver: str  # fisher | cg | datainf | ekfac | ekfac-matrix
-    labels: str  # sampled | data
+    labels: Literal["sampled", "data"]
     damping: float
     rows: int
     seed: int
@@ -121,13 +122,13 @@ class TargetGradients(Stage):
         if request.curvature is not None:
             how = f"({request.curvature.solver}{aim.title})"
             rows, (tokens, work) = curvature_rows(job, request.curvature), curvature_cost(job, request.curvature)
-            titles = (f"curvature at {checkpoint} {how}",)
+            titles = (f"curvature at {checkpoint} {how}",) if checkpoint else ()
             return (Work(f"curvature {how}", "backward", len(rows), tokens, work, ids, titles),)
         how = f"{request.loss}, a {request.normalise}{aim.title}"
         if (request.loss, request.normalise) == ("dpo", "task"):
             how += f", beta {request.beta:g}, reference {request.reference}"
         sides, (tokens, work) = self._sides(job), self._cost(job)
-        titles = (f"target gradients at {checkpoint} ({request.loss}{aim.title})",)
+        titles = (f"target gradients at {checkpoint} ({request.loss}{aim.title})",) if checkpoint else ()
         stage = f"target gradients ({how})"
         return (Work(stage, "backward", len(sides), tokens, work, ids, titles, counted=True),)
 
@@ -266,6 +267,7 @@ class Dots(Sweep):
         sides = [side for row in self.rows(job).tokens for side in row]
         own = "" if store else aim.title  # rows that are in a store are there for every target
         aims = {m.shots for m in job.recipe.methods} if store else {self.shots}
+        aims = aims if checkpoint else set()
         titles = tuple(f"gradients at {checkpoint} ({map_}{job.aim(shots).title})" for shots in aims)
         ids = ([digest(["pass", map_, own, WarmupCheckpoint(self.at).id(job), self.inputs(job)])[:16]], [self.id(job)])
         works = [backward(job, f"gradients ({map_}{own})", sides, ids=ids[0], titles=titles, need="gradients")]
@@ -274,7 +276,7 @@ class Dots(Sweep):
             sample = [rows[i][0] for i in sample_of(len(rows), job.recipe.gradients.store_sample)]
             stage = f"sample of the store ({self.request.loss}, {map_}{aim.title})"
             title = f"sample of gradients at {checkpoint} ({map_}{aim.title})"
-            works.append(backward(job, stage, sample, ids=ids[1], titles=(title,)))
+            works.append(backward(job, stage, sample, ids=ids[1], titles=(title,) if checkpoint else ()))
         return tuple(works)
 
     @classmethod
@@ -301,7 +303,7 @@ class Dots(Sweep):
             return super().compute(job, stages)
         if job.pair_gradients:
             raise RecipeError("gradients.store: holds gradients of single rows, not of pairs; leave it out")
-        return {stage: stage._stored(job) for stage in stages}
+        return {stage: job.once_a_recipe((stage, "stored"), partial(stage._stored, job)) for stage in stages}
 
     def _stored(self, job: Job) -> Arrays:
         from keepset.features.adam import load_adam

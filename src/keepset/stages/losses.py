@@ -132,7 +132,7 @@ class Losses(Sweep):
         label = WarmupCheckpoint(self.at).name(job) if self.model == "checkpoint" else self._label
         both = f"{label.replace('reference', 'base')} and {label.replace('base', 'reference')}"
         labels = [label, both] if self.model in ("base", "reference") else [label]
-        titles = tuple(self._titled(names, loss) for names in labels)
+        titles = tuple(self._titled(names, loss) for names in labels if label)
         part = f"fold{self.at}" if self.model == "fold" else ""
         work = forward(job, f"{stage}{loss}", rows.tokens, id_=self.id(job), titles=titles, part=part)
         return (work,)
