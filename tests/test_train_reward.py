@@ -9,7 +9,8 @@ import pytest
 
 from conftest import tiny_model, tiny_tokenizer
 from keepset.errors import DataError, ModelError
-from keepset.judging.judge import Comparison, reward_judge, reward_scores
+from keepset.evaluate.reward import reward_scores
+from keepset.judging.judge import Comparison, reward_judge
 from keepset.model.encode import Encoder
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.reward import load_reward, pair_accuracy, train_reward

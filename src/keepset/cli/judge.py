@@ -289,8 +289,9 @@ def open_endpoint(endpoint: str | None, model: str | None, cache: Path | None, p
     Raises:
         RecipeError: no judge was named.
     """
+    from keepset.judging.endpoint import Endpoint
     from keepset.judging.judge import HttpJudge
 
     if not endpoint or not model:
         raise RecipeError("name a judge: --reward FOLDER, or --endpoint URL with --judge_model NAME")
-    return HttpJudge(endpoint, model, cache=cache, price=price)
+    return HttpJudge(Endpoint(endpoint, model), cache=cache, price=price)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from keepset.judging.judge import Comparison, Judgements, reward_scores
+from keepset.evaluate.reward import reward_scores
+from keepset.judging.judge import Comparison, Judgements
 from keepset.judging.pairs import ScoredAnswers
 
 

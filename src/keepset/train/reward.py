@@ -15,8 +15,8 @@ import numpy as np
 
 from keepset.errors import DataError, ModelError
 from keepset.evaluate.preference import correct, length_matched
+from keepset.evaluate.reward import reward_scores
 from keepset.evaluate.statistics import bootstrap_ci
-from keepset.judging.judge import reward_scores
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.runfolder.files import json_text, write_atomic
 from keepset.train.sft import TrainResult, base_weights, finished, plan_of, run_trainer, trainer_arguments
