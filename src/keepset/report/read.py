@@ -39,8 +39,7 @@ class RunData:
     costs: list[dict[str, Any]] = field(default_factory=list)
     method_names: dict[str, str] = field(default_factory=dict)  # label -> method
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> id -> why it has no score
-    why: dict[str, Any] = field(default_factory=dict)  # label -> id -> tokens or pairs, see `keepset.report.why`
-    languages: dict[str, str] = field(default_factory=dict)  # id -> language, filled when it is first asked for
+    why: dict[str, Any] = field(default_factory=dict)  # label -> id -> tokens or pairs, see `explain.write_why`
     length_unit: str = "tokens"  # or "words", where no tokenizer was at hand
 
 
