@@ -24,8 +24,7 @@ from rich.text import Text
 
 from keepset.errors import KeepsetError
 from keepset.methods.rose import checkpoint_weights
-from keepset.report.explain import find_row
-from keepset.report.read import RunData, read_run
+from keepset.report.read import RunData, find_row, read_run
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded

@@ -99,7 +99,7 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
 
 
 def why_of(data: RunData, ids: set[str]) -> dict[str, dict[str, Any]]:
-    """What the models said about rows (see `report.why`), by label and id; entries of another form are left out."""
+    """What the models said about rows (`explain.write_why`), by label and id; entries of another form are left out."""
     out: dict[str, dict[str, Any]] = {}
     for label, found in data.why.items():
         for id_, entry in as_dict(found).items():

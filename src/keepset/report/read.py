@@ -176,3 +176,22 @@ def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, l
             if str(id_) in wanted and str(id_) not in found:
                 found[str(id_)] = messages
     return found
+
+
+def find_row(data: RunData, row_id: str) -> int:
+    """Index of the row whose id is, or begins with, `row_id`.
+
+    Raises:
+        KeepsetError: none, or several that differ in more than a copy's number.
+    """
+    ids = [str(i) for i in data.ids]
+    if row_id in ids:
+        return ids.index(row_id)
+    found = [i for i, id_ in enumerate(ids) if id_.startswith(row_id)] if row_id else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(ids[i][:12] for i in found[:4])
+        raise KeepsetError(f"{data.path}: '{row_id}' begins {len(found)} ids ({some} ...); give more of it")
+    quarantined = f"; {len(data.quarantine)} rows are in quarantine.jsonl" if data.quarantine else ""
+    raise KeepsetError(f"{data.path}: no scored row '{row_id}'{quarantined}; ids stand in scores/*.parquet")

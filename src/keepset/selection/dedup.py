@@ -1,4 +1,4 @@
-"""Exact and near duplicates; of each set of copies the best-ranked row stays.
+"""Exact and near duplicates: of each set of copies the best-ranked row stays; near copies between two lists of texts.
 
 Near: Jaccard similarity of the sets of word 5-grams (of all the words, for a shorter text) at or above a threshold.
 MinHash (Broder 1997) with banding proposes pairs, the sets themselves decide: nothing below the threshold is dropped,
@@ -67,6 +67,41 @@ def near_keep(texts: Sequence[str], order: np.ndarray, *, threshold: float = 0.8
         for band, key in zip(kept, keys, strict=True):
             band[key].append(row)
     return keep
+
+
+def near_copies(texts: Sequence[str], threshold: float) -> int:
+    """Count rows that nearly repeat an earlier row (exact copies included)."""
+    return int((~near_keep(texts, np.arange(len(texts)), threshold=threshold)).sum())
+
+
+def near_pairs(texts: Sequence[str], others: Sequence[str], threshold: float, *, n: int = 5) -> dict[int, int]:
+    """Find, for each text that has one, its first near copy among `others`.
+
+    Args:
+        texts: the rows.
+        others: what they are held against.
+        threshold: least Jaccard of word n-grams.
+        n: words of an n-gram.
+
+    Returns:
+        index of the text -> index of the other.
+    """
+    keys = band_keys(texts, threshold, n)
+    buckets: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(keys.shape[1])]
+    for j, row in enumerate(band_keys(others, threshold, n).tolist()):
+        for bucket, key in zip(buckets, row, strict=True):
+            if key:
+                bucket[key].append(j)
+    pairs = {}
+    for i, row in enumerate(keys.tolist()):
+        candidates = sorted({j for bucket, key in zip(buckets, row, strict=True) for j in bucket.get(key, ())})
+        if candidates:
+            hashed = shingles([texts[i], *(others[j] for j in candidates)], n)
+            own, *sets = (np.unique(part) for part in np.split(hashed.values, hashed.offsets[1:-1]))
+            near = [j for j, other in zip(candidates, sets, strict=True) if jaccard(own, other) >= threshold]
+            if near:
+                pairs[i] = near[0]
+    return pairs
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
