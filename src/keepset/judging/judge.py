@@ -15,13 +15,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keepset.evaluate.reward import reward_scores
 from keepset.judging.endpoint import Endpoint, Reply
 from keepset.judging.replies import PROMPT, fill, parse_verdict
+
+if TYPE_CHECKING:
+    from keepset.model.encode import Encoder
 
 
 @dataclass(frozen=True)
@@ -180,29 +183,45 @@ class HttpJudge:
                 continue  # a line torn by a crash
 
 
-def reward_judge(model: Any, encoder: Any, items: Sequence[Comparison], *, batch_size: int = 8) -> Judgements:
-    """Judge with a Hugging Face reward model (sequence classification with one label): the higher score wins.
+@dataclass(frozen=True)
+class RewardJudge:
+    """A Hugging Face reward model (sequence classification with one label): the higher score wins.
 
-    Show the model's accuracy on held-out pairs beside its verdicts (`keepset.train.reward.pair_accuracy`).
-
-    Args:
+    Attributes:
         model: AutoModelForSequenceClassification with num_labels = 1, or a PeftModel of one.
         encoder: the `keepset.model.encode.Encoder` of its tokenizer.
-        items: n comparisons.
+        heldout: its accuracy on held-out pairs (`keepset.train.reward.pair_accuracy`), to be shown beside its verdicts;
+            None where it was not measured.
         batch_size: answers scored together.
-
-    Raises:
-        keepset.model.encode.RowRefused: the template refuses an answer, or it is too long (a cut answer is another
-            answer).
     """
-    rows = [
-        encoder.encode_pair(
-            [{"role": "user", "content": item.instruction}], [{"role": "assistant", "content": text}]
-        ).input_ids
-        for item in items
-        for text in (item.answer, item.baseline)
-    ]
-    scores = reward_scores(model, rows, batch_size=batch_size).reshape(-1, 2)
-    preference = (scores[:, 0] > scores[:, 1]) + 0.5 * (scores[:, 0] == scores[:, 1])
-    # A score doesn't depend on what it is compared with, so both orders say the same.
-    return Judgements(preference, np.stack([preference, preference], axis=1))
+
+    model: Any
+    encoder: Encoder
+    heldout: dict[str, Any] | None = None
+    batch_size: int = 8
+
+    def scores(self, asked: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Rewards (n,) of n (prompt, answer).
+
+        Raises:
+            keepset.model.encode.RowRefused: the template refuses an answer, or it is too long (a cut answer is another
+                answer).
+        """
+        rows = [
+            self.encoder.encode_pair(
+                [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
+            ).input_ids
+            for prompt, answer in asked
+        ]
+        return reward_scores(self.model, rows, batch_size=self.batch_size)
+
+    def compare(self, items: Sequence[Comparison]) -> Judgements:
+        """Judge every comparison; both orders say the same, as a score doesn't depend on what it is compared with.
+
+        Raises:
+            keepset.model.encode.RowRefused: see `scores`.
+        """
+        asked = [(item.instruction, text) for item in items for text in (item.answer, item.baseline)]
+        ours, theirs = self.scores(asked).reshape(-1, 2).T
+        preference = (ours > theirs) + 0.5 * (ours == theirs)
+        return Judgements(preference, np.stack([preference, preference], axis=1))
