@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 
 from keepset.evaluate.reward import reward_scores
 from keepset.judging.endpoint import Endpoint, Reply
-from keepset.judging.replies import PROMPT, fill, parse_verdict
+from keepset.judging.replies import parse_verdict, question
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoder
@@ -80,25 +80,19 @@ class HttpJudge:
     Attributes:
         endpoint: where it answers; its `tries` hold for unreadable replies too.
         cache: JSONL file of replies; None keeps nothing.
-        prompt: template with {instruction}, {first} and {second}.
         workers: requests at a time.
         price: (prompt, completion) cost of a million tokens.
     """
 
     endpoint: Endpoint
     cache: Path | None = None
-    prompt: str = PROMPT
     workers: int = 4
     price: tuple[float, float] = (0.0, 0.0)
     _replies: dict[str, Reply] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def compare(self, items: Sequence[Comparison], *, advance: Callable[[int], None] | None = None) -> Judgements:
+    def compare(self, items: Sequence[Comparison]) -> Judgements:
         """Judge every comparison in both orders.
-
-        Args:
-            items: n comparisons.
-            advance: called with the number of comparisons done.
 
         Raises:
             KeepsetError: the endpoint refuses the request (wrong key, unknown model), or fails every time; what was
@@ -113,13 +107,10 @@ class HttpJudge:
                 if stop.is_set():
                     return []
                 try:
-                    replies.append(self._verdict(fill(self.prompt, item.instruction, first, second)))
+                    replies.append(self._verdict(question(item.instruction, first, second)))
                 except BaseException:
                     stop.set()
                     raise
-            if advance:
-                with self._lock:
-                    advance(1)
             return replies
 
         with ThreadPoolExecutor(max_workers=max(1, self.workers)) as pool:

@@ -76,7 +76,7 @@ def _value(word: str) -> float:
     return {"A": 1.0, "B": 0.0}.get(word.upper(), 0.5)
 
 
-def fill(template: str, instruction: str, first: str, second: str) -> str:
-    """Fill a prompt in one pass, so that braces in an answer stay as they are."""
+def question(instruction: str, first: str, second: str) -> str:
+    """Fill the prompt in one pass, so that braces in an answer stay as they are."""
     values = {"instruction": instruction, "first": first, "second": second}
-    return re.sub(r"\{(instruction|first|second)\}", lambda m: values[m[1]], template)
+    return re.sub(r"\{(instruction|first|second)\}", lambda m: values[m[1]], PROMPT)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from keepset.model.encode import Encoder
 
 LEAK_WORDS = 8
+NEAR = 0.8  # Jaccard of word 5-grams from which on two rows count as near copies
 EXAMPLE_CHARACTERS = 900
 TEMPLATE_REASONS = {
     "over-long": "the row is longer than max_length",
@@ -47,7 +48,6 @@ def inspect_data(
     target: Sequence[DataSpec | str | Path] = (),
     evaluation: Sequence[DataSpec | str | Path] = (),
     model: ModelSpec | None = None,
-    near_threshold: float = 0.8,
 ) -> dict[str, Any]:
     """Look at one data file, folder or hub dataset.
 
@@ -56,7 +56,6 @@ def inspect_data(
         target: few-shot rows or pairs that must not be in it.
         evaluation: held-out pairs that must not be in it.
         model: adds token lengths and rendered rows by this model's tokenizer and template.
-        near_threshold: Jaccard of word 5-grams from which on two rows count as near copies.
 
     Returns:
         JSON-ready facts: `format`, `container`, `columns`, `carried` (columns and message keys that are not used),
@@ -84,7 +83,7 @@ def inspect_data(
         "rows": len(pool),
         "quarantined": len(pool.quarantine),
         "duplicates": pool.duplicates,
-        "near_duplicates": near_copies([whole_text(row) for row in messages], near_threshold),
+        "near_duplicates": near_copies([whole_text(row) for row in messages], NEAR),
         "reasons": reasons(pool.quarantine, refused, pool),
         "drops": drops,
         "roles": dict(Counter(" ".join(m["role"] for m in row[:6]) for row in messages).most_common(6)),
@@ -94,7 +93,7 @@ def inspect_data(
         "pairs": pair_facts(load_target(spec, allow_empty=True)) if pool.dialect in PAIRS else None,
         "examples": examples(pool, messages, texts, encoder),
         "leakage": [
-            leakage(pool, messages, load_target(other), name, near_threshold)
+            leakage(pool, messages, load_target(other), name)
             for name, others in (("target", target), ("evaluation", evaluation))
             for other in others
         ],
@@ -188,7 +187,7 @@ def pair_facts(target: Target) -> dict[str, Any]:
     }
 
 
-def leakage(pool: Pool, messages: list[list[Message]], target: Target, name: str, threshold: float) -> dict[str, Any]:
+def leakage(pool: Pool, messages: list[list[Message]], target: Target, name: str) -> dict[str, Any]:
     """Rows that a target or evaluation set already holds: exactly (case and white space aside), or nearly."""
     exact = find_leaks(pool, target)
     sides = [
@@ -197,11 +196,11 @@ def leakage(pool: Pool, messages: list[list[Message]], target: Target, name: str
         for side in (chosen, rejected)
         if side is not None
     ]
-    near = near_pairs([whole_text(row) for row in messages], [whole for whole, _ in sides], threshold)
+    near = near_pairs([whole_text(row) for row in messages], [whole for whole, _ in sides], NEAR)
     # An answer alone is evidence too, if it is long enough not to be a stock phrase.
     answers = [answer_text(row) for row in messages]
     answers = [text if n >= LEAK_WORDS else "" for text, n in zip(answers, count_words(answers), strict=True)]
-    near |= near_pairs(answers, [answer for _, answer in sides], threshold)
+    near |= near_pairs(answers, [answer for _, answer in sides], NEAR)
     only_near = sorted(i for i in near if not exact[i])
     first = [i for i in range(len(pool)) if exact[i]][:3] + only_near[:3]
     return {

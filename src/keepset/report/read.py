@@ -43,25 +43,24 @@ class RunData:
     length_unit: str = "tokens"  # or "words", where no tokenizer was at hand
 
 
-def read_run(path: Path, *, labels: list[str] | None = None, texts: bool = True) -> RunData:
+def read_run(path: Path, *, texts: bool = True) -> RunData:
     """Read a run folder; only `scores/` has to be there.
 
     Args:
         path: the folder.
-        labels: read these methods' scores only; default: all.
         texts: look the rows' texts up, in the pool files of the recipe or else in what the folder kept.
 
     Raises:
-        KeepsetError: no scores in the folder, an unknown label, or a damaged file.
+        KeepsetError: no scores in the folder, or a damaged file.
     """
     run = Run(path)
-    found = {p.stem: p for p in sorted((path / "scores").glob("*.parquet"))}
-    if not found:
+    stored = sorted(p.stem for p in (path / "scores").glob("*.parquet"))
+    if not stored:
         raise KeepsetError(f"{path}: no scores here yet; `keepset run` or `keepset score` makes them")
     recipe = run.recipe() if (path / "recipe.yaml").exists() else None
     order = [m.label for m in recipe.methods] if recipe else []
-    wanted = labels or [*(name for name in order if name in found), *(name for name in found if name not in order)]
-    tables = {label: run.load_table(f"scores/{label}.parquet") for label in wanted}
+    labels = [*(name for name in order if name in stored), *(name for name in stored if name not in order)]
+    tables = {label: run.load_table(f"scores/{label}.parquet") for label in labels}
     data = align(path, tables)
     data.recipe = recipe
     data.recipe_text = (path / "recipe.yaml").read_text(encoding="utf-8") if recipe else ""

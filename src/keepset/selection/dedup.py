@@ -17,6 +17,7 @@ from keepset.data.words import Hashes, chunks, hash_tokens, mix, ngrams
 
 COPY = re.compile(r"^([0-9a-f]{32})-\d+$")  # the id of a row's second, third ... exact copy
 N_HASHES = 128
+SHINGLE = 5  # words
 
 
 def content_key(row_id: str) -> str:
@@ -35,16 +36,15 @@ def exact_keep(keys: Sequence[str], order: np.ndarray) -> np.ndarray:
     return keep
 
 
-def near_keep(texts: Sequence[str], order: np.ndarray, *, threshold: float = 0.8, n: int = 5) -> np.ndarray:
+def near_keep(texts: Sequence[str], order: np.ndarray, *, threshold: float = 0.8) -> np.ndarray:
     """Return (n,) bool: False for a row whose Jaccard similarity with an earlier kept row reaches the threshold.
 
     Args:
         texts: the rows' texts; a text without a word is never a duplicate.
         order: (n,) indices, best first.
         threshold: Jaccard similarity in (0, 1].
-        n: words a shingle.
     """
-    bands = band_keys(texts, threshold, n)
+    bands = band_keys(texts, threshold, SHINGLE)
     shared = np.zeros(len(texts), dtype=bool)
     for band in bands.T:
         _, place, count = np.unique(band, return_inverse=True, return_counts=True)
@@ -53,7 +53,7 @@ def near_keep(texts: Sequence[str], order: np.ndarray, *, threshold: float = 0.8
     rows = order[shared[order]]
     sets: dict[int, np.ndarray] = {}
     for part in np.array_split(rows, len(rows) // 4096 + 1):
-        hashed = shingles([texts[i] for i in part], n)
+        hashed = shingles([texts[i] for i in part], SHINGLE)
         for row, start, end in zip(part.tolist(), hashed.offsets[:-1], hashed.offsets[1:], strict=True):
             sets[row] = np.unique(hashed.values[start:end])
     keep = np.ones(len(texts), dtype=bool)
@@ -74,21 +74,20 @@ def near_copies(texts: Sequence[str], threshold: float) -> int:
     return int((~near_keep(texts, np.arange(len(texts)), threshold=threshold)).sum())
 
 
-def near_pairs(texts: Sequence[str], others: Sequence[str], threshold: float, *, n: int = 5) -> dict[int, int]:
+def near_pairs(texts: Sequence[str], others: Sequence[str], threshold: float) -> dict[int, int]:
     """Find, for each text that has one, its first near copy among `others`.
 
     Args:
         texts: the rows.
         others: what they are held against.
         threshold: least Jaccard of word n-grams.
-        n: words of an n-gram.
 
     Returns:
         index of the text -> index of the other.
     """
-    keys = band_keys(texts, threshold, n)
+    keys = band_keys(texts, threshold, SHINGLE)
     buckets: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(keys.shape[1])]
-    for j, row in enumerate(band_keys(others, threshold, n).tolist()):
+    for j, row in enumerate(band_keys(others, threshold, SHINGLE).tolist()):
         for bucket, key in zip(buckets, row, strict=True):
             if key:
                 bucket[key].append(j)
@@ -96,7 +95,7 @@ def near_pairs(texts: Sequence[str], others: Sequence[str], threshold: float, *,
     for i, row in enumerate(keys.tolist()):
         candidates = sorted({j for bucket, key in zip(buckets, row, strict=True) for j in bucket.get(key, ())})
         if candidates:
-            hashed = shingles([texts[i], *(others[j] for j in candidates)], n)
+            hashed = shingles([texts[i], *(others[j] for j in candidates)], SHINGLE)
             own, *sets = (np.unique(part) for part in np.split(hashed.values, hashed.offsets[1:-1]))
             near = [j for j, other in zip(candidates, sets, strict=True) if jaccard(own, other) >= threshold]
             if near:
