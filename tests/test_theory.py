@@ -21,7 +21,6 @@ from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.data.ids import fold_of  # noqa: E402
 from keepset.evaluate.statistics import (  # noqa: E402
     accuracy_power,
-    items_needed,
     paired_permutation,
     smallest_difference,
     spearman,
@@ -633,7 +632,8 @@ def test_6_3_how_many_pairs_a_difference_takes():
     """The numbers that `keepset plan` prints; and five pairs that decide all one way say nothing yet."""
     best, independent = accuracy_power(100)
     assert (round(best, 3), round(independent, 3)) == (0.078, 0.198)
-    assert items_needed(0.05, np.sqrt(0.5)) == 1570 and items_needed(0.05, np.sqrt(0.05)) == 157
+    for n, sd in ((1570, np.sqrt(0.5)), (157, np.sqrt(0.05))):
+        assert smallest_difference(n, sd) <= 0.05 < smallest_difference(n - 1, sd)
     assert smallest_difference(100, np.sqrt(best)) == pytest.approx(best)
     for deciding, seen in ((5, False), (6, True)):
         wins = np.array([1.0] * deciding + [0.0] * (36 - deciding))

@@ -10,7 +10,7 @@ import pytest
 from conftest import save_tiny, tiny_tokenizer
 from keepset.errors import DataError, ModelError
 from keepset.evaluate.reward import reward_scores
-from keepset.judging.judge import Comparison, reward_judge
+from keepset.judging.judge import Comparison, RewardJudge
 from keepset.model.encode import Encoder
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.reward import load_reward, pair_accuracy, train_reward
@@ -52,7 +52,7 @@ def test_learns_judges_and_resumes_as_finished(base, tmp_path):
         Comparison("zz", "ab user", "ab thing"),
         Comparison("z", "x", "x"),
     ]
-    verdicts = reward_judge(model, Encoder(tokenizer, base), items)
+    verdicts = RewardJudge(model, Encoder(tokenizer, base)).compare(items)
     assert verdicts.preference.tolist() == [1, 0, 0.5] and verdicts.consistency == 1
     with pytest.raises(ModelError, match="no reward model"):
         load_reward(base, tmp_path)

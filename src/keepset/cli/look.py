@@ -77,7 +77,7 @@ def report(
     from keepset.report import write_report
 
     if why:
-        from keepset.report.why import write_why
+        from keepset.report.explain import write_why
 
         write_why(run_dir, console=err)
 

@@ -69,7 +69,7 @@ class Features:
         stage = self.stages[name]
         if stage not in self._values:
             if isinstance(stage, Sweep):
-                self._values |= fetch(self._job, [stage, *self._alike(stage)], self._beside)
+                self._values.update(fetch(self._job, [stage, *self._alike(stage)], self._beside).items())
             else:
                 self._values[stage] = stage.value(self._job)
         return self._values[stage]

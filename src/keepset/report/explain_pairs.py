@@ -26,8 +26,7 @@ from keepset.errors import KeepsetError
 from keepset.methods.less import GradCosine
 from keepset.methods.rose import CosineMethod, checkpoint_weights
 from keepset.methods.table import METHODS, method_of
-from keepset.report.explain import find_row
-from keepset.report.read import RunData, read_run
+from keepset.report.read import RunData, find_row, read_run
 from keepset.runfolder import layout
 
 if TYPE_CHECKING:

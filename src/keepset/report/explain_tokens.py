@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from keepset.errors import KeepsetError
-from keepset.report.explain import find_row
-from keepset.report.read import RunData, read_run
+from keepset.report.read import RunData, find_row, read_run
 from keepset.runfolder import layout
 
 if TYPE_CHECKING:

@@ -152,7 +152,7 @@ function methodFigures(label) {
       Math.abs(m.length.spearman) >= 0.5 ? h("strong", { class: "flag" }, "The method follows length closely; hold it against the longest rows.") : "")));
   if (m.heat) out.push(figure("What each target task asks for", (w) => heatChart(w, m.heat), "Mean part of the score that each target task gives to a group of rows. Blue-green pulls in, rust pushes out.", { wide: true }));
   const totals = { pool: m.scored, kept: m.kept };
-  const mix = Object.entries(m.shares).filter(([, rows]) => rows.length > 1).map(([name, rows]) => figure("Shares by " + name, (w) => shareChart(w, rows, totals), h("span", {}, swatch("rest"), "in the pool  ", swatch("kept"), "kept", name === "language" && ". Language of the answers, by script and stop words: a guide, short ones stay unclear.")));
+  const mix = Object.entries(m.shares).filter(([, rows]) => rows.length > 1).map(([name, rows]) => figure("Shares by " + name, (w) => shareChart(w, rows, totals), h("span", {}, swatch("rest"), "in the pool  ", swatch("kept"), "kept")));
   if (mix.length) out.push(h("div", { class: "wide mix" }, mix));
   return out;
 }

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from keepset.data.turns import is_learnt
-from keepset.report.languages import UNCLEAR, language
 from keepset.report.numbers import (
     cut_of,
     heat,
@@ -23,7 +21,6 @@ from keepset.report.read import Message, RunData, as_dict, as_list
 
 TEXT_BUDGET = 12_000_000  # characters of row text in the page
 QUARANTINE_ROWS = 2_000
-LANGUAGE_ROWS = 20_000
 CONTROLS = ("random", "longest", "length")
 
 
@@ -102,7 +99,7 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
 
 
 def why_of(data: RunData, ids: set[str]) -> dict[str, dict[str, Any]]:
-    """What the models said about rows (see `report.why`), by label and id; entries of another form are left out."""
+    """What the models said about rows (`explain.write_why`), by label and id; entries of another form are left out."""
     out: dict[str, dict[str, Any]] = {}
     for label, found in data.why.items():
         for id_, entry in as_dict(found).items():
@@ -155,7 +152,6 @@ def method_numbers(data: RunData, label: str) -> dict[str, Any]:
     name = data.method_names.get(label, label)
     tasks = {name.removeprefix("task."): values for name, values in columns.items() if name.startswith("task.")}
     buckets = np.array([length_bucket(v) for v in data.n_tokens], dtype=object)
-    spoken = languages_of(data)
     with_category = any(data.category)
     return {
         "label": label,
@@ -179,35 +175,11 @@ def method_numbers(data: RunData, label: str) -> dict[str, Any]:
             f"length in {data.length_unit}": shares(buckets, selected, ordered=True)
             if np.isfinite(data.n_tokens).any()
             else [],
-            "language": drawn_shares(spoken, data.ids, selected) if spoken else [],
         },
         "heat": heat(tasks, data.category if with_category else data.source, selected),
         "has_losses": {"loss_ini", "loss_ref"} <= set(columns),
         "parts": [name for name in columns if name not in ("score", "rank", "selected")],
     }
-
-
-def languages_of(data: RunData) -> dict[str, str]:
-    """The language of each row's answers (else of the whole row) by id, over a fair draw and all kept rows."""
-    if not data.languages:
-        for i in sample_rows(data, LANGUAGE_ROWS):
-            messages = data.messages.get(str(data.ids[i]), [])
-            answers = " ".join(m["content"] for m in messages if is_learnt(m))
-            name = language(answers)
-            if name == UNCLEAR and messages:
-                name = language(" ".join([answers, *(m["content"] for m in messages if m["role"] == "user")]))
-            if messages:
-                data.languages[str(data.ids[i])] = name
-    return data.languages
-
-
-def drawn_shares(names: dict[str, str], ids: np.ndarray, selected: np.ndarray) -> list[dict[str, Any]]:
-    """`shares` where only some rows' names are known: the rows not kept stand for all that are not."""
-    known = np.array([str(i) in names for i in ids])
-    rows = shares(np.array([names[str(i)] for i in ids[known]], dtype=object), selected[known])
-    kept = selected > 0
-    scale = (~kept).sum() / max(1, (known & ~kept).sum())
-    return [{**row, "pool": round(row["kept"] + (row["pool"] - row["kept"]) * scale)} for row in rows]
 
 
 def best_dropped(score: np.ndarray, kept: np.ndarray) -> float:

@@ -40,30 +40,28 @@ class RunData:
     costs: list[dict[str, Any]] = field(default_factory=list)
     method_names: dict[str, str] = field(default_factory=dict)  # label -> method
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> id -> why it has no score
-    why: dict[str, Any] = field(default_factory=dict)  # label -> id -> tokens or pairs, see `keepset.report.why`
-    languages: dict[str, str] = field(default_factory=dict)  # id -> language, filled when it is first asked for
+    why: dict[str, Any] = field(default_factory=dict)  # label -> id -> tokens or pairs, see `explain.write_why`
     length_unit: str = "tokens"  # or "words", where no tokenizer was at hand
 
 
-def read_run(path: Path, *, labels: list[str] | None = None, texts: bool = True) -> RunData:
+def read_run(path: Path, *, texts: bool = True) -> RunData:
     """Read a run folder; only `scores/` has to be there.
 
     Args:
         path: the folder.
-        labels: read these methods' scores only; default: all.
         texts: look the rows' texts up, in the pool files of the recipe or else in what the folder kept.
 
     Raises:
-        KeepsetError: no scores in the folder, an unknown label, or a damaged file.
+        KeepsetError: no scores in the folder, or a damaged file.
     """
     run = Run(path)
-    found = {p.stem: p for p in sorted((path / layout.SCORES_FOLDER).glob("*.parquet"))}
-    if not found:
+    stored = sorted(p.stem for p in (path / layout.SCORES_FOLDER).glob("*.parquet"))
+    if not stored:
         raise KeepsetError(f"{path}: no scores here yet; `keepset run` or `keepset score` makes them")
     recipe = run.recipe() if (path / layout.RECIPE).exists() else None
     order = [m.label for m in recipe.methods] if recipe else []
-    wanted = labels or [*(name for name in order if name in found), *(name for name in found if name not in order)]
-    tables = {label: run.load_table(layout.scores(label)) for label in wanted}
+    labels = [*(name for name in order if name in stored), *(name for name in stored if name not in order)]
+    tables = {label: run.load_table(layout.scores(label)) for label in labels}
     data = align(path, tables)
     data.recipe = recipe
     data.recipe_text = (path / layout.RECIPE).read_text(encoding="utf-8") if recipe else ""
@@ -177,3 +175,22 @@ def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, l
             if str(id_) in wanted and str(id_) not in found:
                 found[str(id_)] = messages
     return found
+
+
+def find_row(data: RunData, row_id: str) -> int:
+    """Index of the row whose id is, or begins with, `row_id`.
+
+    Raises:
+        KeepsetError: none, or several that differ in more than a copy's number.
+    """
+    ids = [str(i) for i in data.ids]
+    if row_id in ids:
+        return ids.index(row_id)
+    found = [i for i, id_ in enumerate(ids) if id_.startswith(row_id)] if row_id else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(ids[i][:12] for i in found[:4])
+        raise KeepsetError(f"{data.path}: '{row_id}' begins {len(found)} ids ({some} ...); give more of it")
+    quarantined = f"; {len(data.quarantine)} rows are in quarantine.jsonl" if data.quarantine else ""
+    raise KeepsetError(f"{data.path}: no scored row '{row_id}'{quarantined}; ids stand in scores/*.parquet")
