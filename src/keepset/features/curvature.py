@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from keepset.methods.influence import cg_solve, fisher_coefficients
 from keepset.model.llama_backward import Places
 from keepset.model.pack import Row
 
-Solver = Literal["none", "fisher", "cg", "datainf", "ekfac", "ekfac-matrix"]
 MEMORY = 1 << 31
 """Bytes of gradients that `fisher` may hold (2 GiB): curvature rows x parameters x 4."""
 TOLERANCE, STEPS = 1e-2, 200
