@@ -51,7 +51,7 @@ UNNAMED = {
     "cli/deliver.py", "cli/look.py", "cli/options.py", "cli/train.py", "cli/work.py", "data/bounded.py",
     "data/columns.py", "data/jsontext.py", "data/originals.py", "data/parts.py", "data/pool.py", "data/reasons.py",
     "data/turns.py", "data/written.py", "evaluate/lm_eval.py", "features/checks.py", "features/gauss_newton.py",
-    "features/representations.py", "features/row_gradients.py", "methods/datainf.py", "methods/gradient.py",
+    "features/representations.py", "features/row_gradients.py", "methods/gradient.py",
     "methods/table.py", "model/kind.py", "model/linears.py", "model/llama_backward.py", "model/llama_forward.py",
     "pipeline/compare.py", "pipeline/reference_check.py", "report/inspect_print.py", "report/overlap.py",
     "report/read.py", "report/why.py", "selection/near.py", "stages/influence.py", "stages/job.py",

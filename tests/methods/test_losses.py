@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepset.methods.cross_fit import fold_of, held_out
+from keepset.methods.cross_fit import fold_of
 from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
 from keepset.methods.ifd import ifd
@@ -78,8 +78,6 @@ def test_folds_are_even_kept_by_content_and_free_of_order(n, folds, seed):
     np.testing.assert_array_equal(fold_of(ids[order], folds, seed), fold[order])
 
 
-def test_held_out_takes_the_model_that_left_the_row_out():
-    values = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
-    np.testing.assert_array_equal(held_out(values, np.array([1, 0, 1])), [10, 2, 30])
+def test_more_folds_than_different_rows_are_refused():
     with pytest.raises(ValueError, match="from 2 to the 3 different rows"):
         fold_of(["a", "b", "c"], 4)

@@ -33,16 +33,3 @@ def fold_of(ids: Sequence[str] | np.ndarray, folds: int, seed: int = 0) -> np.nd
         raise ValueError(f"folds must be from 2 to the {len(keys)} different rows, not {folds}")
     place = np.argsort(np.argsort(uniform_by_id(keys, seed), kind="stable"), kind="stable")
     return (place % folds)[of_row].astype(np.int64)
-
-
-def held_out(values: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Pick for each row the value of the model that left it out.
-
-    Args:
-        values: (K, n) of the model trained without fold k.
-        fold: (n,) each row's fold.
-
-    Returns:
-        (n,).
-    """
-    return np.asarray(values)[fold, np.arange(len(fold))]

@@ -16,27 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def kronecker_bases(inputs: np.ndarray, output_gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the eigenvectors Q_A (in, in) and Q_B (out, out) of the two factors.
-
-    Args:
-        inputs: (t, in) a at all tokens of all rows.
-        output_gradients: (t, out) δ at the same tokens.
-    """
-    factors = [np.asarray(x, dtype=np.float64) for x in (inputs, output_gradients)]
-    q_a, q_b = (eigenvectors(x.T @ x) for x in factors)
-    return q_a, q_b
-
-
 def eigenvectors(factor: np.ndarray) -> np.ndarray:
     """Return the eigenvectors (d, d), as columns, of a factor: a sum or mean of outer products (d, d)."""
     return np.linalg.eigh(factor)[1]
-
-
-def corrected_eigenvalues(gradients: np.ndarray, q_a: np.ndarray, q_b: np.ndarray) -> np.ndarray:
-    """Return Λ (out, in), mean squares of the rows' gradients (n, out, in) in the eigenbasis; shards' means combine."""
-    rotated = q_b.T @ np.asarray(gradients, dtype=np.float64) @ q_a
-    return np.mean(rotated**2, axis=0)
 
 
 def ekfac_solve(

@@ -31,24 +31,6 @@ def influence(dots: np.ndarray, *, reduce: Reduce = "mean") -> tuple[np.ndarray,
     return reduce_tasks(per_task, reduce), per_task
 
 
-def dense_solve(hessian: np.ndarray, targets: np.ndarray, *, damping: float = 0.0) -> np.ndarray:
-    """Solve (H + λ I) r = v directly; for small p.
-
-    Args:
-        hessian: (p, p) symmetric.
-        targets: (j, p).
-        damping: λ.
-
-    Returns:
-        (j, p) float64.
-
-    Raises:
-        numpy.linalg.LinAlgError: the damped matrix is singular.
-    """
-    hessian = np.asarray(hessian, dtype=np.float64)
-    return np.linalg.solve(hessian + damping * np.eye(len(hessian)), np.asarray(targets, dtype=np.float64).T).T
-
-
 def fisher_coefficients(gram: np.ndarray, dots: np.ndarray, *, damping: float) -> np.ndarray:
     """Solve with F = (1/h) Σ g gᵀ of h rows by h × h matrices alone, never a p × p one (Woodbury's identity).
 
