@@ -9,10 +9,8 @@ import pytest
 import keepset.methods
 from keepset.features.solvers import ekfac_solve, fisher_coefficients
 from keepset.methods.bm25 import bm25
-from keepset.methods.datainf import datainf
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
-from keepset.methods.ekfac import corrected_eigenvalues, kronecker_bases
 from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
 from keepset.methods.ifd import ifd
@@ -28,6 +26,7 @@ from keepset.methods.rds import rds
 from keepset.methods.rose import rose
 from keepset.methods.tmc_shapley import tmc_shapley
 from keepset.selection.select import select
+from oracles import corrected_eigenvalues, datainf, kronecker_bases
 
 N = 40
 WORDS = "sum apple river add three seven paint minus equals cloud dog cat run code loop".split()

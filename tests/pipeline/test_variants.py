@@ -14,11 +14,12 @@ from keepset.errors import PlanMismatch, RecipeError
 from keepset.keys import set_key
 from keepset.pipeline import run_recipe
 from keepset.pipeline.findings import diagnose_comparison, diagnose_shares
-from keepset.pipeline.reference_check import OtherRows, held_out_finding
+from keepset.pipeline.reference_check import held_out_finding
 from keepset.recipe import parse_recipe
 from keepset.report.overlap import agreement
 from keepset.runfolder.run import Run
 from keepset.stages.job import Job
+from keepset.stages.rows import rows_outside
 from tiny_recipe import TRAIN, quiet, recipe
 from tolerance import FORWARD
 
@@ -177,10 +178,10 @@ def test_the_reference_is_held_against_the_base_on_the_evaluation_s_rows(model_f
 
     learner = Learner(job)
     rows = [*learner.eval_rows[0], *(c for c, _ in learner.eval_pairs[0])]
-    ini, ref, n_tokens = held_out_losses(job, rows)
+    ini, ref, n_tokens = held_out_losses(job, rows_outside(rows))
     assert found["figure"] == pytest.approx((ini - ref).sum() / n_tokens.sum(), abs=1e-3)
     assert ini.shape == (10,) and np.abs(ini - ref).max() > 0
-    names = OtherRows(job, [rows[0], rows[0]]).ids
+    names = rows_outside([rows[0], rows[0]]).ids
     assert names[0] != names[1]
 
 

@@ -15,7 +15,8 @@ from keepset.errors import ModelError
 from keepset.features.adam import load_adam
 from keepset.recipe import LoraSpec, ModelSpec, WarmupSpec
 from keepset.train import sft
-from keepset.train.warmup import linear_schedule_means, list_checkpoints, pick_subset
+from keepset.train.warmup import list_checkpoints, pick_subset
+from oracles import linear_schedule_means
 
 # The checkpoint weights that LESS's scripts publish (princeton-nlp/LESS @ 8abf962), from 422 steps.
 LESS = [1.6877e-05, 1.2859e-05, 7.7030e-06, 2.5616e-06]

@@ -69,11 +69,6 @@ class GradientTarget:
         return int(next(iter(self.blocks.values())).shape[0])
 
     @property
-    def zero_pairs(self) -> np.ndarray:
-        """Positions of the pairs without any gradient."""
-        return np.flatnonzero(self.norms == 0)
-
-    @property
     def empty(self) -> np.ndarray:
         """(j,) bool: vectors that are zero, as none of the task's pairs has a gradient."""
         squares = sum(b.flatten(1).double().square().sum(1) for b in self.blocks.values())

@@ -18,28 +18,9 @@ from typing import Literal
 
 import numpy as np
 
-from keepset.features.solvers import eigenvectors
 from keepset.methods.gradient import InfluenceFunction, Labels
 from keepset.methods.influence import influence
 from keepset.stages.influence import Curvature
-
-
-def kronecker_bases(inputs: np.ndarray, output_gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the eigenvectors Q_A (in, in) and Q_B (out, out) of the two factors.
-
-    Args:
-        inputs: (t, in) a at all tokens of all rows.
-        output_gradients: (t, out) δ at the same tokens.
-    """
-    factors = [np.asarray(x, dtype=np.float64) for x in (inputs, output_gradients)]
-    q_a, q_b = (eigenvectors(x.T @ x) for x in factors)
-    return q_a, q_b
-
-
-def corrected_eigenvalues(gradients: np.ndarray, q_a: np.ndarray, q_b: np.ndarray) -> np.ndarray:
-    """Return Λ (out, in), mean squares of the rows' gradients (n, out, in) in the eigenbasis; shards' means combine."""
-    rotated = q_b.T @ np.asarray(gradients, dtype=np.float64) @ q_a
-    return np.mean(rotated**2, axis=0)
 
 
 @dataclass(frozen=True)

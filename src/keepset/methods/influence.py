@@ -34,24 +34,6 @@ def influence(dots: np.ndarray, *, reduce: Reduce = "mean") -> tuple[np.ndarray,
     return reduce_tasks(per_task, reduce), per_task
 
 
-def dense_solve(hessian: np.ndarray, targets: np.ndarray, *, damping: float = 0.0) -> np.ndarray:
-    """Solve (H + λ I) r = v directly; for small p.
-
-    Args:
-        hessian: (p, p) symmetric.
-        targets: (j, p).
-        damping: λ.
-
-    Returns:
-        (j, p) float64.
-
-    Raises:
-        numpy.linalg.LinAlgError: the damped matrix is singular.
-    """
-    hessian = np.asarray(hessian, dtype=np.float64)
-    return np.linalg.solve(hessian + damping * np.eye(len(hessian)), np.asarray(targets, dtype=np.float64).T).T
-
-
 @dataclass(frozen=True)
 class Influence(InfluenceFunction):
     """Influence function: some rows' damped Fisher matrix inverted exactly, or Gauss-Newton by conjugate gradients."""
