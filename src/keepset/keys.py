@@ -8,6 +8,8 @@ from keepset.errors import RecipeError
 
 SHORT = {"pool": "path", "target": "path", "methods": "name"}
 """Lists of sections that a text may stand for, and the key whose value it is then."""
+GONE = {"batching.keep_token_losses": (False, "`keepset explain ROW --tokens` runs the models")}
+"""Keys that earlier versions knew: the value that did nothing, and what there is now."""
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
@@ -39,3 +41,19 @@ def _place(inner: list[Any], name: str, key: str) -> int:
     if not name.isdecimal() or int(name) >= len(inner):
         raise RecipeError(f"key '{key}': '{name}' must be a place in the list, from 0 to {len(inner) - 1}")
     return int(name)
+
+
+def without_gone(data: dict[str, Any], where: str, stored: bool) -> dict[str, Any]:
+    """A recipe without the keys of earlier versions that say nothing.
+
+    Raises:
+        RecipeError: one that says something, in a recipe that isn't a stored one.
+    """
+    for place, (nothing, now) in GONE.items():
+        section, key = place.split(".")
+        if not isinstance(data.get(section), dict) or key not in data[section]:
+            continue
+        if data[section][key] != nothing and not stored:
+            raise RecipeError(f"{where}: {place} is gone: {now}; remove it")
+        data = {**data, section: {k: v for k, v in data[section].items() if k != key}}
+    return data

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from keepset.budget_text import parse_budget
 from keepset.errors import RecipeError, did_you_mean
 from keepset.idle import idle, refuse_idle
-from keepset.keys import set_key
+from keepset.keys import set_key, without_gone
 from keepset.located import located
 
 
@@ -351,26 +351,6 @@ def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> R
     if not stored:
         refuse_idle(recipe, [variant_recipe(recipe, variant, where) for variant in recipe.variants], where)
     return recipe
-
-
-GONE = {"batching.keep_token_losses": (False, "`keepset explain ROW --tokens` runs the models")}
-"""Keys that earlier versions knew: the value that did nothing, and what there is now."""
-
-
-def without_gone(data: dict[str, Any], where: str, stored: bool) -> dict[str, Any]:
-    """A recipe without the keys of earlier versions that say nothing.
-
-    Raises:
-        RecipeError: one that says something, in a recipe that isn't a stored one.
-    """
-    for place, (nothing, now) in GONE.items():
-        section, key = place.split(".")
-        if not isinstance(data.get(section), dict) or key not in data[section]:
-            continue
-        if data[section][key] != nothing and not stored:
-            raise RecipeError(f"{where}: {place} is gone: {now}; remove it")
-        data = {**data, section: {k: v for k, v in data[section].items() if k != key}}
-    return data
 
 
 def variant_recipe(recipe: Recipe, variant: VariantSpec, where: str = "recipe") -> Recipe:

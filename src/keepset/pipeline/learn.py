@@ -19,7 +19,7 @@ from keepset.pipeline.choose import Subset
 from keepset.recipe import TrainSpec
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, file_digest
-from keepset.stages.job import encode_pairs, encode_pool
+from keepset.stages.encoded import encode_pairs, encode_pool
 from keepset.stages.stage import VERSION
 from keepset.stages.trained import id_order
 

@@ -19,7 +19,7 @@ from keepset.errors import DataError, RecipeError, did_you_mean
 from keepset.recipe import DataSpec, LoraSpec, ModelSpec, TrainSpec
 from keepset.runfolder import layout
 from keepset.runfolder.files import canonical, json_text, write_atomic
-from keepset.stages.job import encode_pool
+from keepset.stages.encoded import encode_pool
 from keepset.train.arguments import OURS
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ from keepset.errors import KeepsetError, did_you_mean
 from keepset.report.explain_pairs import COSINES, pair_pulls, tell_without
 from keepset.report.explain_tokens import tokens_of_rows
 from keepset.report.read import RunData, find_row, read_run
+from keepset.runfolder import layout
 from keepset.runfolder.run import Run
 
 NEIGHBOURS = 3
-WHY_FILE = "why.json"
+WHY_FILE = layout.WHY
 EACH = 3  # validation rows kept for each direction
 ROWS = 2_000  # most rows a method
 

@@ -31,7 +31,8 @@ from keepset.runfolder import layout
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
-    from keepset.stages.job import Aim, Job
+    from keepset.stages.encoded import Aim
+    from keepset.stages.job import Job
     from keepset.train.warmup import Checkpoint
 
 SHOWN = 4
