@@ -34,11 +34,12 @@ import numpy as np
 import torch
 import zstandard
 
-from keepset.features.losses import plan, row_losses
+from keepset.features.losses import row_losses
 from keepset.model import pack as packing
 from keepset.model.encode import Encoded, encode_all
 from keepset.model.load import apply_lora, load
 from keepset.model.pack import bare, needed, plan_batches
+from keepset.model.prefix import plan
 from keepset.recipe import LoraSpec, ModelSpec
 
 HERE = Path(__file__).resolve().parent

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from keepset.features.losses import row_losses  # noqa: E402
 from keepset.features.representations import representations  # noqa: E402
 from keepset.model import pack as packing  # noqa: E402
 from keepset.model.passes import merged_weights, written_passes  # noqa: E402
-from keepset.model.prefix import plan, prefix_groups  # noqa: E402
+from keepset.model.prefix import common_length, plan, prefix_groups  # noqa: E402
 from test_packing import one_by_one  # noqa: E402
 from tolerance import BACKWARD, FORWARD  # noqa: E402
 
@@ -80,7 +82,10 @@ def test_merged_weights_leave_the_model_as_it_was() -> None:
     merged = row_losses(peft, rows, token_budget=100, adapters=(True,)).nll
     plain = row_losses(peft, rows, token_budget=100, adapters=(True,), merge=False).nll
     np.testing.assert_allclose(merged, plain, rtol=FORWARD)
-    assert len(merged_weights(peft) or []) == 8
+    merged_layers = merged_weights(peft) or []
+    assert len(merged_layers) == 8
+    for layer, weight, both in merged_layers:  # to rounding, as PEFT merges
+        torch.testing.assert_close(both, weight + layer.get_delta_weight("default"))
     assert all(torch.equal(p, before[n]) for n, p in peft.named_parameters())
     np.testing.assert_allclose(one_by_one(peft, rows), plain[0], rtol=FORWARD)
 
@@ -161,6 +166,15 @@ def test_prefix_groups_are_common_unsupervised_beginnings() -> None:
         assert len({tuple(rows[int(i)].input_ids[:p].tolist()) for i in members}) == 1
         assert not any(rows[int(i)].supervised[:p].any() for i in members)
     assert list(plan([], 100, share=True)) == []
+
+
+def test_common_length_is_that_of_the_longest_common_beginning() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows = [TinyRow(rng.integers(0, 2, int(rng.integers(1, 9))), np.zeros(9, bool)) for _ in range(3)]
+        limit = min(int(rng.integers(0, 9)), *(len(r.input_ids) for r in rows))
+        common = os.path.commonprefix([r.input_ids[:limit].tolist() for r in rows])
+        assert common_length(rows, limit) == len(common)
 
 
 def test_a_prefix_saves_tokens() -> None:

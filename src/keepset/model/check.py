@@ -194,7 +194,7 @@ def _spied(windows: dict[int, int | None]) -> Iterator[None]:
 def _windows_agree(inner: Any, windows: dict[int, int | None]) -> bool:
     """Whether packed attention was told what each layer may see: probes are shorter than most windows."""
     config = inner.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = packing.sliding_window(config)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * (
         max(windows, default=-1) + 1
     )

@@ -310,6 +310,28 @@ def lora_targets(names: list[str], wanted: list[str]) -> list[str]:
     return chosen
 
 
+def lora_config(lora: LoraSpec, model: Any) -> Any:
+    """Build PEFT's LoraConfig for a model.
+
+    Raises:
+        ModelError: the model has none of the target modules; the message names those it has.
+    """
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    wanted = lora.lora_target_modules
+    targets: Any = wanted if isinstance(wanted, str) else lora_targets(linear_names(model), list(wanted))
+    return LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float works
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
 def apply_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
     """Wrap a model in a fresh LoRA (B = 0, so the numbers are unchanged) and return the PeftModel.
 
@@ -322,20 +344,9 @@ def apply_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
         ModelError: a target module the model does not have.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
+    from peft import get_peft_model
 
-    wanted = lora.lora_target_modules
-    targets: Any = wanted if isinstance(wanted, str) else lora_targets(linear_names(model), list(wanted))
-    config = LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float works
-        lora_dropout=lora.lora_dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    config = lora_config(lora, model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)

@@ -242,10 +242,14 @@ def supports_packing(model: Any) -> bool:
     return engine(model).packed
 
 
+def sliding_window(config: Any) -> int | None:
+    """Return how many last tokens a sliding layer of a text model sees; None: there is no window."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
 def full_span(model: Any) -> int | None:
     """Return the longest row of which every layer sees all, in positions that no other row changes; None: any row."""
-    text = bare(model).config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = sliding_window(bare(model).config.get_text_config())
     limits = [int(n) for n in (window, engine(model).apart) if n is not None]
     return min(limits, default=None)
 

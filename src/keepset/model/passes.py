@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from keepset.errors import ModelError
 from keepset.model import pack as packing
-from keepset.model.linears import Linear
+from keepset.model.linears import Linear, plain_loras
 from keepset.model.llama_blocks import serves
 from keepset.model.llama_forward import LlamaForward
 from keepset.model.pack import Batch, Row
@@ -117,34 +118,25 @@ def written_passes(
 def merged_weights(model: Any) -> list[MergedLayer] | None:
     """Form W + s·B·A of every LoRA layer; None unless all of the adapter is one plain LoRA on float32 linear layers."""
     from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    try:
+        loras = list(plain_loras(model).values())
+    except ModelError:  # PEFT's own forward runs what is more than plain LoRA
+        return None
+    if {id(m) for m in model.modules() if isinstance(m, BaseTunerLayer)} != {id(lora.module) for lora in loras}:
+        return None
     out: list[MergedLayer] = []
     embedding = packing.bare(model).get_input_embeddings().weight
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    for module in layers:
-        plain = (
-            type(module) is LoraLinear
-            and isinstance(module, LoraLayer)
-            and type(module.get_base_layer()) is nn.Linear
-            and len(module.active_adapters) == 1
-            and module.active_adapters[0] in module.lora_A
-            and not module.merged
-            and not module.lora_variant
-            and not module.disable_adapters
-            and not module.lora_bias.get(module.active_adapters[0], False)
-        )
-        if not plain:
+    for lora in loras:
+        layer, base = lora.module, lora.module.get_base_layer()
+        if type(layer) is not LoraLinear or type(base) is not nn.Linear or layer.disable_adapters:
             return None
-        base = module.get_base_layer().weight
-        if base.dtype != torch.float32 or base is embedding:  # a tied head's weight must not take the embedding along
+        # a tied head's weight must not take the embedding along
+        if base.weight.dtype != torch.float32 or base.weight is embedding:
             return None
-        name = module.active_adapters[0]
-        up, down = module.lora_B[name].weight, module.lora_A[name].weight
-        out.append((module, base.data, torch.addmm(base.data, up, down, alpha=float(module.scaling[name]))))
-    modules_to_save = any("modules_to_save" in n for n, _ in model.named_modules())
-    return out if out and not modules_to_save else None
+        out.append((layer, base.weight.data, lora.merge(base.weight.data)))
+    return out or None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from keepset.errors import RecipeError, did_you_mean
-from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.recipe import ModelSpec, TrainSpec
 
 Config = TypeVar("Config")
 
@@ -83,30 +83,3 @@ def trainer_config(
         return config_class(**settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training arguments: {str(error).splitlines()[0]}") from None
-
-
-def lora_config(lora: LoraSpec, model: Any) -> Any:
-    """Build PEFT's LoraConfig for a trainer, which initialises the adapter after setting its seed.
-
-    Args:
-        lora: the recipe's section.
-        model: the model it is for.
-
-    Raises:
-        ModelError: the model has none of the target modules; the message names those it has.
-    """
-    from peft import LoraConfig
-    from transformers.pytorch_utils import Conv1D
-
-    from keepset.model.load import linear_names, lora_targets
-
-    wanted = lora.lora_target_modules
-    targets: Any = wanted if isinstance(wanted, str) else lora_targets(linear_names(model), list(wanted))
-    return LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float works
-        lora_dropout=lora.lora_dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-        task_type="CAUSAL_LM",
-    )

@@ -239,7 +239,7 @@ def dpo_trainer(
     """Make the trainer: packed steps with keepset's losses in one process, else TRL's own step."""
     from trl import DPOTrainer
 
-    from keepset.train.arguments import lora_config
+    from keepset.model.load import lora_config
 
     class Prepared(DPOTrainer):
         """Takes the tokenised columns and reference numbers as they are."""

@@ -144,7 +144,7 @@ def reward_trainer(model: Any, tokenizer: Any, config: Any, data: Any, lora: Lor
     from peft import TaskType
     from trl import RewardTrainer
 
-    from keepset.train.arguments import lora_config
+    from keepset.model.load import lora_config
 
     class QuietReward(RewardTrainer):
         _tag_names = ["trl", "reward-trainer"]

@@ -155,7 +155,7 @@ def sft_trainer(model: Any, tokenizer: Any, config: Any, data: Any, lora: LoraSp
     """Make the trainer: packed steps in one process, else TRL's own."""
     from trl import SFTTrainer
 
-    from keepset.train.arguments import lora_config
+    from keepset.model.load import lora_config
     from keepset.train.packed import PackedSteps, collator_for, part_loss
 
     class PackedSFT(PackedSteps, SFTTrainer):
