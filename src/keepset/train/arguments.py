@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from keepset.errors import RecipeError, did_you_mean
-from keepset.recipe import ModelSpec, TrainSpec
+from keepset.recipe import TrainSpec
+from keepset.train.training import WORK, Training
 
 Config = TypeVar("Config")
 
@@ -18,27 +19,24 @@ OURS = ("output_dir", "seed", "max_length", "dataset_kwargs", "dataset_text_fiel
 TRACKERS = ("trackio", "wandb", "tensorboard")  # the trainer looks for these only after the model is loaded
 
 
-def trainer_config(
-    config_class: type[Config], args: TrainSpec, out: Path, *, seed: int, model: ModelSpec | None = None, **more: Any
-) -> Config:
-    """Build an SFTConfig, DPOConfig or RewardConfig.
+def trainer_config(config_class: type[Config], training: Training, out: Path, **more: Any) -> Config:
+    """Build an SFTConfig, DPOConfig or RewardConfig whose checkpoints go to the work folder inside `out`.
 
     keepset's defaults where TRL's would change numbers or cost time: no truncation (`max_length=None`), no mixed
     precision (weights keep `ModelSpec.dtype`), no gradient checkpointing, every step logged, a checkpoint an epoch of
-    which the last two are kept, nothing reported to a service. `args.extra` overrides them: `report_to: trackio`,
-    `wandb` or `tensorboard` is passed through.
+    which the last two are kept (all with `training.moments`), nothing reported to a service. `args.extra` overrides
+    them: `report_to: trackio`, `wandb` or `tensorboard` is passed through.
 
     Args:
         config_class: TRL's class.
-        args: the recipe's training section.
-        out: the trainer's folder for checkpoints.
-        seed: of adapter initialisation, order and dropout.
-        model: for `device: cpu`.
+        training: its arguments, seed and model.
+        out: result folder.
         **more: the caller's own defaults.
 
     Raises:
         RecipeError: `extra` holds an argument the class doesn't have, or one that has its own key in the recipe.
     """
+    args = training.args
     known = [f.name for f in fields(config_class) if f.init]  # type: ignore[arg-type]
     own = [name for name in TrainSpec.model_fields if name != "extra"]
     for name in args.extra:
@@ -68,15 +66,16 @@ def trainer_config(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would log the mean in place of a NaN
         "save_strategy": "epoch",
-        "save_total_limit": 2,  # the trainer drops the older one before the newer one counts
+        # the trainer drops the older one before the newer one counts
+        "save_total_limit": None if training.moments else 2,
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        "use_cpu": model is not None and model.device == "cpu",
+        "use_cpu": training.model.device == "cpu",
         **more,
         **args.extra,
-        "output_dir": str(out),
-        "seed": seed,
+        "output_dir": str(out / WORK),
+        "seed": training.seed,
         "max_length": None,
     }
     try:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from keepset.errors import ModelError
 from keepset.runfolder.files import file_digest, misfits, write_atomic
-from keepset.train.sft import META
+from keepset.train.training import META
 
 
 class Recorder(TrainerCallback):

@@ -85,7 +85,7 @@ def warmup(
 
     Raises:
         ModelError: an optimiser without Adam moments.
-        DataError, RecipeError: see `train_sft`.
+        DataError, RecipeError: see `fit`.
     """
     from keepset.train.fit import fit
 
