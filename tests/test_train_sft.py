@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trl
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -204,6 +205,12 @@ def test_a_tracker_is_told_every_step(tmp_path, monkeypatch):
     assert [logs["loss"] for logs in seen if "loss" in logs] == pytest.approx(result.losses, abs=1e-3)
     with pytest.raises(RecipeError, match="extra.report_to: wandb is not installed: pip install wandb"):
         fit(tmp_path / "b", extra={"report_to": ["trackio", "wandb"]})
+
+
+def test_nothing_is_sent(tmp_path, monkeypatch):
+    monkeypatch.setattr(trl.SFTTrainer, "_send_telemetry", lambda trainer: pytest.fail("sent"))
+    fit(tmp_path / "ours", num_train_epochs=1)
+    fit(tmp_path / "trl", num_train_epochs=1, extra={"label_smoothing_factor": 1e-12})
 
 
 def test_bad_rows_and_a_loss_that_explodes(tmp_path):

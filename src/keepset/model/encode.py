@@ -164,9 +164,9 @@ class Encoder:
         context = context or getattr(tokenizer, "keepset_context", None)
         self.max_length = min(spec.max_length, context or spec.max_length)
         automatic = tokenizer("", add_special_tokens=True)["input_ids"]
-        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in automatic[:1]
+        self.adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in automatic[:1]
         self.template = self._read_template()
-        self._turns = Template(self.template, tokenizer, start=tokenizer.bos_token if self._adds_bos else "")
+        self._turns = Template(self.template, tokenizer, start=tokenizer.bos_token if self.adds_bos else "")
         self._control_ids = tokenizer.convert_tokens_to_ids(sorted(self._turns.tokens))
         self._check_vocabulary(self._control_ids, ModelError)
 
@@ -205,7 +205,7 @@ class Encoder:
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        options = [self.template, DATE, self.spec.supervise, self.max_length, self.spec.overlong, self._adds_bos, 1]
+        options = [self.template, DATE, self.spec.supervise, self.max_length, self.spec.overlong, self.adds_bos, 1]
         turns = self._turns
         if turns.dissects or turns.header or len(turns.ends) != 1 or turns.tells_date:
             options.append(2)  # earlier versions gave other dates, refusals or masks
@@ -271,7 +271,7 @@ class Encoder:
         if not content.strip():
             raise RowRefused("no-supervised-token", "the text is empty")
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token or ""
-        text = content if not self._adds_bos or content.startswith(bos) else bos + content
+        text = content if not self.adds_bos or content.startswith(bos) else bos + content
         return Rendered(text if text.rstrip().endswith(eos) else text + eos, [], every_token=True)
 
     def _finish(self, rendered: Rendered, tokens: Any) -> Encoded:

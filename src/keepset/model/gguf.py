@@ -121,9 +121,8 @@ def _dequantise(path: Path, out: Path) -> None:
         dtype=torch.float32,
         quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
     )
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(out)
 

@@ -171,8 +171,8 @@ def settle_dtype(model: Any, dtype: Any, source: str) -> None:
             f"{source}: {tensors(packed)} of 8 bits without a scale, or of a quantisation that config.json does not "
             "name: get the whole checkpoint again"
         )
-    kept = (getattr(model, f"_keep_in_fp32_modules{suffix}", None) for suffix in ("", "_strict"))
-    if dtype.itemsize == 4 or not any(kept):
+    kept = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    if dtype.itemsize == 4 or not kept:
         model.to(dtype)
 
 

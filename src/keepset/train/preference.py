@@ -22,7 +22,7 @@ from keepset.model import pair_losses as losses
 from keepset.model.load import lora_config
 from keepset.model.pack import Batch, pack, row_sums, token_nll
 from keepset.train.arguments import trainer_config
-from keepset.train.packed import MICRO_TOKENS, PackedSteps, Tokens, to_device, trains_packed
+from keepset.train.packed import MICRO_TOKENS, PackedSteps, Quiet, Tokens, to_device, trains_packed
 from keepset.train.run import finished, run_trainer
 from keepset.train.training import Base, Training, TrainResult, check_rows
 
@@ -193,8 +193,9 @@ def train_dpo(
         return done
     trl_name = TRL_NAMES.get(loss.name, loss.name if loss.name in TRL_ONLY else "sigmoid")
     config: Any = trainer_config(
-        DPOConfig, training, out, beta=loss.beta, precompute_ref_log_probs=True, loss_type=[trl_name]
-    )
+        DPOConfig, training, out, beta=loss.beta, precompute_ref_log_probs=True, loss_type=[trl_name],
+        remove_unused_columns=False,  # the trainer would drop `columns_of`'s
+    )  # fmt: skip
     model, tokenizer = base.load()
     reference = pair_logps(model, pairs) if reference is None else reference
     if loss.name == "davir" and min(np.abs(reference.chosen).min(), np.abs(reference.rejected).min()) == 0:
@@ -221,23 +222,14 @@ def dpo_trainer(model: Any, tokenizer: Any, config: Any, data: Any, training: Tr
     """
     from trl import DPOTrainer
 
-    class Prepared(DPOTrainer):
+    class Prepared(Quiet, DPOTrainer):
         """Takes the tokenised columns and reference numbers as they are."""
-
-        _tag_names = ["trl", "dpo"]
-        _name = "DPO"
-
-        def _send_telemetry(self) -> None:
-            return
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
         def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
-
-        def _set_signature_columns_if_needed(self) -> None:
-            self._signature_columns = data.column_names
 
     class PackedDPO(PackedSteps, Prepared):
         def compute_loss(

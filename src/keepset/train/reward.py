@@ -21,6 +21,7 @@ from keepset.model.load import lora_config
 from keepset.recipe import LoraSpec, ModelSpec
 from keepset.runfolder.files import json_text, write_atomic
 from keepset.train.arguments import trainer_config
+from keepset.train.packed import Quiet
 from keepset.train.run import finished, run_trainer
 from keepset.train.training import Base, Training, TrainResult
 
@@ -134,12 +135,8 @@ def reward_trainer(model: Any, tokenizer: Any, config: Any, data: Any, lora: Lor
     from peft import TaskType
     from trl import RewardTrainer
 
-    class QuietReward(RewardTrainer):
-        _tag_names = ["trl", "reward-trainer"]
-        _name = "Reward"
-
-        def _send_telemetry(self) -> None:
-            return
+    class QuietReward(Quiet, RewardTrainer):
+        pass
 
     more: dict[str, Any] = {}
     if lora is not None:

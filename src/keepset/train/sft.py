@@ -15,7 +15,7 @@ import numpy as np
 from keepset.model.load import lora_config
 from keepset.recipe import LoraSpec
 from keepset.train.arguments import trainer_config
-from keepset.train.packed import PackedSteps, collator_for, part_loss
+from keepset.train.packed import PackedSteps, Quiet, collator_for, part_loss
 from keepset.train.run import finished, run_trainer
 from keepset.train.training import Base, Training, TrainResult, check_rows
 
@@ -66,20 +66,13 @@ def sft_trainer(model: Any, tokenizer: Any, config: Any, data: Any, lora: LoraSp
     from trl import SFTTrainer
 
     class PackedSFT(PackedSteps, SFTTrainer):
-        _tag_names = ["trl", "sft"]
-        _name = "SFT"
-
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             return part_loss(model, inputs["part"], num_items_in_batch)
 
-    class QuietSFT(SFTTrainer):
-        _tag_names = ["trl", "sft"]
-        _name = "SFT"
-
-        def _send_telemetry(self) -> None:
-            return
+    class QuietSFT(Quiet, SFTTrainer):
+        pass
 
     more: dict[str, Any] = {"peft_config": lora_config(lora, model)} if lora is not None else {}
     own = (
