@@ -318,8 +318,8 @@ def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
         field = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
         if field is None:
             return []
-        found = re.findall(r"\b(\w+Spec|MixPart)\b", str(field.annotation))
-        current = globals().get(found[0]) if found else None
+        sections = re.findall(r"\b(\w+Spec|MixPart)\b", str(field.annotation))
+        current = globals().get(sections[0]) if sections else None
         if current is None:
             return []
     return list(current.model_fields)

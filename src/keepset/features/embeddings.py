@@ -75,8 +75,8 @@ class TextEncoder:
                 stop = start + 1  # rows of like length, the longest times their number within the budget
                 while stop < len(order) and len(ids[order[stop]]) * (stop + 1 - start) <= token_budget:
                     stop += 1
-                some = order[start:stop]
-                out[some] = self.means([ids[i] for i in some])
+                chunk = order[start:stop]
+                out[chunk] = self.means([ids[i] for i in chunk])
                 start = stop
         return out
 
@@ -94,8 +94,8 @@ class TextEncoder:
     @property
     def blank(self) -> int:
         """The token that stands for an empty text."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(i for i in known if i is not None)
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(i for i in candidates if i is not None)
 
     def means(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Mean state of each row, padded on the right and masked."""

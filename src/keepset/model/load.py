@@ -283,12 +283,12 @@ def linear_names(model: Any) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
 
 
-def lora_targets(names: list[str], wanted: list[str]) -> list[str]:
+def lora_targets(names: list[str], targets: list[str]) -> list[str]:
     """Map LoRA targets to the modules a model has; fused projections stand in for q, k, v and o.
 
     Args:
         names: `linear_names(model)`.
-        wanted: the spec's `lora_target_modules`.
+        targets: the spec's `lora_target_modules`.
 
     Raises:
         ModelError: a target the model does not have, with those it has.
@@ -298,15 +298,15 @@ def lora_targets(names: list[str], wanted: list[str]) -> list[str]:
         return any(n == target or n.endswith(f".{target}") for n in names)
 
     chosen: list[str] = []
-    for target in wanted:
-        found = target if there(target) else next((c for c in FUSED.get(target, ()) if there(c)), None)
-        if found is None:
+    for target in targets:
+        name = target if there(target) else next((c for c in FUSED.get(target, ()) if there(c)), None)
+        if name is None:
             kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
             raise ModelError(f"lora_target_modules: the model has no '{target}'; its linear modules are: {kinds}")
-        if found not in chosen:
-            chosen.append(found)
-    if chosen != wanted:
-        log.warning("LoRA targets %s are called %s in this model", ", ".join(wanted), ", ".join(chosen))
+        if name not in chosen:
+            chosen.append(name)
+    if chosen != targets:
+        log.warning("LoRA targets %s are called %s in this model", ", ".join(targets), ", ".join(chosen))
     return chosen
 
 
@@ -319,8 +319,8 @@ def lora_config(lora: LoraSpec, model: Any) -> Any:
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    wanted = lora.lora_target_modules
-    targets: Any = wanted if isinstance(wanted, str) else lora_targets(linear_names(model), list(wanted))
+    asked = lora.lora_target_modules
+    targets: Any = asked if isinstance(asked, str) else lora_targets(linear_names(model), list(asked))
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float works

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,24 @@ MergedLayer = tuple[Any, Tensor, Tensor]
 """A LoRA layer, its W, and W + s·B·A."""
 
 
+@dataclass(frozen=True)
+class Shortcuts:
+    """Which of them are taken where they serve the model; without any, its own forward pass runs every row whole.
+
+    Attributes:
+        prefix: a beginning that rows have in common is computed once (CPU, packed).
+        merge: LoRA is merged into its weights for the adapter pass.
+        written: Llama-like blocks run in `llama_forward`.
+    """
+
+    prefix: bool = True
+    merge: bool = True
+    written: bool = True
+
+
+EVERY = Shortcuts()
+
+
 class Passes:
     """The passes over some rows under one model; made once for all batches."""
 
@@ -35,10 +54,7 @@ class Passes:
         model: Any,
         rows: Sequence[Row],
         adapters: tuple[bool, ...] = (True,),
-        *,
-        share_prefix: bool = True,
-        merge: bool = True,
-        written: bool = True,
+        shortcuts: Shortcuts = EVERY,
     ) -> None:
         """Find out how the rows are run.
 
@@ -47,22 +63,21 @@ class Passes:
             rows: encoded rows.
             adapters: the passes over each batch: True as the model stands, False with its adapter off (a model without
                 an adapter gives the same twice).
-            share_prefix: compute a beginning that rows have in common once (CPU, packed).
-            merge: use merged LoRA weights in the adapter pass where that is exact.
-            written: run Llama-like blocks in `llama_forward` where it serves the model; False: always the model's own.
+            shortcuts: what makes the passes cheap, with the same numbers to rounding.
         """
         self.model, self.rows, self.adapters = model, rows, adapters
         self.packed = packing.supports_packing(model)
         self.device = next(model.parameters()).device
         self.peft = hasattr(model, "disable_adapter")
-        self.share = share_prefix and self.packed and self.device.type == "cpu"
+        self.share = shortcuts.prefix and self.packed and self.device.type == "cpu"
         self.span, self.apart = packing.full_span(model), packing.engine(model).apart
         with torch.no_grad():  # not inference_mode: the merged tensors take the place of parameters for a while
             # Also for the base alone: a pass has the same bits whichever others run beside it (a resumed shard needs
             # that).
-            self.weights = merged_weights(model) if merge and self.peft else None
+            self.weights = merged_weights(model) if shortcuts.merge and self.peft else None
             self.written: list[LlamaForward] | None = None
-            if written and self.packed and (self.span is None or all(len(row.input_ids) <= self.span for row in rows)):
+            short = self.span is None or all(len(row.input_ids) <= self.span for row in rows)
+            if shortcuts.written and self.packed and short:
                 self.written = written_passes(model, adapters, self.weights)
 
     def batches(self, token_budget: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -103,7 +118,7 @@ def written_passes(
     """One `LlamaForward` for each pass, or None where the model's own forward must run."""
     if hasattr(model, "disable_adapter") and weights is None:
         return None
-    found: dict[bool, LlamaForward] = {}
+    forwards: dict[bool, LlamaForward] = {}
     for on in set(adapters):
         linears = {
             str(place): Linear(module, both if on else base, module.get_base_layer().bias, (), recorded=False)
@@ -111,8 +126,8 @@ def written_passes(
         }
         if not serves(model, linears):
             return None
-        found[on] = LlamaForward(model, linears)
-    return [found[on] for on in adapters]
+        forwards[on] = LlamaForward(model, linears)
+    return [forwards[on] for on in adapters]
 
 
 def merged_weights(model: Any) -> list[MergedLayer] | None:

@@ -83,9 +83,9 @@ def prefix_groups(rows: Sequence[Row], members: np.ndarray) -> list[tuple[np.nda
                 after.setdefault(int(rows[i].input_ids[depth]), []).append(i)
         out: list[tuple[np.ndarray, int]] = []
         rest = set(group)
-        for some in after.values():
-            if 4 * FEWEST_ROWS <= len(some) < len(group):
-                for indices, length in split(some):
+        for branch in after.values():
+            if 4 * FEWEST_ROWS <= len(branch) < len(group):
+                for indices, length in split(branch):
                     if length >= depth + FORWARD_PREFIX:
                         out.append((indices, length))
                         rest -= {int(i) for i in indices}

@@ -37,19 +37,7 @@ def trainer_config(config_class: type[Config], training: Training, out: Path, **
         RecipeError: `extra` holds an argument the class doesn't have, or one that has its own key in the recipe.
     """
     args = training.args
-    known = [f.name for f in fields(config_class) if f.init]  # type: ignore[arg-type]
-    own = [name for name in TrainSpec.model_fields if name != "extra"]
-    for name in args.extra:
-        if name in OURS:
-            raise RecipeError(f"extra.{name}: keepset sets this itself; remove it")
-        if name in own:
-            raise RecipeError(f"extra.{name}: set `{name}` beside `extra`, not inside it")
-        if name not in known:
-            raise RecipeError(f"extra.{name}: {config_class.__name__} has no such argument{did_you_mean(name, known)}")
-    trackers = args.extra.get("report_to") or []
-    for name in [trackers] if isinstance(trackers, str) else trackers:
-        if name in TRACKERS and find_spec(name) is None:
-            raise RecipeError(f"extra.report_to: {name} is not installed: pip install {name}")
+    _check_extra(config_class, args)
     if not 0 <= args.warmup_ratio < 1:
         raise RecipeError(f"warmup_ratio: {args.warmup_ratio} is not a share of the steps, 0 <= warmup_ratio < 1")
     settings: dict[str, Any] = {
@@ -82,3 +70,21 @@ def trainer_config(config_class: type[Config], training: Training, out: Path, **
         return config_class(**settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training arguments: {str(error).splitlines()[0]}") from None
+
+
+def _check_extra(config_class: type[Any], args: TrainSpec) -> None:
+    arguments = [f.name for f in fields(config_class) if f.init]
+    own = [name for name in TrainSpec.model_fields if name != "extra"]
+    for name in args.extra:
+        if name in OURS:
+            raise RecipeError(f"extra.{name}: keepset sets this itself; remove it")
+        if name in own:
+            raise RecipeError(f"extra.{name}: set `{name}` beside `extra`, not inside it")
+        if name not in arguments:
+            raise RecipeError(
+                f"extra.{name}: {config_class.__name__} has no such argument{did_you_mean(name, arguments)}"
+            )
+    trackers = args.extra.get("report_to") or []
+    for name in [trackers] if isinstance(trackers, str) else trackers:
+        if name in TRACKERS and find_spec(name) is None:
+            raise RecipeError(f"extra.report_to: {name} is not installed: pip install {name}")

@@ -38,9 +38,9 @@ class Recorder(TrainerCallback):
         """Take up the record of the checkpoint that training goes on from."""
         self._clock = time.perf_counter()
         if state.global_step:
-            found = json.loads((Path(args.output_dir) / f"checkpoint-{state.global_step}" / META).read_text())
-            self.learning_rates, self.losses = found["learning_rates"], found["losses"]
-            self.tokens, self.supervised, self.seconds = found["tokens"], found["supervised"], found["seconds"]
+            meta = json.loads((Path(args.output_dir) / f"checkpoint-{state.global_step}" / META).read_text())
+            self.learning_rates, self.losses = meta["learning_rates"], meta["losses"]
+            self.tokens, self.supervised, self.seconds = meta["tokens"], meta["supervised"], meta["seconds"]
             self.epoch_start = state.global_step
             self.tokens_before = self.tokens
             if self.advance:

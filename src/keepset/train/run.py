@@ -143,8 +143,8 @@ def prepare_work(work: Path, plan: str, resume: bool) -> None:
 
 def last_whole_checkpoint(work: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    found = [p.parent for p in work.glob(f"checkpoint-*/{META}")]
-    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+    folders = [p.parent for p in work.glob(f"checkpoint-*/{META}")]
+    return max(folders, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 def finished(out: Path, plan: str) -> TrainResult | None:
@@ -153,11 +153,11 @@ def finished(out: Path, plan: str) -> TrainResult | None:
     What a kill after its last write left of the trainer's own folder is removed.
     """
     try:
-        found = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        if found["plan"] != plan or not found["files"] or misfits(out, found["files"]):
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        if record["plan"] != plan or not record["files"] or misfits(out, record["files"]):
             return None
         result = TrainResult(
-            out, found["steps"], found["tokens"], found["supervised_tokens"], found["seconds"], found["losses"]
+            out, record["steps"], record["tokens"], record["supervised_tokens"], record["seconds"], record["losses"]
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -99,13 +99,13 @@ def list_checkpoints(out: Path) -> list[Checkpoint]:
     Raises:
         ModelError: there is none.
     """
-    found = []
+    checkpoints = []
     for meta_path in Path(out).glob("checkpoint-*/meta.json"):
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        found.append(Checkpoint(meta_path.parent, float(meta["mean_lr"]), int(meta["step"])))
-    if not found:
+        checkpoints.append(Checkpoint(meta_path.parent, float(meta["mean_lr"]), int(meta["step"])))
+    if not checkpoints:
         raise ModelError(f"{out}: no warm-up checkpoint (checkpoint-*/meta.json) in this folder")
-    return sorted(found, key=lambda c: c.step)
+    return sorted(checkpoints, key=lambda c: c.step)
 
 
 def linear_schedule_means(
