@@ -16,7 +16,7 @@ from keepset.features.adam import load_adam
 from keepset.recipe import LoraSpec, ModelSpec, WarmupSpec
 from keepset.train import sft
 from keepset.train.training import Base, Training
-from keepset.train.warmup import linear_schedule_means, list_checkpoints, pick_subset
+from keepset.train.warmup import list_checkpoints, pick_subset
 
 # The checkpoint weights that LESS's scripts publish (princeton-nlp/LESS @ 8abf962), from 422 steps.
 LESS = [1.6877e-05, 1.2859e-05, 7.7030e-06, 2.5616e-06]
@@ -29,6 +29,18 @@ def fit(out, **changes):
     args = WarmupSpec(**{"per_device_train_batch_size": 4, "learning_rate": 1e-2, **changes})
     training = Training(ModelSpec(device="cpu"), LoraSpec(lora_r=2), args, moments=True)
     return sft.train_sft(training, random_rows(10), out, Base("", lambda: (tiny_model(), tiny_tokenizer())))
+
+
+def linear_schedule_means(learning_rate: float, steps: int, warmup_ratio: float, epoch_ends: list[int]) -> list[float]:
+    """Mean logged learning rate of each epoch, which ends after these steps, under linear warm-up and decay.
+
+    With w = ⌈ratio · steps⌉, rate after step s = peak · s/w for s < w, else peak · (steps − s)/(steps − w).
+    """
+    w = int(np.ceil(warmup_ratio * steps))
+    s = np.arange(1, steps + 1)
+    rates = learning_rate * np.where(s < w, s / max(w, 1), (steps - s) / max(steps - w, 1))
+    bounds = [0, *epoch_ends]
+    return [float(rates[a:b].mean()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def test_subset_depends_on_seed_and_not_on_order():

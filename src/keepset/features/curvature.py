@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from keepset.features.targets import GradientTarget
 from keepset.model.layout import Places
 from keepset.model.pack import Row
 
-Solver = Literal["none", "fisher", "cg", "datainf", "ekfac", "ekfac-matrix"]
 MEMORY = 1 << 31
 """Bytes of gradients that `fisher` may hold (2 GiB): curvature rows x parameters x 4."""
 TOLERANCE, STEPS = 1e-2, 200

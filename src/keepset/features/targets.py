@@ -36,7 +36,7 @@ from keepset.features.gradients import mean_weights, recording, run_rows, sum_we
 from keepset.features.recorded import Recorder, products
 from keepset.memory import in_halves
 from keepset.model.layout import Places
-from keepset.model.pack import Row, pack, plan_batches, row_sums, token_nll
+from keepset.model.pack import Row, has_adapter, pack, plan_batches, row_sums, token_nll
 
 FACTS = ("tasks", "margin", "log_weight", "norms")
 TargetLoss = Literal["sft", "dpo", "margin", "mean_margin"]
@@ -211,7 +211,7 @@ def target_vectors(
     _check_pairs(pairs, task, loss)
     j = int(task.max()) + 1 if n_tasks is None else n_tasks
     weighted = loss == "dpo" and normalise == "task"
-    if weighted and reference == "base" and not hasattr(model, "disable_adapter"):
+    if weighted and reference == "base" and not has_adapter(model):
         raise ModelError("reference 'base' is the model with its adapter off, and this model has none; use 'none'")
     device = next(model.parameters()).device
     margin, log_weight, norms = np.full(len(pairs), np.nan), np.zeros(len(pairs)), np.zeros(len(pairs))

@@ -211,6 +211,11 @@ def _predictions(rows: Sequence[Row], offsets: Sequence[int], prefix: int) -> tu
     return np.concatenate(predict), np.concatenate(labels), np.concatenate(row_of)
 
 
+def has_adapter(model: Any) -> bool:
+    """Say whether a model is a PeftModel, whose adapter can be switched off."""
+    return hasattr(model, "disable_adapter")
+
+
 def bare(model: Any) -> Any:
     """Return the transformers model inside a PeftModel (its layers still hold the adapter), or the model itself.
 

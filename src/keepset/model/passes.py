@@ -68,7 +68,7 @@ class Passes:
         self.model, self.rows, self.adapters = model, rows, adapters
         self.packed = packing.supports_packing(model)
         self.device = next(model.parameters()).device
-        self.peft = hasattr(model, "disable_adapter")
+        self.peft = packing.has_adapter(model)
         self.share = shortcuts.prefix and self.packed and self.device.type == "cpu"
         self.span, self.apart = packing.full_span(model), packing.engine(model).apart
         with torch.no_grad():  # not inference_mode: the merged tensors take the place of parameters for a while
@@ -116,7 +116,7 @@ def written_passes(
     model: Any, adapters: tuple[bool, ...], weights: list[MergedLayer] | None
 ) -> list[LlamaForward] | None:
     """One `LlamaForward` for each pass, or None where the model's own forward must run."""
-    if hasattr(model, "disable_adapter") and weights is None:
+    if packing.has_adapter(model) and weights is None:
         return None
     forwards: dict[bool, LlamaForward] = {}
     for on in set(adapters):

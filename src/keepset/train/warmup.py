@@ -106,23 +106,3 @@ def list_checkpoints(out: Path) -> list[Checkpoint]:
     if not checkpoints:
         raise ModelError(f"{out}: no warm-up checkpoint (checkpoint-*/meta.json) in this folder")
     return sorted(checkpoints, key=lambda c: c.step)
-
-
-def linear_schedule_means(
-    learning_rate: float, steps: int, warmup_ratio: float, epoch_ends: Sequence[int]
-) -> list[float]:
-    """Mean logged learning rate of each epoch under linear warm-up and decay: what `mean_lr` is, without training.
-
-    With w = ⌈ratio · steps⌉, rate after step s = peak · s/w for s < w, else peak · (steps − s)/(steps − w).
-
-    Args:
-        learning_rate: the peak.
-        steps: optimiser steps in all.
-        warmup_ratio: share of them that warm up.
-        epoch_ends: the step after which each epoch ends.
-    """
-    w = int(np.ceil(warmup_ratio * steps))
-    s = np.arange(1, steps + 1)
-    rates = learning_rate * np.where(s < w, s / max(w, 1), (steps - s) / max(steps - w, 1))
-    bounds = [0, *epoch_ends]
-    return [float(rates[a:b].mean()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
