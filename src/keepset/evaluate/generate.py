@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from keepset.errors import DataError
+from keepset.model.encode import RowRefused
 from keepset.runfolder.files import write_atomic
 
 Message = Mapping[str, str]
@@ -116,8 +117,6 @@ def _encoded(
     encoder: Any, prompts: Sequence[Sequence[Message]], context: int | None
 ) -> tuple[list[np.ndarray], set[int]]:
     """Each prompt's tokens, and the tokens that end an answer."""
-    from keepset.model.encode import RowRefused
-
     tokens: list[np.ndarray] = []
     ends: set[int] = set() if encoder.tokenizer.eos_token_id is None else {encoder.tokenizer.eos_token_id}
     for i, prompt in enumerate(prompts):

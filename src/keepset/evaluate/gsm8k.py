@@ -14,8 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from keepset.data import load_pool
 from keepset.errors import DataError
+from keepset.evaluate.generate import generate
+from keepset.evaluate.heldout import heldout_losses
 from keepset.evaluate.statistics import bootstrap_ci
+from keepset.model.encode import encode_all
 
 OFFICIAL = re.compile(r"#### (\-?[0-9\.\,]+)")
 MARKED = re.compile(r"####[^0-9\n-]{0,20}(-?[^0-9\n]{0,3}?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)")
@@ -105,11 +109,6 @@ def evaluate_gsm8k(
     Raises:
         DataError: no usable row, or a gold answer without a number.
     """
-    from keepset.data import load_pool
-    from keepset.evaluate.generate import generate
-    from keepset.evaluate.heldout import heldout_losses
-    from keepset.model.encode import encode_all
-
     pool = load_pool(data)
     rows = [pool.messages(i) for i in range(min(limit, len(pool)))]
     encoded, _ = encode_all(encoder, rows)

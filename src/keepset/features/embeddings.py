@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from keepset.errors import ModelError
+from keepset.model.load import one_line
+from keepset.model.weights import read
 
 MOST_TOKENS = 512
 
@@ -35,9 +37,6 @@ class TextEncoder:
             ModelError: it can't be loaded.
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-        from keepset.model.load import one_line
-        from keepset.model.weights import read
 
         if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
             raise ModelError(f"embedding_model {name}: no such model folder")

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from keepset.errors import ModelError
+from keepset.model.weights import read
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +109,6 @@ def _dequantise(path: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
-
-    from keepset.model.weights import read
 
     if not path.is_file():
         raise OSError("no such file")

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from keepset.errors import ModelError
+from keepset.model import weights
 from keepset.model.encode import Encoder
 from keepset.model.gguf import DEMO_MODELS, demo_folder, gguf_folder
 from keepset.model.kind import check_config, fit_tokenizer
-from keepset.model.weights import weight_files
+from keepset.model.weights import put_adapter, weight_files
 from keepset.recipe import LoraSpec, ModelSpec
 from keepset.runfolder.files import file_digest
 
@@ -216,7 +217,7 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from keepset.model import attention, weights
+    from keepset.model import attention
     from keepset.model.check import check
 
     source = resolve(spec)
@@ -262,8 +263,6 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) ->
     Raises:
         ModelError: no adapter there, a pickled one, or one made for another model.
     """
-    from keepset.model.weights import put_adapter
-
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{adapter}: no adapter_config.json, so not an adapter folder")

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from keepset.errors import ModelError
+from keepset.features.adam import from_optimizer, save_adam
 from keepset.runfolder.files import file_digest, misfits, write_atomic
 from keepset.train.training import META
 
@@ -104,8 +105,6 @@ def save_moments(model: Any, optimizer: Any, folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: the optimiser keeps no such moments, or not for every trained parameter.
     """
-    from keepset.features.adam import from_optimizer, save_adam
-
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = from_optimizer(inner, trained)

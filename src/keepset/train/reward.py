@@ -17,7 +17,8 @@ from keepset.errors import DataError, ModelError
 from keepset.evaluate.preference import correct, length_matched
 from keepset.evaluate.reward import reward_scores
 from keepset.evaluate.statistics import bootstrap_ci
-from keepset.model.load import lora_config
+from keepset.model.load import load_adapter, load_tokenizer, lora_config, one_line, pick_device, resolve
+from keepset.model.weights import read
 from keepset.recipe import LoraSpec, ModelSpec
 from keepset.runfolder.files import json_text, write_atomic
 from keepset.train.arguments import trainer_config
@@ -108,9 +109,6 @@ def reward_model(spec: ModelSpec, seed: int, folder: str | None = None) -> tuple
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from keepset.model.load import load_tokenizer, one_line, pick_device, resolve
-    from keepset.model.weights import read
-
     source = folder or resolve(spec)
     named = spec if folder is None else spec.model_copy(update={"model_name_or_path": folder})
     tokenizer = load_tokenizer(named, causal=False)
@@ -153,8 +151,6 @@ def load_reward(spec: ModelSpec, path: Path) -> tuple[Any, Any]:
     Raises:
         ModelError: nothing of the kind there.
     """
-    from keepset.model.load import load_adapter
-
     if (path / "adapter_model.safetensors").exists():
         model, tokenizer = reward_model(spec, 0)
         adapted = load_adapter(model, path)

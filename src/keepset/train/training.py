@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepset.errors import DataError
+from keepset.model.load import load as load_causal
+from keepset.model.load import resolve
+from keepset.model.weights import fingerprint
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.runfolder.files import canonical, digest
 
@@ -82,9 +85,6 @@ class Base:
         Raises:
             ModelError: nothing there, or as `weights.fingerprint`.
         """
-        from keepset.model.load import load as load_causal
-        from keepset.model.load import resolve
-        from keepset.model.weights import fingerprint
 
         def causal() -> tuple[Any, Any]:
             loaded = load_causal(spec)
