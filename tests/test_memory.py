@@ -95,6 +95,7 @@ def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
     from keepset.features.representations import representations
     from keepset.features.targets import target_vectors
     from keepset.model import pack as packing
+    from keepset.model.passes import Shortcuts
 
     model, rows = tiny_lora(tiny_model("llama")), random_rows(9)
     packing.bare(model).keepset_engine = packing.Engine(packed=True)  # checked before memory was short
@@ -102,7 +103,7 @@ def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
 
     def numbers():
         if what == "losses":
-            return row_losses(model, rows, token_budget=400, share_prefix=False).nll
+            return row_losses(model, rows, token_budget=400, shortcuts=Shortcuts(prefix=False)).nll
         if what == "losses of both":
             return row_losses(model, rows, token_budget=400, adapters=(False, True), per_token=True).nll
         if what == "representations":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -310,18 +310,22 @@ class Recipe(Strict):
 
 def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Return the keys allowed where `path` (a pydantic error location) points."""
-    current: Any = model
     for part in path[:-1]:
         if isinstance(part, int):
             continue
-        field = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
-        if field is None:
+        field = model.model_fields.get(part)
+        section = _section_in(field.annotation) if field is not None else None
+        if section is None:
             return []
-        found = re.findall(r"\b(\w+Spec|MixPart)\b", str(field.annotation))
-        current = globals().get(found[0]) if found else None
-        if current is None:
-            return []
-    return list(current.model_fields)
+        model = section
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The first section that a field's type holds, as in `list[DataSpec]` or `ModelSpec | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((one for inner in get_args(annotation) if (one := _section_in(inner)) is not None), None)
 
 
 def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> Recipe:

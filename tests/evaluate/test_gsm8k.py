@@ -70,7 +70,7 @@ def test_evaluation_from_a_file(tmp_path):
     rows = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(5)]
     path = tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = evaluate_gsm8k(model, encoder.tokenizer, encoder, str(path), limit=3, max_new_tokens=5)
+    found = evaluate_gsm8k(model, encoder, str(path), limit=3, max_new_tokens=5)
     assert found["n"] == 3 == len(found["correct"]) == len(found["answers"])
     assert found["accuracy"]["value"] == np.mean(found["correct"]) and found["loss"] > 0
     json.dumps(found, allow_nan=False)

@@ -16,7 +16,8 @@ from keepset.model import pair_losses as losses
 from keepset.model.pack import pack
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train import preference
-from keepset.train.preference import PaddedPairs, PairCollator, fit_dpo, side_logps
+from keepset.train.preference import PaddedPairs, PairCollator, PairLoss, side_logps, train_dpo
+from keepset.train.training import Base, Training
 from tolerance import BACKWARD, FORWARD, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,10 +95,9 @@ def fit(out, pairs=None, *, loss="dpo", beta=0.5, **changes):
     args = TrainSpec(
         **{"num_train_epochs": 8, "per_device_train_batch_size": 3, "learning_rate": 2e-2, "warmup_ratio": 0, **changes}
     )
-    return fit_dpo(
-        tiny_model(), tiny_tokenizer(), ModelSpec(device="cpu"), LORA, pairs_of() if pairs is None else pairs, out,
-        args, loss=loss, beta=beta, seed=0,
-    )  # fmt: skip
+    base = Base("", lambda: (tiny_model(), tiny_tokenizer()))
+    training = Training(ModelSpec(device="cpu"), LORA, args)
+    return train_dpo(training, pairs_of() if pairs is None else pairs, out, PairLoss.of(loss, beta), base=base)
 
 
 @pytest.mark.parametrize(("loss", "beta"), [("dpo", 0.5), ("davir", 20.0)])

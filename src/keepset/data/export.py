@@ -99,8 +99,8 @@ def container_of(path: Path) -> str | None:
 
 def _own_container(pool: Pool) -> str:
     used = set(pool.table["file"].unique().to_pylist())
-    found = {info.container for info in pool.files if info.file in used}
-    name = found.pop() if len(found) == 1 else "jsonl"
+    containers = {info.container for info in pool.files if info.file in used}
+    name = containers.pop() if len(containers) == 1 else "jsonl"
     return {"arrow": "parquet", "hub": "parquet"}.get(name, name)
 
 
@@ -109,8 +109,8 @@ def _say_bytes(pool: Pool, path: Path) -> None:
     schemas = [info.schema for info in pool.files if info.file in used and info.schema is not None]
     names = dict.fromkeys(f.name for schema in schemas for f in schema if _has_bytes(f.type))
     if names:
-        told = ", ".join(f"'{name}'" for name in names)
-        log.warning("%s: bytes of %s are written as base64 text (.parquet keeps them)", path, told)
+        columns = ", ".join(f"'{name}'" for name in names)
+        log.warning("%s: bytes of %s are written as base64 text (.parquet keeps them)", path, columns)
 
 
 def _has_bytes(kind: pa.DataType) -> bool:

@@ -30,23 +30,23 @@ def pool_table(pool: Pool, *, for_datasets: bool = False) -> pa.Table:
         DataError: a Parquet, Arrow or hub file is no longer what was read.
     """
     dialect = common_dialect(pool)
-    found = original_rows(pool) if dialect is None else None
-    if found is None:
+    table = original_rows(pool) if dialect is None else None
+    if table is None:
         used = set(pool.table["file"].unique().to_pylist())
         if dialect is None and any(info.batches is not None for info in pool.files if info.file in used):
             log.warning("the rows' files have columns of other types: they are inferred, dates and bytes become text")
         return rows_table(texts_in(pool, dialect))
-    foreign = [k for k, field in enumerate(found.schema) if not _in_parquet(field)]
+    foreign = [k for k, field in enumerate(table.schema) if not _in_parquet(field)]
     if for_datasets:
-        foreign += [k for k, field in enumerate(found.schema) if k not in foreign and not _in_datasets(field.type)]
+        foreign += [k for k, field in enumerate(table.schema) if k not in foreign and not _in_datasets(field.type)]
     if foreign:
         rows = [json.loads(text) for text in pool.table["raw"].to_pylist()]
         for k in foreign:
-            field = found.schema.field(k)
+            field = table.schema.field(k)
             who = "`datasets`" if _in_parquet(field) else "Parquet"
             log.warning("column '%s': %s has no %s: it is written as it stands in JSON", field.name, who, field.type)
-            found = found.set_column(k, field.name, _inferred(field.name, [row[field.name] for row in rows]))
-    return found
+            table = table.set_column(k, field.name, _inferred(field.name, [row[field.name] for row in rows]))
+    return table
 
 
 def _in_parquet(field: pa.Field) -> bool:
@@ -91,11 +91,11 @@ def write_parquet(texts: Sequence[str], path: str | Path) -> None:
 
 def _inferred(name: str, values: list[Any]) -> pa.Array:
     try:
-        found = pa.array(values)
-        if _in_parquet(pa.field(name, found.type)):
-            if pa.types.is_nested(found.type) and found.to_pylist() != values:
+        array = pa.array(values)
+        if _in_parquet(pa.field(name, array.type)):
+            if pa.types.is_nested(array.type) and array.to_pylist() != values:
                 log.warning("column '%s': objects get null for keys that only others have (.jsonl keeps them)", name)
-            return found
+            return array
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
         pass
     log.warning("column '%s' mixes types, which Parquet can't hold: it is written as JSON text", name)

@@ -52,13 +52,13 @@ class Lost:
 
     def say(self, path: str | Path) -> None:
         """Print what was changed, by column."""
-        for found, told in (
+        for counts, change in (
             (self.nulls, "NaN or infinite, which JSON has no word for: written as null"),
             (self.texts, "beyond signed 64 bits, which JSON readers change: written as text"),
         ):
-            if found:
-                columns = ", ".join(f"'{name}' {n}" for name, n in found.items())
-                log.warning("%s: values of %s are %s (.parquet keeps them)", path, columns, told)
+            if counts:
+                columns = ", ".join(f"'{name}' {n}" for name, n in counts.items())
+                log.warning("%s: values of %s are %s (.parquet keeps them)", path, columns, change)
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def template_of(job: Job, spec: ModelSpec) -> str | None:
     encoder = job.encoder if job.recipe.train_model is None else Encoder(tokenizer, spec)
     if encoder.template != PLAIN_TEMPLATE:
         return encoder.template
-    start = "{{ bos_token }}" if encoder._adds_bos else ""
+    start = "{{ bos_token }}" if encoder.adds_bos else ""
     ending = "{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
     return PLAIN_TEMPLATE.replace("{{ start }}", start) + ending
 

@@ -155,9 +155,9 @@ def check_map(kind: str, state: AdamState | None) -> None:
     Raises:
         RecipeError: either.
     """
-    known = get_args(GradientMap)
-    if kind not in known:
-        raise RecipeError(f"unknown gradient map '{kind}'{did_you_mean(kind, list(known))}; known: {', '.join(known)}")
+    kinds = get_args(GradientMap)
+    if kind not in kinds:
+        raise RecipeError(f"unknown gradient map '{kind}'{did_you_mean(kind, list(kinds))}; known: {', '.join(kinds)}")
     if state is None and kind not in ("sgd", "sign"):
         raise RecipeError(f"gradient map '{kind}' needs a checkpoint with Adam moments; without one use sgd or sign")
 
@@ -201,12 +201,12 @@ def from_optimizer(optimizer: torch.optim.Optimizer, named_parameters: dict[str,
     exp_avg, exp_avg_sq, steps, settings = {}, {}, set(), set()
     for group in optimizer.param_groups:
         for p in group["params"]:
-            found = optimizer.state.get(p, {})
-            if "exp_avg" not in found or id(p) not in names:
+            state = optimizer.state.get(p, {})
+            if "exp_avg" not in state or id(p) not in names:
                 continue
-            exp_avg[names[id(p)]] = found["exp_avg"].detach().float().cpu().contiguous().clone()
-            exp_avg_sq[names[id(p)]] = found["exp_avg_sq"].detach().float().cpu().contiguous().clone()
-            steps.add(int(found["step"]))
+            exp_avg[names[id(p)]] = state["exp_avg"].detach().float().cpu().contiguous().clone()
+            exp_avg_sq[names[id(p)]] = state["exp_avg_sq"].detach().float().cpu().contiguous().clone()
+            steps.add(int(state["step"]))
             settings.add((tuple(group["betas"]), group["eps"]))
     if not exp_avg or len(steps) != 1 or len(settings) != 1:
         raise ModelError("can't read Adam moments: no Adam state, or parameters with different steps, betas or eps")

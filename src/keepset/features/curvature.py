@@ -71,19 +71,19 @@ def solve_target(
             that don't converge.
         ModelError: the rows have no gradient at all.
     """
-    known: dict[str, Callable[..., dict[str, Tensor]]] = {
+    solvers: dict[str, Callable[..., dict[str, Tensor]]] = {
         "fisher": _fisher,
         "cg": _cg,
         "datainf": _datainf,
         "ekfac": _ekfac,
         "ekfac-matrix": partial(_ekfac, by_matrix=True),
     }
-    if solver not in known:
-        raise RecipeError(f"unknown curvature solver '{solver}'; known: {', '.join(known)}")
+    if solver not in solvers:
+        raise RecipeError(f"unknown curvature solver '{solver}'; known: {', '.join(solvers)}")
     if not damping > 0:
         raise RecipeError(f"damping {damping}: must be above 0")
     options = dict(token_budget=token_budget, labels=labels, seed=seed, last_layers=last_layers)
-    blocks = known[solver](model, target, rows, damping, options)
+    blocks = solvers[solver](model, target, rows, damping, options)
     return replace(target, blocks=blocks)
 
 

@@ -64,14 +64,14 @@ def recording(
         raise ModelError("the head's own gradients can't be recorded: this model works on its logits in its own code")
     if written and recorder.packed and recorder.head is None and serves(model, linears):
         recorder.written = LlamaPass(model, linears)
-    wanted = _wanted(model, recorder)
+    probe = _probe_of(model, recorder)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
     for linear in recorded.values():
         linear.module.forward = recorded_forward(linear, recorder)
     try:
-        _verify(model, recorder, wanted)
+        _verify(model, recorder, probe)
         yield recorder
     finally:
         for linear in recorded.values():
@@ -80,7 +80,7 @@ def recording(
             p.requires_grad_(True)
 
 
-def _wanted(model: nn.Module, recorder: Recorder) -> tuple[list[Probe], dict[str, Tensor]]:
+def _probe_of(model: nn.Module, recorder: Recorder) -> tuple[list[Probe], dict[str, Tensor]]:
     """Two probes and the second one's gradient by plain autograd; nothing if these matrices were verified before."""
     seen: set[Any] = vars(bare(model)).setdefault("keepset_verified", set())
     key = (tuple(recorder.shapes), recorder.packed, recorder.written is not None)
@@ -91,13 +91,13 @@ def _wanted(model: nn.Module, recorder: Recorder) -> tuple[list[Probe], dict[str
     return rows, dict(zip(recorder.shapes, own_gradient(model, rows[-1], list(recorder.shapes)), strict=True))
 
 
-def _verify(model: nn.Module, recorder: Recorder, wanted: tuple[list[Probe], dict[str, Tensor]]) -> None:
+def _verify(model: nn.Module, recorder: Recorder, probe: tuple[list[Probe], dict[str, Tensor]]) -> None:
     """Hold the engine's gradient of a probe against plain autograd's.
 
     Raises:
         ModelError: they differ, as where a layer sees some tokens only (experts) or runs twice in one pass.
     """
-    rows, want = wanted
+    rows, want = probe
     if not rows:
         return
     got: dict[str, Tensor] = {}
@@ -183,17 +183,17 @@ def _run_apart(
     row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(recorder.anchor.device)
     weights = weigh(row_of, len(rows)).split(counts)
     drawn = [None] * len(rows) if uniform is None else uniform.split(counts)
-    found: dict[str, list[tuple[Tensor, Tensor, float, int]]] = {}
+    factors: dict[str, list[tuple[Tensor, Tensor, float, int]]] = {}
 
     def keep(name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
-        found.setdefault(name, []).append((left, right, scale, places.lengths[0]))
+        factors.setdefault(name, []).append((left, right, scale, places.lengths[0]))
 
     losses = [
         run_rows(model, recorder, [row], lambda _row_of, _n, own=own: own, keep, u)[0]
         for row, own, u in zip(rows, weights, drawn, strict=True)
     ]
     with torch.no_grad():
-        for name, parts in found.items():
+        for name, parts in factors.items():
             left, right, scales, lengths = zip(*parts, strict=True)
             places = Places(list(lengths), (np.cumsum(lengths) - lengths).tolist())
             sink(name, torch.cat(left), torch.cat(right), scales[0], places)

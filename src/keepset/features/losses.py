@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from keepset.memory import in_halves
 from keepset.model import head
 from keepset.model import pack as packing
-from keepset.model.passes import Passes
+from keepset.model.passes import EVERY, Passes, Shortcuts
 
 TokenLoss = Literal["ce", "label-smoothed", "focal", "error-norm"]
 SMOOTHING, GAMMA = 0.1, 2.0
@@ -54,9 +54,7 @@ def row_losses(
     adapters: tuple[bool, ...] = (True,),
     token_loss: TokenLoss = "ce",
     per_token: bool = False,
-    share_prefix: bool = True,
-    merge: bool = True,
-    written: bool = True,
+    shortcuts: Shortcuts = EVERY,
 ) -> RowLosses:
     """Score rows under one model, with its adapter on and / or off.
 
@@ -67,9 +65,7 @@ def row_losses(
         adapters: the passes over each batch, see `Passes`.
         token_loss: see the module docstring.
         per_token: also return every token's loss.
-        share_prefix: see `Passes`.
-        merge: see `Passes`.
-        written: see `Passes`.
+        shortcuts: see `Passes`.
 
     Returns:
         Losses in the order of `rows`. A row whose loss is not finite keeps its NaN or Inf: the caller quarantines it.
@@ -77,7 +73,7 @@ def row_losses(
     n_tokens = np.asarray([int(np.count_nonzero(row.supervised)) for row in rows], dtype=np.int64)
     # Results stay on the device until the end: reading them back after every batch would make a GPU wait.
     done: list[tuple[int, np.ndarray, Tensor, Tensor | None]] = []
-    passes = Passes(model, rows, adapters, share_prefix=share_prefix, merge=merge, written=written)
+    passes = Passes(model, rows, adapters, shortcuts)
     with torch.inference_mode():
         for index, prefix in passes.batches(token_budget):
 

@@ -72,8 +72,8 @@ def run_batches(
     """Run every row's mean token loss back, batch by batch, into the sink that `sink_of(positions)` gives."""
     with recording(model, last_layers=last_layers) as recorder:
         for indices in plan_batches([len(r.input_ids) for r in rows], token_budget, engine(model).apart):
-            some = [rows[i] for i in indices]
-            run_rows(model, recorder, some, mean_weights, sink_of(indices), draws(recorder, some, labels, seed))
+            batch = [rows[i] for i in indices]
+            run_rows(model, recorder, batch, mean_weights, sink_of(indices), draws(recorder, batch, labels, seed))
         return recorder.shapes
 
 

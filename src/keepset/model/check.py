@@ -52,9 +52,9 @@ def check(model: Any, known: Engine | None = None) -> Engine:
         ModelError: nothing that keepset can do gives transformers' own losses.
     """
     inner = packing.bare(model)
-    training, wanted = inner.training, inner.config._attn_implementation
+    training, attn = inner.training, inner.config._attn_implementation
     if known is not None:
-        if wanted == attention.NAME and not known.packed:
+        if attn == attention.NAME and not known.packed:
             inner.set_attn_implementation(inner.get_correct_attn_implementation(None))
         inner.keepset_engine = known
         return known
@@ -63,7 +63,7 @@ def check(model: Any, known: Engine | None = None) -> Engine:
         with torch.no_grad(), _own_attention(inner):
             rows = probes(inner)
             truth = Truth(inner, rows)
-        engine = _first_that_agrees(model, rows, truth, wanted == attention.NAME)
+        engine = _first_that_agrees(model, rows, truth, attn == attention.NAME)
     finally:
         inner.train(training)
     inner.keepset_engine = engine
@@ -145,8 +145,8 @@ def _error(model: Any, engine: Engine, rows: list[Probe], truth: Truth) -> float
         with torch.no_grad(), _spied(windows):
             worst = off(_losses(model, rows), torch.cat(truth.nll), share)
             for packed in {engine.packed, False}:
-                some = rows[SHARING:]
-                batch = packing.pack(some, np.arange(len(some)), packed=packed, device=inner.device)
+                unshared = rows[SHARING:]
+                batch = packing.pack(unshared, np.arange(len(unshared)), packed=packed, device=inner.device)
                 flat = packing.last_hidden(model, batch)
                 got = torch.cat([flat[o : o + n] for o, n in zip(batch.offsets, batch.lengths, strict=True)])
                 want = torch.cat(truth.states[engine.decoder][SHARING:])
@@ -194,13 +194,13 @@ def _spied(windows: dict[int, int | None]) -> Iterator[None]:
 def _windows_agree(inner: Any, windows: dict[int, int | None]) -> bool:
     """Whether packed attention was told what each layer may see: probes are shorter than most windows."""
     config = inner.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = packing.sliding_window(config)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * (
         max(windows, default=-1) + 1
     )
     allowed = {"full_attention": (None,), "sliding_attention": (window,)}
     return all(
-        layer < len(kinds) and (told or None) in allowed.get(kinds[layer], ()) for layer, told in windows.items()
+        layer < len(kinds) and (handed or None) in allowed.get(kinds[layer], ()) for layer, handed in windows.items()
     )
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keepset.model.attention import Run, runs_of
 from keepset.model.pack import Row
-
-SHORTEST_PREFIX = 4
+from keepset.model.prefix import common_prefix
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,7 @@ class Rows:
     compact_of_rows: Tensor | None
     rows_of_wide: Tensor | None
     wide_of_rows: Tensor | None
-    groups: list[tuple[int, int, int]]
-
-
-def common_prefix(rows: Sequence[Row]) -> int:
-    """Tokens all rows begin with, before anything that predicts a supervised token; 0 if sharing gains nothing."""
-    if len(rows) < 2:
-        return 0
-    limit = min(int(np.argmax(r.supervised)) if r.supervised.any() else len(r.input_ids) for r in rows) - 1
-    limit = min(limit, min(len(r.input_ids) for r in rows) - 1)
-    if limit < SHORTEST_PREFIX:
-        return 0
-    heads = np.stack([np.asarray(r.input_ids[:limit]) for r in rows])
-    same = (heads == heads[0]).all(0)
-    length = limit if same.all() else int(np.argmin(same))
-    return length if length >= SHORTEST_PREFIX else 0
+    groups: list[Run]
 
 
 def lay_out(rows: Sequence[Row]) -> Rows:
@@ -118,14 +104,6 @@ def lay_out(rows: Sequence[Row]) -> Rows:
         wide_of = np.empty(len(wide), np.int64)
         wide_of[wide] = np.arange(len(wide))
         indices = [torch.from_numpy(x.astype(np.int64)) for x in (compact, compact_of, wide, wide_of)]
-    groups: list[tuple[int, int, int]] = []
-    at = 0
-    for length in ends:
-        if groups and groups[-1][2] == length:
-            groups[-1] = (groups[-1][0], groups[-1][1] + 1, length)
-        else:
-            groups.append((at, 1, length))
-        at += length
     where = np.concatenate(predict)
     return Rows(
         ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
@@ -140,5 +118,5 @@ def lay_out(rows: Sequence[Row]) -> Rows:
         compact_of_rows=indices[1],
         rows_of_wide=indices[2],
         wide_of_rows=indices[3],
-        groups=groups,
+        groups=runs_of(ends),
     )

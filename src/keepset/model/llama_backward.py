@@ -19,13 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keepset.model.attention import Run, flash, flash_backward
 from keepset.model.layout import Places, Rows
 from keepset.model.linears import Linear
 from keepset.model.llama_blocks import Block, read_blocks, read_norm, rope_
 from keepset.model.pack import decoder_of
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
@@ -169,18 +167,18 @@ class LlamaPass:
         return (dgate @ b.gate.weight).addmm_(dup, b.up.weight)
 
 
-def _grouped(x: Tensor, group: tuple[int, int, int]) -> Tensor:
+def _grouped(x: Tensor, group: Run) -> Tensor:
     """(T, H, D) -> (rows, H, length, D), a view."""
     start, rows, length = group
     return x.narrow(0, start, rows * length).unflatten(0, (rows, length)).transpose(1, 2)
 
 
-def attend(qkv: list[Tensor], groups: list[tuple[int, int, int]], scale: float) -> tuple[Tensor, list[Tensor]]:
+def attend(qkv: list[Tensor], groups: list[Run], scale: float) -> tuple[Tensor, list[Tensor]]:
     """Causal attention inside each row: (T, H, D) and each group's log-sum-exps."""
     out, lses = torch.empty_like(qkv[0]), []
     for group in groups:
         q, k, v = (_grouped(x, group) for x in qkv)
-        part, lse = _flash(q, k, v, 0.0, True, scale=scale)
+        part, lse = flash(q, k, v, 0.0, True, scale=scale)
         _grouped(out, group).copy_(part)
         lses.append(lse)
     return out, lses
@@ -191,13 +189,13 @@ def attend_backward(
     qkv: list[Tensor],
     out: Tensor,
     lses: list[Tensor],
-    groups: list[tuple[int, int, int]],
+    groups: list[Run],
     scale: float,
 ) -> list[Tensor]:
     """Gradients of q, k, v in their own layout."""
     wholes = [torch.empty_like(x) for x in qkv]
     for group, lse in zip(groups, lses, strict=True):
-        parts = _flash_backward(*(_grouped(x, group) for x in (grad, *qkv, out)), lse, 0.0, True, scale=scale)
+        parts = flash_backward(*(_grouped(x, group) for x in (grad, *qkv, out)), lse, 0.0, True, scale=scale)
         for whole, part in zip(wholes, parts, strict=True):
             _grouped(whole, group).copy_(part)
     return wholes

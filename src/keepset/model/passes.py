@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from keepset.errors import ModelError
 from keepset.model import pack as packing
-from keepset.model.linears import Linear
+from keepset.model.linears import Linear, plain_loras
 from keepset.model.llama_blocks import serves
 from keepset.model.llama_forward import LlamaForward
 from keepset.model.pack import Batch, Row
@@ -24,6 +26,24 @@ from keepset.model.prefix import plan
 
 MergedLayer = tuple[Any, Tensor, Tensor]
 """A LoRA layer, its W, and W + s·B·A."""
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Which of them are taken where they serve the model; without any, its own forward pass runs every row whole.
+
+    Attributes:
+        prefix: a beginning that rows have in common is computed once (CPU, packed).
+        merge: LoRA is merged into its weights for the adapter pass.
+        written: Llama-like blocks run in `llama_forward`.
+    """
+
+    prefix: bool = True
+    merge: bool = True
+    written: bool = True
+
+
+EVERY = Shortcuts()
 
 
 class Passes:
@@ -34,10 +54,7 @@ class Passes:
         model: Any,
         rows: Sequence[Row],
         adapters: tuple[bool, ...] = (True,),
-        *,
-        share_prefix: bool = True,
-        merge: bool = True,
-        written: bool = True,
+        shortcuts: Shortcuts = EVERY,
     ) -> None:
         """Find out how the rows are run.
 
@@ -46,22 +63,21 @@ class Passes:
             rows: encoded rows.
             adapters: the passes over each batch: True as the model stands, False with its adapter off (a model without
                 an adapter gives the same twice).
-            share_prefix: compute a beginning that rows have in common once (CPU, packed).
-            merge: use merged LoRA weights in the adapter pass where that is exact.
-            written: run Llama-like blocks in `llama_forward` where it serves the model; False: always the model's own.
+            shortcuts: what makes the passes cheap, with the same numbers to rounding.
         """
         self.model, self.rows, self.adapters = model, rows, adapters
         self.packed = packing.supports_packing(model)
         self.device = next(model.parameters()).device
-        self.peft = hasattr(model, "disable_adapter")
-        self.share = share_prefix and self.packed and self.device.type == "cpu"
+        self.peft = packing.has_adapter(model)
+        self.share = shortcuts.prefix and self.packed and self.device.type == "cpu"
         self.span, self.apart = packing.full_span(model), packing.engine(model).apart
         with torch.no_grad():  # not inference_mode: the merged tensors take the place of parameters for a while
             # Also for the base alone: a pass has the same bits whichever others run beside it (a resumed shard needs
             # that).
-            self.weights = merged_weights(model) if merge and self.peft else None
+            self.weights = merged_weights(model) if shortcuts.merge and self.peft else None
             self.written: list[LlamaForward] | None = None
-            if written and self.packed and (self.span is None or all(len(row.input_ids) <= self.span for row in rows)):
+            short = self.span is None or all(len(row.input_ids) <= self.span for row in rows)
+            if shortcuts.written and self.packed and short:
                 self.written = written_passes(model, adapters, self.weights)
 
     def batches(self, token_budget: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -100,9 +116,9 @@ def written_passes(
     model: Any, adapters: tuple[bool, ...], weights: list[MergedLayer] | None
 ) -> list[LlamaForward] | None:
     """One `LlamaForward` for each pass, or None where the model's own forward must run."""
-    if hasattr(model, "disable_adapter") and weights is None:
+    if packing.has_adapter(model) and weights is None:
         return None
-    found: dict[bool, LlamaForward] = {}
+    forwards: dict[bool, LlamaForward] = {}
     for on in set(adapters):
         linears = {
             str(place): Linear(module, both if on else base, module.get_base_layer().bias, (), recorded=False)
@@ -110,41 +126,32 @@ def written_passes(
         }
         if not serves(model, linears):
             return None
-        found[on] = LlamaForward(model, linears)
-    return [found[on] for on in adapters]
+        forwards[on] = LlamaForward(model, linears)
+    return [forwards[on] for on in adapters]
 
 
 def merged_weights(model: Any) -> list[MergedLayer] | None:
     """Form W + s·B·A of every LoRA layer; None unless all of the adapter is one plain LoRA on float32 linear layers."""
     from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    try:
+        loras = list(plain_loras(model).values())
+    except ModelError:  # PEFT's own forward runs what is more than plain LoRA
+        return None
+    if {id(m) for m in model.modules() if isinstance(m, BaseTunerLayer)} != {id(lora.module) for lora in loras}:
+        return None
     out: list[MergedLayer] = []
     embedding = packing.bare(model).get_input_embeddings().weight
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    for module in layers:
-        plain = (
-            type(module) is LoraLinear
-            and isinstance(module, LoraLayer)
-            and type(module.get_base_layer()) is nn.Linear
-            and len(module.active_adapters) == 1
-            and module.active_adapters[0] in module.lora_A
-            and not module.merged
-            and not module.lora_variant
-            and not module.disable_adapters
-            and not module.lora_bias.get(module.active_adapters[0], False)
-        )
-        if not plain:
+    for lora in loras:
+        layer, base = lora.module, lora.module.get_base_layer()
+        if type(layer) is not LoraLinear or type(base) is not nn.Linear or layer.disable_adapters:
             return None
-        base = module.get_base_layer().weight
-        if base.dtype != torch.float32 or base is embedding:  # a tied head's weight must not take the embedding along
+        # a tied head's weight must not take the embedding along
+        if base.weight.dtype != torch.float32 or base.weight is embedding:
             return None
-        name = module.active_adapters[0]
-        up, down = module.lora_B[name].weight, module.lora_A[name].weight
-        out.append((module, base.data, torch.addmm(base.data, up, down, alpha=float(module.scaling[name]))))
-    modules_to_save = any("modules_to_save" in n for n, _ in model.named_modules())
-    return out if out and not modules_to_save else None
+        out.append((layer, base.weight.data, lora.merge(base.weight.data)))
+    return out or None
 
 
 @contextmanager

@@ -1,15 +1,41 @@
-"""Which rows share a beginning, that it is run once: the batches of a forward pass."""
+"""Which rows share a beginning, so that it is run once: in the batches of a forward pass, and in one backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from keepset.model.pack import Row, needed, plan_batches
 
-SHORTEST_PREFIX, FEWEST_ROWS = 8, 4
-"""A shared beginning pays from about this many tokens and rows."""
+FORWARD_PREFIX, FEWEST_ROWS = 8, 4
+"""In a forward pass a shared beginning pays from about this many tokens and rows."""
+BACKWARD_PREFIX = 4
+"""The same with a backward pass, where a row of company is enough."""
+
+
+def common_length(rows: Iterable[Row], limit: int) -> int:
+    """Return how many tokens all rows begin with, at most `limit`; no row is shorter than that."""
+    first: np.ndarray | None = None
+    for row in rows:
+        ids = np.asarray(row.input_ids[:limit])
+        first = ids if first is None else first
+        same = first[:limit] == ids
+        limit = limit if same.all() else int(np.argmin(same))
+    return limit
+
+
+def common_prefix(rows: Sequence[Row]) -> int:
+    """Return how many tokens the rows of one backward pass share, before anything that predicts; 0 if that is too few.
+
+    The last token before a supervised one predicts it, and is each row's own: its gradient is.
+    """
+    if len(rows) < 2:
+        return 0
+    first = min(int(np.argmax(r.supervised)) if r.supervised.any() else len(r.input_ids) for r in rows)
+    limit = min(first, *(len(r.input_ids) for r in rows)) - 1
+    length = common_length(rows, limit) if limit >= BACKWARD_PREFIX else 0
+    return length if length >= BACKWARD_PREFIX else 0
 
 
 def plan(
@@ -40,7 +66,7 @@ def plan(
 
 
 def prefix_groups(rows: Sequence[Row], members: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """Group rows by common beginnings: a group splits off where `SHORTEST_PREFIX` more tokens are shared by enough
+    """Group rows by common beginnings: a group splits off where `FORWARD_PREFIX` more tokens are shared by enough
     rows.
 
     Returns:
@@ -50,26 +76,21 @@ def prefix_groups(rows: Sequence[Row], members: np.ndarray) -> list[tuple[np.nda
     free = {int(i): min(int(np.argmax(rows[i].supervised)), needed(rows[i]) - 1) for i in members}
 
     def split(group: list[int]) -> list[tuple[np.ndarray, int]]:
-        common = np.asarray(rows[group[0]].input_ids[: min(free[i] for i in group)])
-        for i in group:
-            same = common == np.asarray(rows[i].input_ids[: len(common)])
-            if not same.all():
-                common = common[: int(np.argmin(same))]
-        depth = len(common)
+        depth = common_length((rows[i] for i in group), min(free[i] for i in group))
         after: dict[int, list[int]] = {}
         for i in group:
-            if free[i] >= depth + SHORTEST_PREFIX:
+            if free[i] >= depth + FORWARD_PREFIX:
                 after.setdefault(int(rows[i].input_ids[depth]), []).append(i)
         out: list[tuple[np.ndarray, int]] = []
         rest = set(group)
-        for some in after.values():
-            if 4 * FEWEST_ROWS <= len(some) < len(group):
-                for indices, length in split(some):
-                    if length >= depth + SHORTEST_PREFIX:
+        for branch in after.values():
+            if 4 * FEWEST_ROWS <= len(branch) < len(group):
+                for indices, length in split(branch):
+                    if length >= depth + FORWARD_PREFIX:
                         out.append((indices, length))
                         rest -= {int(i) for i in indices}
         if rest:
-            pays = depth >= SHORTEST_PREFIX and len(rest) >= FEWEST_ROWS
+            pays = depth >= FORWARD_PREFIX and len(rest) >= FEWEST_ROWS
             out.append((np.asarray(sorted(rest)), depth if pays else 0))
         return out
 

@@ -148,12 +148,12 @@ def _decoders(inner: Any) -> list[str]:
     """Names of the modules that may make the final hidden states: what transformers calls the decoder, and the models
     inside the model."""
     named = {id(m): n for n, m in inner.named_modules() if n}
-    found = [name for name, module in inner.named_children() if isinstance(module, PreTrainedModel)]
+    names = [name for name, module in inner.named_children() if isinstance(module, PreTrainedModel)]
     try:
-        found.insert(0, named.get(id(inner.get_decoder()), ""))
+        names.insert(0, named.get(id(inner.get_decoder()), ""))
     except Exception as error:  # get_decoder guesses, and fails in its own ways
         log.debug("no decoder: %s", first_line(error))
-    return list(dict.fromkeys(name for name in found if name))
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def close(got: Tensor, want: Tensor, share: float) -> bool:

@@ -246,7 +246,7 @@ def measure_model(job: Job, learner: Learner, model: Any) -> tuple[Items, dict[s
         from keepset.evaluate.gsm8k import evaluate_gsm8k
 
         gsm8k = evaluate_gsm8k(
-            model, learner.loaded.tokenizer, learner.encoder, job.recipe.evaluate.gsm8k,
+            model, learner.encoder, job.recipe.evaluate.gsm8k,
             limit=job.recipe.evaluate.gsm8k_limit, max_new_tokens=job.recipe.evaluate.max_new_tokens,
         )  # fmt: skip
         items["gsm8k.correct"] = np.asarray(gsm8k.pop("correct"), dtype=np.float64)

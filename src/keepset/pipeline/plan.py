@@ -81,6 +81,7 @@ def probe(job: Job, kinds: set[str]) -> Rates:
     from keepset.features.targets import target_vectors
     from keepset.model.load import apply_lora
     from keepset.train.sft import train_sft
+    from keepset.train.training import Training
 
     model, budget = job.loaded.model, job.recipe.batching.token_budget
     order = np.argsort([len(r.input_ids) for r in job.rows], kind="stable")
@@ -112,7 +113,7 @@ def probe(job: Job, kinds: set[str]) -> Rates:
         job.release()  # as a run does
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            told = train_sft(job.recipe.model, job.recipe.lora, rows, Path(folder) / "probe", args, seed=0)
+            told = train_sft(Training(job.recipe.model, job.recipe.lora, args), rows, Path(folder) / "probe")
             overhead = time.perf_counter() - start - told.seconds
         train = work / told.seconds
     return Rates(forward, backward, train, overhead)

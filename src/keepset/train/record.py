@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from keepset.errors import ModelError
+from keepset.features.adam import from_optimizer, save_adam
 from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest, misfits, write_atomic
 
@@ -38,9 +39,9 @@ class Recorder(TrainerCallback):
         """Take up the record of the checkpoint that training goes on from."""
         self._clock = time.perf_counter()
         if state.global_step:
-            found = json.loads((Path(args.output_dir) / f"checkpoint-{state.global_step}" / layout.META).read_text())
-            self.learning_rates, self.losses = found["learning_rates"], found["losses"]
-            self.tokens, self.supervised, self.seconds = found["tokens"], found["supervised"], found["seconds"]
+            meta = json.loads((Path(args.output_dir) / f"checkpoint-{state.global_step}" / layout.META).read_text())
+            self.learning_rates, self.losses = meta["learning_rates"], meta["losses"]
+            self.tokens, self.supervised, self.seconds = meta["tokens"], meta["supervised"], meta["seconds"]
             self.epoch_start = state.global_step
             self.tokens_before = self.tokens
             if self.advance:
@@ -104,8 +105,6 @@ def save_moments(model: Any, optimizer: Any, folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: the optimiser keeps no such moments, or not for every trained parameter.
     """
-    from keepset.features.adam import from_optimizer, save_adam
-
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = from_optimizer(inner, trained)

@@ -86,7 +86,7 @@ def warmup(
 
     Raises:
         ModelError: an optimiser without Adam moments.
-        DataError, RecipeError: see `train_sft`.
+        DataError, RecipeError: see `fit`.
     """
     from keepset.train.fit import fit
 
@@ -100,10 +100,10 @@ def list_checkpoints(out: Path) -> list[Checkpoint]:
     Raises:
         ModelError: there is none.
     """
-    found = []
+    checkpoints = []
     for meta_path in Path(out).glob(f"checkpoint-*/{layout.META}"):
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        found.append(Checkpoint(meta_path.parent, float(meta["mean_lr"]), int(meta["step"])))
-    if not found:
+        checkpoints.append(Checkpoint(meta_path.parent, float(meta["mean_lr"]), int(meta["step"])))
+    if not checkpoints:
         raise ModelError(f"{out}: no warm-up checkpoint (checkpoint-*/meta.json) in this folder")
-    return sorted(found, key=lambda c: c.step)
+    return sorted(checkpoints, key=lambda c: c.step)
