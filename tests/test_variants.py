@@ -16,6 +16,7 @@ from keepset.pipeline.findings import diagnose_comparison, diagnose_shares
 from keepset.pipeline.reference_check import OtherRows, held_out_finding
 from keepset.recipe import parse_recipe, set_key
 from keepset.report.overlap import agreement
+from keepset.runfolder.records import Comparison, Cost, Entry, Links, SelectionCost, Versus
 from keepset.runfolder.run import Run
 from keepset.stages.job import Job
 from test_pipeline import TRAIN, data, model_folder, quiet, recipe  # noqa: F401  (fixtures)
@@ -213,8 +214,10 @@ def test_shares_by_source_and_category_and_the_kept_length():
      ("loss.heldout", -0.1, 0.2, "no-better-than-random")],
 )  # fmt: skip
 def test_a_comparison_s_findings_know_which_side_is_better(metric, low, high, name):
-    test = {"difference": (low + high) / 2, "low": low, "high": high}
-    found = diagnose_comparison({"summary": [{"kind": "method", "label": "davir", "vs_random": {metric: test}}]})
+    versus = Versus((low + high) / 2, low, high, p=0.5, n=9, win_tie_loss=(3, 3, 3))
+    entry = Entry("davir", "method", "5%", 9, 99, 1, {}, {metric: versus}, Cost(0, 0, 0, 0))
+    selection = SelectionCost(0, 0, 0, None, ())
+    found = diagnose_comparison(Comparison((), (entry,), 0, selection, {}, Links((), ())))
     assert [f.name for f in found] == ([name] if name else [])
 
 

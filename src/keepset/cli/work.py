@@ -248,7 +248,7 @@ def compare(
         result = compare_cells(job, evaluated_cells(job))
         record(job, diagnose_comparison(result), anew=COMPARED)
     if as_json:
-        print(json_text(result))
+        print(json_text(result.to_json()))
     else:
         print_comparison(result, Console())
         if more:

@@ -13,8 +13,8 @@ import numpy as np
 
 from keepset.evaluate.statistics import bootstrap_ratio
 from keepset.methods.table import METHODS
-from keepset.pipeline.findings import Finding
 from keepset.runfolder.files import digest
+from keepset.runfolder.records import Finding
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded

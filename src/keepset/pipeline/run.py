@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
-from safetensors.numpy import load_file
 
 from keepset import __version__
 from keepset.errors import KeepsetError
@@ -33,7 +32,7 @@ from keepset.pipeline.findings import (
     diagnose_shares,
     record,
 )
-from keepset.pipeline.learn import Items, Learner, evaluate_epochs, evaluate_final, train_final
+from keepset.pipeline.learn import Learner, evaluate_epochs, evaluate_final, load_items, train_final
 from keepset.pipeline.reference_check import check_reference
 from keepset.pipeline.score_key import score_key
 from keepset.pipeline.variants import run_variants
@@ -41,6 +40,7 @@ from keepset.recipe import MethodSpec, Recipe
 from keepset.report import write_report
 from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
+from keepset.runfolder.records import Items
 from keepset.stages.job import Job
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow", "bm25s")
@@ -75,7 +75,7 @@ def run_recipe(
         write_report(job.run.path)
         if cells:
             print_comparison(result, out or Console())
-        job.say(tell_selection_cost(result["selection"]))
+        job.say(tell_selection_cost(result.selection))
         job.say(f"report: {job.run.path / layout.REPORT}")
         job.say(f"run folder: {job.run.path}")
     return job
@@ -129,7 +129,7 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
     cells: list[Cell] = []
     if job.recipe.controls.base or evaluation.pairs:
         _, base = evaluate_final(job, learner, "base", None, None)
-        cells.append((None, None, base))
+        cells.append(Cell(None, None, base))
     plan = [(s, seed) for s in subsets for seed in seeds_for(job, s)]
     for number, (subset, seed) in enumerate(plan, start=1):
         job.say(f"model {number} of {len(plan)}: {subset.name}, seed {seed}")
@@ -139,7 +139,7 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
         _, items = evaluate_final(job, learner, subset.name, seed, base)
         if evaluation.each_epoch and not job.recipe.train.full:
             evaluate_epochs(job, learner, subset.name, seed, base, items)
-        cells.append((subset, seed, items))
+        cells.append(Cell(subset, seed, items))
     return cells
 
 
@@ -154,8 +154,8 @@ def evaluated_cells(job: Job) -> list[Cell]:
     for path in sorted(folder.glob(f"*/{layout.DONE}")):
         named = layout.name_and_seed(path.parent.name)
         job.run.require_whole(layout.evaluation(path.parent.name, None))
-        items = load_file(str(path.parent / layout.ITEMS))
-        cells.append((stored_subset(job, named[0]), named[1], items) if named else (None, None, items))
+        subset, seed = (stored_subset(job, named[0]), named[1]) if named else (None, None)
+        cells.append(Cell(subset, seed, load_items(path.parent)))
     if not cells:
         raise KeepsetError(f"{folder}: nothing evaluated yet; `keepset run`, or `train` and then `evaluate`")
     return sorted(cells, key=lambda cell: table_order(job.recipe, cell))
@@ -163,7 +163,7 @@ def evaluated_cells(job: Job) -> list[Cell]:
 
 def table_order(recipe: Recipe, cell: Cell) -> tuple[Any, ...]:
     """Where a cell stands in the table, the order in which `run` makes them: the base, methods, controls, mixes."""
-    subset, seed, _ = cell
+    subset, seed = cell.subset, cell.seed
     if subset is None:
         return (-1,)
     labels = [m.label for m in recipe.methods] + [f"random-{k}" for k in recipe.controls.random_seeds]
