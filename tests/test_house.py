@@ -25,8 +25,6 @@ UPWARD = {
     "keepset.methods.table": {"keepset.pipeline.idle", "keepset.pipeline.score_key"},
     "keepset.model.load": {"keepset.features.checks"},
     "keepset.model.pack": {"keepset.features.checks"},
-    "keepset.pipeline.run": {"keepset.deliver.card", "keepset.deliver.trainers", "keepset.report"},
-    "keepset.pipeline.variants": {"keepset.report.overlap"},
     "keepset.recipe": {"keepset.pipeline.idle"},
     "keepset.stages.counts": {
         "keepset.methods.cross_fit", "keepset.methods.gradient", "keepset.methods.table", "keepset.pipeline.learn",
@@ -37,6 +35,13 @@ UPWARD = {
     "keepset.train.reward": {"keepset.judging.judge"},
 }  # fmt: skip
 """Imports that still go up: each is to go away, none may be added."""
+
+DOORS = {
+    "keepset.__main__": {"keepset.cli"},
+    "keepset.encoding": {"keepset.model.encode"},
+    "keepset.pipeline": {"keepset.deliver.finish"},
+}
+"""Imports that go up and stay: `python -m keepset`, and two names where users import them from (`run_recipe`)."""
 
 LONG = {
     "data/export.py", "evaluate/statistics.py", "features/checks.py", "features/gradients.py", "judging/judge.py",
@@ -88,12 +93,9 @@ def test_no_import_goes_up_but_those_that_are_listed() -> None:
     upward: dict[str, set[str]] = {}
     for module, path in known.items():
         for target in imported(path, known):
-            if ROOMS.index(room(target)) < ROOMS.index(room(module)) and module not in (
-                "keepset.__main__",
-                "keepset.encoding",
-            ):
+            if ROOMS.index(room(target)) < ROOMS.index(room(module)):
                 upward.setdefault(module, set()).add(target)
-    assert upward == UPWARD
+    assert upward == UPWARD | DOORS
 
 
 def test_no_file_is_longer_than_four_hundred_lines_but_those_that_are_listed() -> None:

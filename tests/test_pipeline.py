@@ -14,9 +14,10 @@ from rich.console import Console
 from conftest import tiny_model, tiny_tokenizer
 from keepset.errors import DataError, PlanMismatch, RecipeError
 from keepset.methods.table import METHODS, score
+from keepset.pipeline import run_recipe
 from keepset.pipeline.choose import choose
 from keepset.pipeline.compare import compare
-from keepset.pipeline.run import evaluated_cells, run_recipe
+from keepset.pipeline.run import evaluated_cells
 from keepset.recipe import MethodSpec, load_recipe, parse_recipe
 from keepset.runfolder.records import Items
 from keepset.stages.job import Job

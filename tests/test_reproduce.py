@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from keepset.deliver.hub import public, push_to_hub
+from keepset.deliver.reproduce import print_reproduction, recipe_of, reproduce
 from keepset.errors import KeepsetError
-from keepset.pipeline.reproduce import print_reproduction, recipe_of, reproduce
 from keepset.recipe import parse_recipe
 from keepset.runfolder.run import Run
 

@@ -15,9 +15,9 @@ from keepset.pipeline import run_recipe
 from keepset.pipeline.findings import diagnose_comparison, diagnose_shares
 from keepset.pipeline.reference_check import OtherRows, held_out_finding
 from keepset.recipe import parse_recipe, set_key
-from keepset.report.overlap import agreement
 from keepset.runfolder.records import Comparison, Cost, Entry, Links, SelectionCost, Versus
 from keepset.runfolder.run import Run
+from keepset.selection.agreement import agreement
 from keepset.stages.job import Job
 from test_pipeline import TRAIN, data, model_folder, quiet, recipe  # noqa: F401  (fixtures)
 from tolerance import FORWARD

@@ -267,8 +267,8 @@ def reproduce(
 
     Example: keepset reproduce runs/demo/manifest.json
     """
-    from keepset.pipeline.reproduce import print_reproduction
-    from keepset.pipeline.reproduce import reproduce as run_again
+    from keepset.deliver.reproduce import print_reproduction
+    from keepset.deliver.reproduce import reproduce as run_again
 
     folder = (manifest if manifest.is_dir() else manifest.parent).resolve()
     result = run_again(manifest, run_dir or folder.with_name(folder.name + "-again"), console=err)

@@ -1,17 +1,11 @@
-"""`keepset run`: score, select, train, evaluate and compare, each step skipped where its result is already there."""
+"""The steps of a run, each skipped where its result is already there: score, select, train, evaluate."""
 
 from __future__ import annotations
 
-import platform
-import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rich.console import Console
-
-from keepset import __version__
 from keepset.errors import KeepsetError
-from keepset.methods.table import check_options, score
+from keepset.methods.table import score
 from keepset.pipeline.choose import (
     Kind,
     Subset,
@@ -22,10 +16,8 @@ from keepset.pipeline.choose import (
     full_subset,
     stored_subset,
 )
-from keepset.pipeline.compare import Cell, compare, print_comparison, tell_selection_cost
+from keepset.pipeline.compare import Cell
 from keepset.pipeline.findings import (
-    COMPARED,
-    diagnose_comparison,
     diagnose_edge,
     diagnose_leaks,
     diagnose_scores,
@@ -35,50 +27,10 @@ from keepset.pipeline.findings import (
 from keepset.pipeline.learn import Learner, evaluate_epochs, evaluate_final, load_items, train_final
 from keepset.pipeline.reference_check import check_reference
 from keepset.pipeline.score_key import score_key
-from keepset.pipeline.variants import run_variants
 from keepset.recipe import MethodSpec, Recipe
-from keepset.report import write_report
 from keepset.runfolder import layout
-from keepset.runfolder.files import file_digest
 from keepset.runfolder.records import Items
 from keepset.stages.job import Job
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow", "bm25s")
-
-
-def run_recipe(
-    recipe: Recipe, *, console: Console | None = None, out: Console | None = None, force: bool = False
-) -> Job:
-    """Do the whole job and print the comparison.
-
-    Args:
-        recipe: what to do.
-        console: where progress goes (default: standard error).
-        out: where the table goes (default: standard output).
-        force: see `Run.adopt`.
-
-    Raises:
-        KeepsetError: anything a user can mend.
-    """
-    for spec in recipe.methods:
-        check_options(spec)
-    job = Job(recipe, console=console, force=force)
-    with job.run.lock():
-        start = time.perf_counter()
-        subsets = choose_all(job)
-        cells = train_and_evaluate(job, subsets)
-        result = compare(job, cells)
-        record(job, diagnose_comparison(result), anew=COMPARED)
-        if recipe.variants:
-            run_variants(job, out, force=force)
-        finish_folder(job, subsets, time.perf_counter() - start)
-        write_report(job.run.path)
-        if cells:
-            print_comparison(result, out or Console())
-        job.say(tell_selection_cost(result.selection))
-        job.say(f"report: {job.run.path / layout.REPORT}")
-        job.say(f"run folder: {job.run.path}")
-    return job
 
 
 def scored(job: Job, spec: MethodSpec) -> None:
@@ -180,56 +132,3 @@ def seeds_for(job: Job, subset: Subset) -> list[int]:
         return seeds
     draws = [f"random-{seed}" for seed in job.recipe.controls.random_seeds]
     return [seeds[draws.index(subset.label) % len(seeds)]]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, keepset and what it stands on."""
-    found = {"python": platform.python_version(), "keepset": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
-    """Write what makes the folder a record: manifest, the dataset of the first method's rows, its card."""
-    from keepset.deliver.card import write_dataset
-    from keepset.deliver.trainers import write_trainers
-
-    primary = next((s for s in subsets if s.kind == "method"), None)
-    if primary is not None:
-        write_dataset(job, primary)
-        write_trainers(job, primary)
-    manifest: dict[str, Any] = {
-        "recipe": job.recipe.model_dump(mode="json", exclude={"run_dir"}),
-        "versions": versions(),
-        "model": None if job.text_only else {"fingerprint": job.fingerprint, "encoder": job.encoder.fingerprint},
-        "pool": {
-            "rows_in": len(job.pool) + len(job.pool.quarantine),
-            "usable": len(job.ids),
-            "quarantined": len(job.pool) + len(job.pool.quarantine) - len(job.ids),
-            "duplicates": job.pool.duplicates,
-            "fingerprint": job.pool.fingerprint(),
-        },
-        "files": made_files(job),
-        "subsets": job.run.load_json(layout.SUBSETS, {}),
-        "costs": job.run.costs(),
-        "selection_cost": job.run.load_json(layout.COMPARISON, {}).get("selection"),
-        "seconds": round(seconds, 1),
-    }
-    job.run.save_json(layout.MANIFEST, manifest)
-
-
-def made_files(job: Job) -> dict[str, str]:
-    """sha256 of what the run made and would make again: scores, subsets, weights, per-item results; by file name."""
-    run = job.run
-    files = {layout.scores(p.stem): file_digest(p) for p in sorted(run.path.glob(layout.scores("*")))}
-    files |= {entry["file"]: entry["sha256"] for entry in run.load_json(layout.SUBSETS, {}).values()}
-    for done in sorted(p for kind in layout.STEP_FOLDERS for p in run.path.glob(f"{kind}/*/{layout.DONE}")):
-        folder = str(done.parent.relative_to(run.path))
-        made = (run.done(folder) or {"files": {}})["files"]
-        kept = (".safetensors", layout.POINTS)  # others hold seconds
-        files |= {f"{folder}/{name}": sha for name, sha in sorted(made.items()) if name.endswith(kept)}
-    return files

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keepset.deliver.finish import run_recipe
 from keepset.errors import KeepsetError
 from keepset.evaluate.statistics import spearman
 from keepset.recipe import Recipe, located, parse_recipe
@@ -67,8 +68,6 @@ def reproduce(manifest_path: Path, run_dir: Path, *, console: Console | None = N
     Raises:
         KeepsetError: no manifest, the same folder, or anything `keepset run` refuses.
     """
-    from keepset.pipeline import run_recipe
-
     manifest = load_manifest(manifest_path)
     folder = manifest_path if manifest_path.is_dir() else manifest_path.parent
     if run_dir.resolve() == folder.resolve():
