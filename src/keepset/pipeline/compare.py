@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, win_tie_loss
 from keepset.pipeline.learn import epoch_points, item_metrics
+from keepset.pipeline.metrics import Metric, headlines
 from keepset.pipeline.verdict import loss_against_performance, means_of, pareto, qualities
 from keepset.runfolder import layout
 from keepset.runfolder.records import (
@@ -48,25 +49,6 @@ class Cell:
     items: Items
 
 
-# What is printed, in this order: metric, heading, decimals, and the sign that makes larger better.
-HEADLINES: tuple[tuple[str, str, int, int], ...] = (
-    ("accuracy.policy_mean.matched", "accuracy\nmatched", 2, 1),
-    ("accuracy.policy_mean", "accuracy\nall", 2, 1),
-    ("margin.implicit_mean.matched", "implicit\nmargin", 3, 1),
-    ("loss.chosen", "loss of\nchosen", 3, -1),
-    ("loss.heldout", "held-out\nloss", 3, -1),
-    ("gsm8k.accuracy", "GSM8K\nexact", 2, 1),
-)
-
-
-def headlines(measured: Collection[str]) -> list[tuple[str, str, int, int]]:
-    """The headlines, with the held-out loss by source where there are several."""
-    sources = sorted(m for m in measured if m.startswith("loss.heldout."))
-    more = [(m, "loss of\n" + m.removeprefix("loss.heldout."), 3, -1) for m in sources]
-    place = 1 + next(i for i, h in enumerate(HEADLINES) if h[0] == "loss.heldout")
-    return [*HEADLINES[:place], *more, *HEADLINES[place:]]
-
-
 def compare(job: Job, cells: list[Cell]) -> Comparison:
     """Compare evaluated cells and write `comparison.json`.
 
@@ -91,7 +73,7 @@ def compare(job: Job, cells: list[Cell]) -> Comparison:
     result = Comparison(
         rows=tuple(rows), summary=tuple(summary), full_training_flops=full,
         selection=SelectionCost.from_json(selection_cost(job, full), layout.COSTS),
-        pareto={metric: tuple(pareto(summary, metric, sign)) for metric, sign in qualities(summary)},
+        pareto={m.name: tuple(pareto(summary, m.name, m.sign)) for m in qualities(summary)},
         loss_vs_performance=Links(
             tuple(loss_against_performance(means_of(rows))), tuple(loss_against_performance(epoch_points(job)))
         ),
@@ -118,23 +100,24 @@ class Rivals:
         return self.mix if subset.kind == "mix" and not drawn_mix else self.random.get(subset.budget, {})
 
 
-def entry_of(job: Job, name: str, members: list[tuple[Subset | None, Metrics]], rivals: Rivals) -> Entry:
+def entry_of(job: Job, group: str, members: list[tuple[Subset | None, Metrics]], rivals: Rivals) -> Entry:
     """The summary of one group of cells, its p-values not yet adjusted."""
     subset = members[0][0]
     resamples, seed = job.recipe.evaluate.bootstrap, job.recipe.seed
     averaged, rival = mean_items([m for _, m in members]), rivals.of(subset)
     means, versus = {}, {}
-    for metric, values in averaged.items():
-        over_seeds = [float(np.mean(m[metric])) for _, m in members]
+    for name, values in averaged.items():
+        over_seeds = [float(np.mean(m[name])) for _, m in members]
         spread = float(np.std(over_seeds, ddof=1)) if len(over_seeds) > 1 else None
         interval = bootstrap_ci(values, resamples=resamples, seed=seed)
-        means[metric] = MeanOverSeeds(**vars(interval), spread=spread)
-    for metric, _, _, sign in headlines(averaged) if rival else []:
-        if metric in averaged:
-            test = paired_test(averaged[metric], rival[metric], resamples=resamples, seed=seed)
-            counts = win_tie_loss(sign * averaged[metric], sign * rival[metric])
-            versus[metric] = Versus(**vars(test), win_tie_loss=counts)
-    described = replace(describe(subset), label=name.split(" (")[0])
+        means[name] = MeanOverSeeds(**vars(interval), spread=spread)
+    for metric in headlines(averaged) if rival else []:
+        if metric.name in averaged:
+            ours, theirs = averaged[metric.name], rival[metric.name]
+            test = paired_test(ours, theirs, resamples=resamples, seed=seed)
+            counts = win_tie_loss(metric.sign * ours, metric.sign * theirs)
+            versus[metric.name] = Versus(**vars(test), win_tie_loss=counts)
+    described = replace(describe(subset), label=group.split(" (")[0])
     return Entry(**vars(described), seeds=len(members), metrics=means, vs_random=versus,
                  cost=Cost(**cost_of(job, subset)))  # fmt: skip
 
@@ -228,11 +211,11 @@ def print_comparison(result: Comparison, console: Console) -> None:
     shown = distinct_columns(result)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("trained on", no_wrap=True)
-    for heading in ("rows", "tokens", *(heading for _, heading, _, _ in shown), "price"):
+    for heading in ("rows", "tokens", *(metric.heading for metric in shown), "price"):
         table.add_column(heading, justify="right", no_wrap=True)
     full = result.full_training_flops
     for entry in result.summary:
-        cells = [cell_text(entry, metric, decimals) for metric, _, decimals, _ in shown]
+        cells = [cell_text(entry, metric) for metric in shown]
         share = f"{100 * entry.cost.select_flops / full:.0f} %" if full and entry.kind == "method" else "–"
         name = f"{entry.label} x{entry.seeds}" if entry.seeds > 1 else entry.label
         table.add_row(name, str(entry.n_rows or "–"), str(entry.n_tokens or "–"), *cells, share)
@@ -246,27 +229,27 @@ def print_comparison(result: Comparison, console: Console) -> None:
     )
 
 
-def distinct_columns(result: Comparison) -> list[tuple[str, str, int, int]]:
+def distinct_columns(result: Comparison) -> list[Metric]:
     """The headlines that were measured, without those that repeat another one in every row (all pairs matched)."""
-    shown: list[tuple[str, str, int, int]] = []
+    shown: list[Metric] = []
     seen: set[tuple[float | None, ...]] = set()
-    for headline in headlines({m for entry in result.summary for m in entry.metrics}):
-        means = [entry.metrics.get(headline[0]) for entry in result.summary]
+    for metric in headlines({m for entry in result.summary for m in entry.metrics}):
+        means = [entry.metrics.get(metric.name) for entry in result.summary]
         values = tuple(None if mean is None else mean.value for mean in means)
         if any(v is not None for v in values) and values not in seen:
             seen.add(values)
-            shown.append(headline)
+            shown.append(metric)
     return shown
 
 
-def cell_text(entry: Entry, metric: str, decimals: int) -> str:
+def cell_text(entry: Entry, metric: Metric) -> str:
     """`0.61 ±0.08*`; losses without the ±, since their spread over items says nothing about differences."""
-    mean = entry.metrics.get(metric)
+    mean = entry.metrics.get(metric.name)
     if mean is None:
         return "–"
     width = mean.spread if entry.kind == "random" else (mean.high - mean.low) / 2
-    text = f"{mean.value:.{decimals}f}"
-    if width is not None and not metric.startswith("loss."):
-        text += f" ±{width:.{decimals}f}"
-    versus = entry.vs_random.get(metric)
+    text = f"{mean.value:.{metric.decimals}f}"
+    if width is not None and not metric.is_loss:
+        text += f" ±{width:.{metric.decimals}f}"
+    versus = entry.vs_random.get(metric.name)
     return text + ("*" if versus is not None and versus.p_holm is not None and versus.p_holm < 0.05 else "")

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from keepset.data import Pool, Target
 from keepset.data.leakage import find_leaks
 from keepset.evaluate.statistics import correlations
+from keepset.pipeline.metrics import is_loss
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Finding, Level, read_json
 
@@ -201,8 +202,7 @@ def diagnose_comparison(result: Comparison) -> list[Finding]:
         if entry.kind != "method" or not entry.vs_random:
             continue
         metric, versus = next(iter(entry.vs_random.items()))
-        smaller_is_better = metric.startswith("loss.")
-        if versus.high < 0 if smaller_is_better else versus.low > 0:
+        if versus.high < 0 if is_loss(metric) else versus.low > 0:
             continue
         text = (f"{metric}: {versus.difference:+.3f} against Random, 95 % interval {versus.low:+.3f} to "
                 f"{versus.high:+.3f}: ")  # fmt: skip

@@ -16,6 +16,7 @@ from keepset.evaluate.preference import PairLogps, correct, length_matched, marg
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.pipeline.choose import Subset
+from keepset.pipeline.metrics import BY_TASK, HELD_OUT
 from keepset.recipe import TrainSpec
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, file_digest
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from keepset.model.encode import Encoded, Encoder
     from keepset.model.load import Loaded
     from keepset.stages.job import Job
-
-TASK_METRICS = ("accuracy.policy_mean", "loss.chosen")
-"""What is also told for each task of the held-out pairs, as `<metric>.of.<task>`."""
 
 
 class Learner:
@@ -307,12 +305,12 @@ def item_metrics(items: Items, base: Items | None, share: float) -> dict[str, np
         metrics["loss.chosen"] = -logps.chosen / logps.n_chosen
         metrics["loss.rejected"] = -logps.rejected / logps.n_rejected
         for task, member in items.tasks.items():
-            for metric in TASK_METRICS:
+            for metric in BY_TASK:
                 metrics[f"{metric}.of.{task}"] = metrics[metric][member > 0]
     if items.rows:
-        metrics["loss.heldout"] = Heldout(**items.rows).row_means
+        metrics[HELD_OUT] = Heldout(**items.rows).row_means
         for source, member in items.sources.items():
-            metrics[f"loss.heldout.{source}"] = metrics["loss.heldout"][member > 0]
+            metrics[f"{HELD_OUT}.{source}"] = metrics[HELD_OUT][member > 0]
     if items.gsm8k is not None:
         metrics["gsm8k.accuracy"] = items.gsm8k
     return metrics

@@ -14,20 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.evaluate.statistics import correlations
+from keepset.pipeline.metrics import LOSSES, PERFORMANCE, QUALITY, Metric
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Entry, Link, ModelRow, ParetoPoint, Point
 
-# What a comparison is summed up by, the first that was measured; the sign makes larger better.
-QUALITY = (("accuracy.policy_mean.matched", 1), ("gsm8k.accuracy", 1), ("accuracy.policy_mean", 1),
-           ("loss.chosen", -1), ("loss.heldout", -1))  # fmt: skip
-LOSSES = ("loss.heldout", "loss.chosen")
-PERFORMANCE = ("accuracy.policy_mean.matched", "accuracy.policy_mean", "accuracy.implicit_mean.matched",
-               "margin.implicit_mean.matched", "margin.implicit_mean", "gsm8k.accuracy")  # fmt: skip
 
-
-def qualities(summary: Sequence[Entry]) -> list[tuple[str, int]]:
+def qualities(summary: Sequence[Entry]) -> list[Metric]:
     """The metrics of `QUALITY` that were measured for every entry."""
-    return [(m, sign) for m, sign in QUALITY if summary and all(m in entry.metrics for entry in summary)]
+    return [metric for metric in QUALITY if summary and all(metric.name in entry.metrics for entry in summary)]
 
 
 def pareto(summary: Sequence[Entry], metric: str, sign: int = 1) -> list[ParetoPoint]:
@@ -141,7 +135,7 @@ def print_links(links: Sequence[Link], over: str, console: Console) -> None:
 def print_verdict(result: Comparison, console: Console) -> None:
     """Print accuracy by task, quality against cost, curves over budgets, and validation loss against performance."""
     print_tasks(result, console)
-    for metric, _ in qualities(result.summary)[:2]:
+    for metric in [quality.name for quality in qualities(result.summary)[:2]]:
         table = Table("trained on", "total FLOPs", "logged s", metric, "", box=SIMPLE_HEAD, pad_edge=False)
         for point in result.pareto[metric]:
             mark = "front" if point.front else ""

@@ -5,7 +5,8 @@ const ROWS = DATA.rows, N = ROWS.id.length;
 const METHODS = Object.fromEntries(DATA.methods.map((m) => [m.label, m]));
 let current = (DATA.methods.find((m) => !m.control) || DATA.methods[0]).label;
 
-const lowerIsBetter = (metric) => /loss|perplexity|ppl|nll/i.test(metric);
+const METRICS = new Map(DATA.metrics.map((m) => [m.name, m]));
+const lowerIsBetter = (metric) => METRICS.get(metric).lower_is_better;
 const byKind = { method: 0, mix: 1, random: 2, longest: 3, full: 4, base: 5 };
 const UNIT = DATA.summary.unit;
 const plainLabel = (row) => (row.kind === "random" ? "random" : row.label.split("@")[0]);
@@ -33,12 +34,7 @@ function groupsOf(metric) {
   }).sort((a, b) => (byKind[a.kind] ?? 6) - (byKind[b.kind] ?? 6) || sign * (a.value - b.value));
 }
 
-// What decides comes first; the rest follows as the run wrote it.
-const FIRST = ["accuracy.policy_mean.matched", "accuracy.policy_mean", "accuracy.implicit_sum", "loss.chosen", "loss.heldout", "gsm8k.accuracy"];
-const metricNames = () => {
-  const all = [...new Set(DATA.comparison.flatMap((row) => Object.keys(row.metrics)))];
-  return [...FIRST.filter((m) => all.includes(m)), ...all.filter((m) => !FIRST.includes(m))];
-};
+const metricNames = () => [...METRICS.keys()];
 
 // The mean of the random choices of one budget.
 function randomMean(groups, budget) {
@@ -86,7 +82,7 @@ function comparisonSection() {
   let metric = metrics[0], budget = budgets[0];
   const draw = () => {
     const groups = groupsOf(metric), shown = groups.filter((g) => !isSized(g) || g.budget === budget);
-    const children = [figure(words(metric) + (lowerIsBetter(metric) ? ": lower is better" : ": higher is better"), (w) => intervalChart(w, shown, metric, randomMean(groups, budget)),
+    const children = [figure(words(metric) + (METRICS.get(metric).unit && ", " + METRICS.get(metric).unit) + (lowerIsBetter(metric) ? ": lower is better" : ": higher is better"), (w) => intervalChart(w, shown, metric, randomMean(groups, budget)),
       "Dot: the value; line: its 95 % interval. Small rings: single seeds. Dashed: the mean of the random choices.", { wide: true })];
     const curves = new Map();
     for (const g of groups) if (isNumber(g.n_rows) && g.kind !== "base" && g.kind !== "full") curves.set(g.label, [...(curves.get(g.label) || []), { x: g.n_rows, y: g.value, low: g.low, high: g.high, kind: g.kind }]);

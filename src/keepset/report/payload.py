@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from keepset.data.turns import is_learnt
+from keepset.pipeline.metrics import headlines, is_loss, unit_of
 from keepset.report.languages import UNCLEAR, language
 from keepset.report.numbers import (
     cut_of,
@@ -79,6 +80,7 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
         "summary": summary(data, len(rows)),
         "methods": [method_numbers(data, label) for label in data.columns],
         "overlap": overlap(data.columns),
+        "metrics": metrics_of(data),
         "comparison": comparison_rows(data),
         "verdicts": verdicts(data),
         "findings": [f.to_json() for f in sorted(data.findings, key=lambda f: f.level != "warning")],
@@ -217,6 +219,14 @@ def best_dropped(score: np.ndarray, kept: np.ndarray) -> float:
     cut = cut_of(score, kept.astype(float))
     below = score[~kept & np.isfinite(score) & (score < (np.inf if cut is None else cut))]
     return float(np.max(below, initial=-np.inf))
+
+
+def metrics_of(data: RunData) -> list[dict[str, Any]]:
+    """What the comparison measured, its headlines first; which way is better, and the unit of a mean ("": unknown)."""
+    measured = list(dict.fromkeys(m for row in (data.comparison.rows if data.comparison else ()) for m in row.metrics))
+    first = [metric.name for metric in headlines(measured) if metric.name in measured]
+    names = [*first, *(name for name in measured if name not in first)]
+    return [{"name": name, "lower_is_better": is_loss(name), "unit": unit_of(name)} for name in names]
 
 
 def comparison_rows(data: RunData) -> list[dict[str, Any]]:

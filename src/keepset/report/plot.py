@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from keepset.errors import KeepsetError, RecipeError, did_you_mean
-from keepset.pipeline.compare import HEADLINES
+from keepset.pipeline.metrics import HEADLINES, is_loss
 from keepset.report.numbers import cut_of, histogram, length_correlation, overlap
 from keepset.report.payload import CONTROLS
 from keepset.report.read import RunData, read_run
@@ -118,7 +118,7 @@ def drawings(data: RunData, wanted: Sequence[str]) -> Iterator[tuple[str, float,
             yield f"losses-{label}", 0.85, partial(draw_losses, columns, data)
     summary = data.comparison.summary if data.comparison else ()
     measured = list(dict.fromkeys(name for entry in summary for name in entry.metrics))
-    metrics = [m for m in wanted or [name for name, *_ in HEADLINES] if m in measured] or measured[:4]
+    metrics = [m for m in wanted or [metric.name for metric in HEADLINES] if m in measured] or measured[:4]
     budgets = list(dict.fromkeys(e.budget for e in summary if e.kind in SIZED))
     for metric in metrics:
         first = [e for e in summary if metric in e.metrics and e.budget in (budgets[0] if budgets else None, None)]
@@ -178,7 +178,7 @@ def draw_losses(columns: dict[str, np.ndarray], data: RunData, ax: Any) -> None:
 
 def draw_comparison(entries: Sequence[Entry], metric: str, ax: Any) -> None:
     """One line a subset with its 95 % interval; Random as a dashed line; a star where it differs from Random."""
-    sign = -1 if "loss" in metric else 1
+    sign = -1 if is_loss(metric) else 1
     entries = sorted(entries, key=lambda e: (e.kind == "method", sign * e.metrics[metric].value))
     for place, entry in enumerate(entries):
         mean, versus = entry.metrics[metric], entry.vs_random.get(metric)
@@ -235,5 +235,5 @@ def draw_overlap(found: dict[str, Any], ax: Any) -> None:
 
 def named(metric: str) -> str:
     """A metric's name for an axis, with its direction."""
-    better = "lower" if "loss" in metric else "higher"
+    better = "lower" if is_loss(metric) else "higher"
     return f"{metric.replace('.', ', ').replace('_', ' ')} ({better} is better)"
