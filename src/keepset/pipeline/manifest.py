@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from keepset import __version__
+from keepset.pipeline.choose import stored_subsets
 from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
 from keepset.stages.job import Job
@@ -51,7 +52,7 @@ def made_files(job: Job) -> dict[str, str]:
     """sha256 of what the run made and would make again: scores, subsets, weights, per-item results; by file name."""
     run = job.run
     files = {layout.scores(p.stem): file_digest(p) for p in sorted(run.path.glob(layout.scores("*")))}
-    files |= {entry["file"]: entry["sha256"] for entry in run.load_json(layout.SUBSETS, {}).values()}
+    files |= {subset.file: subset.sha256 for subset in stored_subsets(run).values()}
     for done in sorted(p for kind in layout.STEP_FOLDERS for p in run.path.glob(f"{kind}/*/{layout.DONE}")):
         folder = str(done.parent.relative_to(run.path))
         made = (run.done(folder) or {"files": {}})["files"]

@@ -7,7 +7,6 @@ from typing import Any
 from keepset.errors import KeepsetError
 from keepset.methods.table import score
 from keepset.pipeline.choose import (
-    Kind,
     Subset,
     choose,
     choose_mix,
@@ -29,7 +28,7 @@ from keepset.pipeline.reference_check import check_reference
 from keepset.pipeline.score_key import score_key
 from keepset.recipe import MethodSpec, Recipe
 from keepset.runfolder import layout
-from keepset.runfolder.records import Items
+from keepset.runfolder.records import Items, Kind
 from keepset.stages.job import Job
 
 

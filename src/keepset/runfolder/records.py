@@ -48,6 +48,8 @@ def as_type(kind: Any, value: Any, at: str) -> Any:
         types = {name: one for name, one in hints_of(kind).items() if name in value}
         return kind(**{name: as_type(one, value[name], f"{at}.{name}".lstrip(".")) for name, one in types.items()})
     if origin is tuple and isinstance(value, list):
+        if args[0] in PLAIN and all(type(one) is args[0] for one in value):
+            return tuple(value)  # long lists of ids
         return tuple(as_type(args[0], one, f"{at}[{i}]") for i, one in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {str(name): as_type(args[1], one, f"{at}.{name}") for name, one in value.items()}
@@ -116,8 +118,8 @@ class StoredEdge(Record):
 class StoredSubset(Record):
     """A chosen training set as `subsets.json` has it under its name.
 
-    `ids` are the rows' ids, best first; `pairs` is 0 but for a set of the target's own pairs, which has no ids. `file`
-    has the checksum `sha256`.
+    `ids` are the rows' ids, best first; `file` has the checksum `sha256`; `pairs` is 0, as only `dpo-direct` has pairs,
+    which isn't stored.
     """
 
     name: str
