@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 
 from keepset.errors import KeepsetError
 from keepset.runfolder.files import json_text
-from keepset.runfolder.records import Comparison, Finding, Items, Point, StoredSubset, read_json
+from keepset.runfolder.records import Agreement, Comparison, Finding, Items, Point, StoredSubset, read_json
 
 MEAN = '{"value": 0.5, "low": 0.25, "high": null, "n": 8, "level": 0.95'
 SIZE = '"budget": "5%", "n_rows": 3, "n_tokens": 18'
@@ -38,9 +38,14 @@ SUBSET = """{"name": "rose@5%", "label": "rose", "kind": "method", "budget": "5%
 "sha256": "ab", "ids": ["a", "b"]}"""
 
 
+AGREEMENT = """{"n": 5, "sizes": {"2": 2}, "chance": {"2": 0.4}, "scorings": {"recipe": {"mean": 0.5,
+"length_spearman": null, "mean_tokens": 3.0, "mean_tokens_kept": {"2": 1.5}}},
+"pairs": [{"a": "recipe", "b": "seed", "spearman": 0.8, "overlap": {"2": 1.0}}]}"""
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [(Comparison, COMPARISON), (Finding, FINDING), (StoredSubset, SUBSET),
+    [(Comparison, COMPARISON), (Agreement, AGREEMENT), (Finding, FINDING), (StoredSubset, SUBSET),
      (Point, '{"model": "rose-seed0", "epoch": 1, "metrics": {"loss.chosen": 1.5, "gsm8k.accuracy": 0}}')],
 )  # fmt: skip
 def test_a_file_s_text_comes_back_as_it_was(kind, text):

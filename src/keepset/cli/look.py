@@ -59,7 +59,7 @@ def overlap(
 
     result = agreement({place: stored_scores(place) for place in scorings}, budget or SHARES)
     if as_json:
-        print(json_text(result))
+        print(json_text(result.to_json()))
     else:
         print_agreement(result, Console())
 

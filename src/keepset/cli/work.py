@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -273,8 +274,8 @@ def reproduce(
     folder = (manifest if manifest.is_dir() else manifest.parent).resolve()
     result = run_again(manifest, run_dir or folder.with_name(folder.name + "-again"), console=err)
     if as_json:
-        print(json_text(result))
+        print(json_text(asdict(result)))
     else:
         print_reproduction(result, Console())
-    if not result["equal"]:
+    if not result.equal:
         raise typer.Exit(5)

@@ -56,15 +56,15 @@ def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Find
         return []
     score = scored["score"].to_numpy()
     n_tokens = scored["n_tokens"].to_numpy()
-    found: list[Finding] = []
+    findings: list[Finding] = []
 
     def add(name: str, level: Level, figure: float | None, text: str, advice: str) -> None:
-        found.append(Finding(name, level, label, None if figure is None else round(float(figure), 4), text, advice))
+        findings.append(Finding(name, level, label, None if figure is None else round(float(figure), 4), text, advice))
 
     if np.ptp(score) == 0:
         add("constant-scores", "warning", score[0], f"every row has the score {score[0]:g}",
             "the method has no signal here: check the target, the reference or the warm-up")  # fmt: skip
-        return found
+        return findings
     if np.ptp(n_tokens) > 0:
         link = correlations(score, n_tokens)
         level: Level = "warning" if abs(link.spearman) >= STRONG_LENGTH else "info"
@@ -73,7 +73,7 @@ def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Find
             "no strong tie to length" if level == "info" else FOLLOWS_LENGTH if link.spearman > 0 else FLEES_LENGTH
         )  # fmt: skip
     if {"loss_ini", "loss_ref"} <= set(scored.column_names):
-        found += loss_findings(scored, label, n_tokens, folds)
+        findings += loss_findings(scored, label, n_tokens, folds)
     momentum = [name for name in scored.column_names if name.endswith(".momentum")]
     if momentum:
         share = float(np.median(np.abs(np.stack([scored[name].to_numpy() for name in momentum]))))
@@ -98,7 +98,7 @@ def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Find
     if repeats:
         add("duplicates", "warning", repeats, f"{repeats} rows are exact copies of others and score alike",
             "set select.dedup: exact, or near")  # fmt: skip
-    return found
+    return findings
 
 
 def loss_findings(scored: pa.Table, label: str, n_tokens: np.ndarray, folds: int) -> list[Finding]:
@@ -111,38 +111,38 @@ def loss_findings(scored: pa.Table, label: str, n_tokens: np.ndarray, folds: int
     if len(ini) < 3:
         return []
     relative = (ini - ref) / ini
-    found: list[Finding] = []
+    findings: list[Finding] = []
     middle = float(np.median(np.abs(relative)))
     if middle < NEAR_ZERO_SCORE:
-        found.append(Finding("scores-near-zero", "warning", label, round(middle, 4),
+        findings.append(Finding("scores-near-zero", "warning", label, round(middle, 4),
             f"median |DavIR| is {middle:.4f}: the reference hardly differs from the base",
             "train the reference longer or with a larger learning rate"))  # fmt: skip
     small = int((ini / n_tokens < NEAR_ZERO_LOSS).sum())
     if small:
-        found.append(Finding("base-loss-near-zero", "warning", label, small,
+        findings.append(Finding("base-loss-near-zero", "warning", label, small,
             f"{small} rows have a base loss below {NEAR_ZERO_LOSS} nats a token, by which DavIR divides",
             "look at them: memorised or trivial answers; their scores are unstable"))  # fmt: skip
     if folds >= 2:
         where = f"the pool's rows, each scored by the reference that was not trained on it ({folds} folds),"
-        found.append(held_out_finding(ini, ref, n_tokens, where, label))
+        findings.append(held_out_finding(ini, ref, n_tokens, where, label))
     else:
         drop = float((ini - ref).sum() / n_tokens.sum())
         learnt = drop > 0
         advice = ("in-sample: cross-fit with reference.folds to see what is memory" if learnt else
                   "the reference did not learn the pool: check its learning rate and epochs")  # fmt: skip
-        found.append(Finding("reference-gain", "info" if learnt else "warning", label, round(drop, 4),
+        findings.append(Finding("reference-gain", "info" if learnt else "warning", label, round(drop, 4),
             f"the reference lowers the pool's loss by {drop:.3f} nats a token", advice))  # fmt: skip
     if np.ptp(n_tokens) == 0 or np.ptp(relative) == 0:
-        return found
+        return findings
     plain, mean, normalised = (correlations(x, n_tokens) for x in (ini - ref, (ini - ref) / n_tokens, relative))
     weaker = abs(normalised.spearman) < abs(plain.spearman)
-    found.append(Finding("length-before-after", "info", label, round(plain.spearman, 4),
+    findings.append(Finding("length-before-after", "info", label, round(plain.spearman, 4),
         f"length: summed drop (RHO) Spearman {plain.spearman:+.2f}, Pearson {plain.pearson:+.2f}; a token "
         f"{mean.spearman:+.2f}, {mean.pearson:+.2f}; normalised (DavIR) {normalised.spearman:+.2f}, "
         f"{normalised.pearson:+.2f}",
         "dividing by the base loss weakened the tie to length, as the paper claims" if weaker else
         "dividing by the base loss did not weaken the tie to length here, as the paper claims it does"))  # fmt: skip
-    return found
+    return findings
 
 
 def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = None) -> list[Finding]:
@@ -156,7 +156,7 @@ def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = Non
     kept = table.filter(table["selected"] if chosen is None else pc.is_in(table["id"], pa.array(chosen.astype(str))))
     if not kept.num_rows:
         return []
-    found = []
+    findings = []
     for column, plural in (("source", "sources"), ("category", "categories")):
         before, after = (Counter("–" if v is None else v for v in t[column].to_pylist()) for t in (table, kept))
         if len(before) < 2:
@@ -167,16 +167,16 @@ def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = Non
         lost = [name for name, (_, b) in shares.items() if b == 0]
         level: Level = "warning" if lost else "info"
         advice = (f"none of {', '.join(lost[:3])} is left: " if lost else "") + "select.quota keeps shares, if wanted"
-        found.append(Finding(f"{column}-shares", level, label, round(max(b for _, b in shares.values()), 4),
+        findings.append(Finding(f"{column}-shares", level, label, round(max(b for _, b in shares.values()), 4),
                              f"{plural} before -> after: {text}{more}", advice))  # fmt: skip
     lengths = [float(np.mean(t["n_tokens"].to_numpy())) for t in (table, kept)]
     unit = (table.schema.metadata or {}).get(b"length_unit", b"tokens").decode()
     skewed = not 1 / SKEWED_LENGTH < lengths[1] / lengths[0] < SKEWED_LENGTH
-    found.append(Finding("kept-length", "warning" if skewed else "info", label, round(lengths[1], 2),
+    findings.append(Finding("kept-length", "warning" if skewed else "info", label, round(lengths[1], 2),
         f"mean answer before -> after: {lengths[0]:.1f} -> {lengths[1]:.1f} {unit}",
         "the choice is largely one of length: give the budget in tokens, and look at the rows" if skewed else
         "the choice keeps answers of about the pool's length"))  # fmt: skip
-    return found
+    return findings
 
 
 def diagnose_edge(subset: Subset) -> list[Finding]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from keepset.errors import RecipeError
 from keepset.pipeline.idle import idle
 from keepset.pipeline.run import choose_all
 from keepset.recipe import Recipe, VariantSpec, parse_recipe, set_key
 from keepset.runfolder import layout
+from keepset.runfolder.records import Agreement
 from keepset.selection.agreement import agreement
 from keepset.stages.job import Job
 
@@ -34,7 +33,7 @@ def variant_recipe(recipe: Recipe, variant: VariantSpec) -> Recipe:
     return found
 
 
-def run_variants(job: Job, *, force: bool = False) -> dict[str, dict[str, Any]]:
+def run_variants(job: Job, *, force: bool = False) -> dict[str, Agreement]:
     """Score by every variant, and write each method's agreement over all of them (`overlap.json`), which is returned.
 
     What a variant shares with the recipe (the base's losses, a reference trained alike) comes from the recipe's folder.
@@ -53,5 +52,5 @@ def run_variants(job: Job, *, force: bool = False) -> dict[str, dict[str, Any]]:
     for method in recipe.methods:
         tables = {name: one.run.load_table(layout.scores(method.label)) for name, one in jobs.items()}
         result[method.label] = agreement(tables, recipe.budget)
-    job.run.save_json(layout.OVERLAP, result)
+    job.run.save_json(layout.OVERLAP, {label: one.to_json() for label, one in result.items()})
     return result

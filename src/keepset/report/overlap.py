@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from rich.box import SIMPLE_HEAD
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.runfolder import layout
+from keepset.runfolder.records import Agreement
 from keepset.runfolder.run import Run
 
 
@@ -28,21 +28,21 @@ def stored_scores(place: str) -> pa.Table:
     return run.load_table(layout.scores(label or methods[0].label))
 
 
-def print_agreement(result: dict[str, Any], console: Console) -> None:
+def print_agreement(result: Agreement, console: Console) -> None:
     """Print each scoring's length figures and every pair's agreement."""
-    sizes = list(result["sizes"])
+    sizes = list(result.sizes)
     about = table_of("scoring", "mean score", "with length", *(f"tokens kept at {s}" for s in sizes))
-    for name, entry in result["scorings"].items():
-        kept = (f"{entry['mean_tokens_kept'][s]:.1f}" for s in sizes)
-        about.add_row(name, f"{entry['mean']:+.4f}", f"{entry['length_spearman']:+.2f}", *kept)
+    for name, facts in result.scorings.items():
+        kept = (f"{facts.mean_tokens_kept[s]:.1f}" for s in sizes)
+        about.add_row(name, f"{facts.mean:+.4f}", f"{facts.length_spearman:+.2f}", *kept)
     console.print(about)
     pairs = table_of("scorings", "Spearman", *(f"overlap of the top {s}" for s in sizes))
-    for pair in result["pairs"]:
-        shared = (f"{pair['overlap'][s]:.2f}" for s in sizes)
-        pairs.add_row(f"{pair['a']} / {pair['b']}", f"{pair['spearman']:+.3f}", *shared)
-    pairs.add_row("two random rankings", "0", *(f"{result['chance'][s]:.2f}" for s in sizes))
+    for pair in result.pairs:
+        overlap = (f"{pair.overlap[s]:.2f}" for s in sizes)
+        pairs.add_row(f"{pair.a} / {pair.b}", f"{pair.spearman:+.3f}", *overlap)
+    pairs.add_row("two random rankings", "0", *(f"{result.chance[s]:.2f}" for s in sizes))
     console.print(pairs)
-    console.print(f"{result['n']} rows that all have scored; with length: Spearman with the answer's tokens.",
+    console.print(f"{result.n} rows that all have scored; with length: Spearman with the answer's tokens.",
                   highlight=False)  # fmt: skip
 
 

@@ -189,6 +189,50 @@ class Point(Record):
     metrics: dict[str, float]
 
 
+# -- overlap.json -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoringFacts(Record):
+    """One scoring over the rows that all have scored.
+
+    Attributes:
+        mean: of its scores.
+        length_spearman: with the answer's tokens.
+        mean_tokens: of an answer.
+        mean_tokens_kept: of the best rows' answers, by budget.
+    """
+
+    mean: float
+    length_spearman: float
+    mean_tokens: float
+    mean_tokens_kept: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PairAgreement(Record):
+    """Two scorings: Spearman of their scores, and the share of the top rows that both have, by budget."""
+
+    a: str
+    b: str
+    spearman: float
+    overlap: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Agreement(Record):
+    """How far several scorings agree over their n common rows; see `keepset.selection.agreement`.
+
+    `sizes`: rows kept at each budget; `chance`: the overlap of two random rankings there.
+    """
+
+    n: int
+    sizes: dict[str, int]
+    chance: dict[str, float]
+    scorings: dict[str, ScoringFacts]
+    pairs: tuple[PairAgreement, ...]
+
+
 # -- comparison.json --------------------------------------------------------------------------------------------------
 
 
