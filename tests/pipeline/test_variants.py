@@ -15,35 +15,14 @@ from keepset.pipeline import run_recipe
 from keepset.pipeline.findings import diagnose_comparison, diagnose_shares
 from keepset.pipeline.reference_check import OtherRows, held_out_finding
 from keepset.recipe import parse_recipe, set_key
-from keepset.runfolder.records import Comparison, Cost, Entry, Links, PairAgreement, SelectionCost, Versus
+from keepset.runfolder.records import Comparison, Cost, Entry, Links, SelectionCost, Versus
 from keepset.runfolder.run import Run
-from keepset.selection.agreement import agreement
 from keepset.stages.job import Job
 from tiny_recipe import TRAIN, quiet, recipe
 from tolerance import FORWARD
 
 FAST = {"target": [], "methods": ["davir", "loss"], "budget": ["10%", "25%"], "evaluate": {}}
 CONTROLS = {"random_seeds": [0], "longest": False, "base": False}
-
-
-def table(scores: list[float | None], n_tokens: list[int] | None = None) -> pa.Table:
-    ids = [f"{i:02d}" for i in range(len(scores))]
-    return pa.table({"id": ids, "score": scores, "n_tokens": n_tokens or [1 + i for i in range(len(scores))]})
-
-
-def test_agreement_by_hand():
-    a = table([9.0, 8.0, 7.0, 1.0, 0.0, None])
-    b = table([8.0, 9.0, 1.0, 7.0, 0.0, 5.0])
-    found = agreement({"a": a, "b": b}, [2, "60%"])
-    assert found.n == 5  # the sixth row has no score in one of them
-    assert found.pairs == (PairAgreement("a", "b", pytest.approx(0.8), {"2": 1.0, "60%": 2 / 3}),)
-    assert found.chance == {"2": 0.4, "60%": 0.6}
-    assert found.scorings["a"].mean_tokens_kept == {"2": 1.5, "60%": 2.0}
-    assert found.scorings["a"].length_spearman == pytest.approx(-1.0)
-    with pytest.raises(RecipeError, match="at least two"):
-        agreement({"a": a})
-    with pytest.raises(RecipeError, match="share 0 rows"):
-        agreement({"a": a, "b": a.slice(0, 0)})
 
 
 @pytest.mark.parametrize("pool", ["a", ["a"], [{"path": "a"}]])

@@ -308,7 +308,7 @@ def item_metrics(items: Items, base: Items | None, share: float) -> dict[str, np
             for metric in BY_TASK:
                 metrics[f"{metric}.of.{task}"] = metrics[metric][member > 0]
     if items.rows:
-        metrics[HELD_OUT] = Heldout(**items.rows).row_means
+        metrics[HELD_OUT] = items.rows["nll"] / items.rows["n_tokens"]
         for source, member in items.sources.items():
             metrics[f"{HELD_OUT}.{source}"] = metrics[HELD_OUT][member > 0]
     if items.gsm8k is not None:
