@@ -16,7 +16,7 @@ from keepset.pipeline import run_recipe
 from keepset.pipeline.findings import diagnose_comparison, diagnose_shares
 from keepset.pipeline.reference_check import held_out_finding
 from keepset.recipe import parse_recipe
-from keepset.report.overlap import agreement
+from keepset.runfolder.records import Comparison, Cost, Entry, Links, SelectionCost, Versus
 from keepset.runfolder.run import Run
 from keepset.stages.job import Job
 from keepset.stages.rows import rows_outside
@@ -25,26 +25,6 @@ from tolerance import FORWARD
 
 FAST = {"target": [], "methods": ["davir", "loss"], "budget": ["10%", "25%"], "evaluate": {}}
 CONTROLS = {"random_seeds": [0], "longest": False, "base": False}
-
-
-def table(scores: list[float | None], n_tokens: list[int] | None = None) -> pa.Table:
-    ids = [f"{i:02d}" for i in range(len(scores))]
-    return pa.table({"id": ids, "score": scores, "n_tokens": n_tokens or [1 + i for i in range(len(scores))]})
-
-
-def test_agreement_by_hand():
-    a = table([9.0, 8.0, 7.0, 1.0, 0.0, None])
-    b = table([8.0, 9.0, 1.0, 7.0, 0.0, 5.0])
-    found = agreement({"a": a, "b": b}, [2, "60%"])
-    assert found["n"] == 5  # the sixth row has no score in one of them
-    assert found["pairs"] == [{"a": "a", "b": "b", "spearman": pytest.approx(0.8), "overlap": {"2": 1.0, "60%": 2 / 3}}]
-    assert found["chance"] == {"2": 0.4, "60%": 0.6}
-    assert found["scorings"]["a"]["mean_tokens_kept"] == {"2": 1.5, "60%": 2.0}
-    assert found["scorings"]["a"]["length_spearman"] == pytest.approx(-1.0)
-    with pytest.raises(RecipeError, match="at least two"):
-        agreement({"a": a})
-    with pytest.raises(RecipeError, match="share 0 rows"):
-        agreement({"a": a, "b": a.slice(0, 0)})
 
 
 @pytest.mark.parametrize("pool", ["a", ["a"], [{"path": "a"}]])
@@ -216,8 +196,10 @@ def test_shares_by_source_and_category_and_the_kept_length():
      ("loss.heldout", -0.1, 0.2, "no-better-than-random")],
 )  # fmt: skip
 def test_a_comparison_s_findings_know_which_side_is_better(metric, low, high, name):
-    test = {"difference": (low + high) / 2, "low": low, "high": high}
-    found = diagnose_comparison({"summary": [{"kind": "method", "label": "davir", "vs_random": {metric: test}}]})
+    versus = Versus((low + high) / 2, low, high, p=0.5, n=9, win_tie_loss=(3, 3, 3))
+    entry = Entry("davir", "method", "5%", 9, 99, 1, {}, {metric: versus}, Cost(0, 0, 0, 0))
+    selection = SelectionCost(0, 0, 0, None, ())
+    found = diagnose_comparison(Comparison((), (entry,), 0, selection, {}, Links((), ())))
     assert [f.name for f in found] == ([name] if name else [])
 
 

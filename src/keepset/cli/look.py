@@ -53,11 +53,12 @@ def overlap(
 
     Example: keepset overlap runs/in-sample runs/cross-fitted --budget 5% --budget 10%
     """
-    from keepset.report.overlap import SHARES, agreement, print_agreement, stored_scores
+    from keepset.report.overlap import print_agreement, stored_scores
+    from keepset.selection.agreement import SHARES, agreement
 
     result = agreement({place: stored_scores(place) for place in scorings}, budget or SHARES)
     if as_json:
-        print(json_text(result))
+        print(json_text(result.to_json()))
     else:
         print_agreement(result, Console())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -247,7 +248,7 @@ def compare(
         result = compare_cells(job, evaluated_cells(job))
         record(job, diagnose_comparison(result), anew=COMPARED)
     if as_json:
-        print(json_text(result))
+        print(json_text(result.to_json()))
     else:
         print_comparison(result, Console())
         if more:
@@ -266,14 +267,14 @@ def reproduce(
 
     Example: keepset reproduce runs/demo/manifest.json
     """
-    from keepset.pipeline.reproduce import print_reproduction
-    from keepset.pipeline.reproduce import reproduce as run_again
+    from keepset.deliver.reproduce import print_reproduction
+    from keepset.deliver.reproduce import reproduce as run_again
 
     folder = (manifest if manifest.is_dir() else manifest.parent).resolve()
     result = run_again(manifest, run_dir or folder.with_name(folder.name + "-again"), console=err)
     if as_json:
-        print(json_text(result))
+        print(json_text(asdict(result)))
     else:
         print_reproduction(result, Console())
-    if not result["equal"]:
+    if not result.equal:
         raise typer.Exit(5)

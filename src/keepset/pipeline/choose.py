@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +19,15 @@ from keepset.methods.table import METHODS, method_of
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label
 from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
+from keepset.runfolder.records import Kind, StoredEdge, StoredSubset, read_json
 from keepset.selection.edge import COARSE_NOISE, Stability, stability
 from keepset.selection.select import select
 
 if TYPE_CHECKING:
+    from keepset.runfolder.run import Run
     from keepset.stages.job import Job
 
 MOST_NAMED = 100  # rows left out in doubt that are named; the chosen ones all are
-Kind = Literal["method", "random", "longest", "full", "mix", "base", "dpo-direct"]
 
 
 @dataclass(frozen=True)
@@ -218,18 +219,22 @@ def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
 def finish(job: Job, subset: Subset) -> Subset:
     """Write `subsets/<name>` in the input's own dialect, mark the rows in the scores, and note the subset."""
     path = job.run.path / layout.subset(subset.name)
-    index = job.run.load_json(layout.SUBSETS, {})
-    ids = [str(i) for i in subset.ids(job)]
-    old = index.get(subset.name, {})
-    if path.exists() and old.get("ids") == ids and old.get("sha256") not in (None, file_digest(path)):
+    chosen_before = stored_subsets(job.run)
+    ids = tuple(str(i) for i in subset.ids(job))
+    before = chosen_before.get(subset.name)
+    if path.exists() and before is not None and before.ids == ids and before.sha256 != file_digest(path):
         job.say(f"{path}: damaged or edited; written again")
     write_subset(job.pool, job.usable[subset.indices], path)
-    entry = {k: v for k, v in asdict(subset).items() if k not in ("indices", "edge")}
+    edge = None
     if subset.edge is not None:
-        entry["edge"] = {**asdict(subset.edge), "left_out": subset.edge.left_out[:MOST_NAMED]}
-    index[subset.name] = {**entry, "n_rows": subset.n_rows, "file": layout.subset(subset.name),
-                          "sha256": file_digest(path), "ids": ids}  # fmt: skip
-    job.run.save_json(layout.SUBSETS, index)
+        left_out = tuple(subset.edge.left_out[:MOST_NAMED])
+        edge = StoredEdge(tuple(subset.edge.chosen), left_out, subset.edge.gap, subset.edge.share)
+    stored = StoredSubset(
+        subset.name, subset.label, subset.kind, subset.budget, subset.n_tokens, subset.pairs, subset.n_rows,
+        layout.subset(subset.name), file_digest(path), ids, edge,
+    )  # fmt: skip
+    index = {**chosen_before, subset.name: stored}
+    job.run.save_json(layout.SUBSETS, {name: one.to_json() for name, one in index.items()})
     mark_selected(job, subset)
     job.say(f"{subset.name}: keeps {subset.n_rows} of {len(job.ids)} rows ({subset.n_tokens} {job.length_unit})")
     return subset
@@ -247,6 +252,14 @@ def mark_selected(job: Job, subset: Subset) -> None:
     job.run.save_table(name, table.set_column(place, "selected", chosen))
 
 
+def stored_subsets(run: Run) -> dict[str, StoredSubset]:
+    """Every subset that was chosen in the folder, by its name."""
+    stored: dict[str, StoredSubset] = read_json(
+        dict[str, StoredSubset], run.load_json(layout.SUBSETS, {}), str(run.path / layout.SUBSETS)
+    )
+    return stored
+
+
 def stored_ids(job: Job, name: str) -> list[str]:
     """The ids of a subset chosen earlier, best first; `full` is the whole pool.
 
@@ -255,12 +268,20 @@ def stored_ids(job: Job, name: str) -> list[str]:
     """
     if name == "full":
         return [str(i) for i in job.ids]
-    index: dict[str, Any] = job.run.load_json(layout.SUBSETS, {})
+    return list(find_subset(job.run, name).ids)
+
+
+def find_subset(run: Run, name: str) -> StoredSubset:
+    """The subset of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    index = stored_subsets(run)
     if name not in index:
         hint = did_you_mean(name, list(index)) or f"; there are: {', '.join(index) or 'none, run `keepset select`'}"
-        raise RecipeError(f"no subset '{name}' in {job.run.path}{hint}")
-    ids: list[str] = index[name]["ids"]
-    return ids
+        raise RecipeError(f"no subset '{name}' in {run.path}{hint}")
+    return index[name]
 
 
 def stored_subset(job: Job, name: str) -> Subset:
@@ -273,8 +294,7 @@ def stored_subset(job: Job, name: str) -> Subset:
         return full_subset(job)
     if name == "dpo-direct":
         return direct_subset(job)
-    ids = stored_ids(job, name)
-    entry = job.run.load_json(layout.SUBSETS)[name]
+    stored = find_subset(job.run, name)
     place = {row_id: i for i, row_id in enumerate(job.ids)}
-    indices = np.array([place[i] for i in ids], dtype=np.int64)
-    return Subset(name, entry["label"], entry["kind"], entry["budget"], indices, entry["n_tokens"])
+    indices = np.array([place[i] for i in stored.ids], dtype=np.int64)
+    return Subset(name, stored.label, stored.kind, stored.budget, indices, stored.n_tokens)

@@ -13,7 +13,7 @@ import numpy as np
 
 from keepset.evaluate.statistics import bootstrap_ratio
 from keepset.methods.table import METHODS
-from keepset.pipeline.findings import Finding
+from keepset.runfolder.records import Finding
 from keepset.stages.losses import held_out_losses
 from keepset.stages.rows import rows_outside
 

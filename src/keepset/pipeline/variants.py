@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from rich.console import Console
-
+from keepset.pipeline.run import choose_all
 from keepset.recipe import variant_recipe
-from keepset.report.overlap import agreement, print_agreement
 from keepset.runfolder import layout
+from keepset.runfolder.records import Agreement
+from keepset.selection.agreement import agreement
 from keepset.stages.job import Job
 
 OWN = "recipe"  # what the recipe's own scoring is called
 
 
-def run_variants(job: Job, out: Console | None, *, force: bool = False) -> dict[str, Any]:
-    """Score by every variant, and write and print each method's agreement over all of them (`overlap.json`).
+def run_variants(job: Job, *, force: bool = False) -> dict[str, Agreement]:
+    """Score by every variant, and write each method's agreement over all of them (`overlap.json`), which is returned.
 
     What a variant shares with the recipe (the base's losses, a reference trained alike) comes from the recipe's folder.
     """
-    from keepset.pipeline.run import choose_all
-
     recipe = job.recipe
     jobs = {OWN: job}
     for variant in recipe.variants:
@@ -37,8 +33,5 @@ def run_variants(job: Job, out: Console | None, *, force: bool = False) -> dict[
     for method in recipe.methods:
         tables = {name: one.run.load_table(layout.scores(method.label)) for name, one in jobs.items()}
         result[method.label] = agreement(tables, recipe.budget)
-    job.run.save_json(layout.OVERLAP, result)
-    for label, found in result.items():
-        job.say(f"{label}: agreement over variants")
-        print_agreement(found, out or Console())
+    job.run.save_json(layout.OVERLAP, {label: one.to_json() for label, one in result.items()})
     return result

@@ -14,6 +14,7 @@ from keepset.data import Pool, load_pool
 from keepset.errors import KeepsetError
 from keepset.recipe import DataSpec, Recipe
 from keepset.runfolder import layout
+from keepset.runfolder.records import Comparison, Finding, read_json
 from keepset.runfolder.run import Run
 
 Message = dict[str, str]
@@ -33,8 +34,8 @@ class RunData:
     messages: dict[str, list[Message]]
     recipe: Recipe | None = None
     recipe_text: str = ""
-    comparison: dict[str, Any] = field(default_factory=dict)
-    findings: list[dict[str, Any]] = field(default_factory=list)
+    comparison: Comparison | None = None
+    findings: tuple[Finding, ...] = ()
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
     costs: list[dict[str, Any]] = field(default_factory=list)
@@ -65,8 +66,8 @@ def read_run(path: Path, *, texts: bool = True) -> RunData:
     data = align(path, tables)
     data.recipe = recipe
     data.recipe_text = (path / layout.RECIPE).read_text(encoding="utf-8") if recipe else ""
-    data.comparison = as_dict(run.load_json(layout.COMPARISON))
-    data.findings = as_list(run.load_json(layout.FINDINGS))
+    data.comparison = read_json(Comparison | None, run.load_json(layout.COMPARISON), str(path / layout.COMPARISON))
+    data.findings = read_json(tuple[Finding, ...], run.load_json(layout.FINDINGS, []), str(path / layout.FINDINGS))
     data.manifest = as_dict(run.load_json(layout.MANIFEST))
     data.why = as_dict(run.load_json(layout.WHY))
     data.quarantine = read_lines(path / layout.QUARANTINE)

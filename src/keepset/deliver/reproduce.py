@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,32 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keepset.deliver.finish import run_recipe
 from keepset.errors import KeepsetError
 from keepset.evaluate.statistics import spearman
 from keepset.located import located
 from keepset.recipe import Recipe, parse_recipe
 from keepset.runfolder import layout
 from keepset.runfolder.run import Run
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One thing that two runs of a recipe are compared in; `note` says how far they differ."""
+
+    what: str
+    equal: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What two runs of a recipe have in common; `versions`: name -> (then, now) where they differ."""
+
+    equal: bool
+    rows: list[Checked]
+    versions: dict[str, tuple[str | None, str | None]]
+    run_dir: str
 
 
 def load_manifest(path: Path) -> dict[str, Any]:
@@ -53,7 +74,7 @@ def recipe_of(manifest: dict[str, Any], folder: Path, run_dir: Path) -> Recipe:
     return located(recipe, folder, here_first=True)
 
 
-def reproduce(manifest_path: Path, run_dir: Path, *, console: Console | None = None) -> dict[str, Any]:
+def reproduce(manifest_path: Path, run_dir: Path, *, console: Console | None = None) -> Reproduction:
     """Run a manifest's recipe in `run_dir` and compare hashes.
 
     Args:
@@ -61,15 +82,9 @@ def reproduce(manifest_path: Path, run_dir: Path, *, console: Console | None = N
         run_dir: the new folder; it must not be the old one.
         console: where progress goes.
 
-    Returns:
-        JSON-ready: `equal` (all of it), `rows` (`what`, `equal`, `note`), `versions` (name -> [then, now] where they
-        differ), `run_dir`.
-
     Raises:
         KeepsetError: no manifest, the same folder, or anything `keepset run` refuses.
     """
-    from keepset.pipeline import run_recipe
-
     manifest = load_manifest(manifest_path)
     folder = manifest_path if manifest_path.is_dir() else manifest_path.parent
     if run_dir.resolve() == folder.resolve():
@@ -79,12 +94,12 @@ def reproduce(manifest_path: Path, run_dir: Path, *, console: Console | None = N
     return compare_manifests(manifest, load_manifest(run_dir), folder, run_dir)
 
 
-def compare_manifests(then: dict[str, Any], now: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
-    """What two runs of one recipe have in common (see `reproduce`)."""
-    rows: list[dict[str, Any]] = []
+def compare_manifests(then: dict[str, Any], now: dict[str, Any], old: Path, new: Path) -> Reproduction:
+    """Compare two runs' manifests; `old` and `new` are their folders."""
+    rows: list[Checked] = []
 
     def add(what: str, before: Any, after: Any, note: str = "") -> None:
-        rows.append({"what": what, "equal": before == after, "note": "" if before == after else note})
+        rows.append(Checked(what, before == after, "" if before == after else note))
 
     for name in ("fingerprint", "usable", "quarantined"):
         before, after = then["pool"].get(name), now["pool"].get(name)
@@ -98,14 +113,10 @@ def compare_manifests(then: dict[str, Any], now: dict[str, Any], old: Path, new:
         before, after = then["files"].get(name), now["files"].get(name)
         note = "not there then" if before is None else "not there now" if after is None else likeness(old, new, name)
         add(name, before, after, note)
-    found = {n: [then.get("versions", {}).get(n), now.get("versions", {}).get(n)]
-             for n in sorted({*then.get("versions", {}), *now.get("versions", {})})}  # fmt: skip
-    return {
-        "equal": all(row["equal"] for row in rows),
-        "rows": rows,
-        "versions": {name: pair for name, pair in found.items() if pair[0] != pair[1]},
-        "run_dir": str(new),
-    }
+    before, after = then.get("versions", {}), now.get("versions", {})
+    versions = {name: (before.get(name), after.get(name)) for name in sorted({*before, *after})}
+    changed = {name: pair for name, pair in versions.items() if pair[0] != pair[1]}
+    return Reproduction(all(row.equal for row in rows), rows, changed, str(new))
 
 
 def shared(before: list[str] | None, after: list[str] | None) -> str:
@@ -134,15 +145,15 @@ def likeness(old: Path, new: Path, name: str) -> str:
     return f"rank correlation {spearman(a, b):.6f}, largest difference {np.abs(a - b).max() / scale:.1e} of the largest"
 
 
-def print_reproduction(result: dict[str, Any], console: Console) -> None:
+def print_reproduction(result: Reproduction, console: Console) -> None:
     """Print what is equal and what isn't, and the versions that changed."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("what", "", "note"):
         table.add_column(name)
-    for row in result["rows"]:
-        table.add_row(Text(row["what"]), "equal" if row["equal"] else Text("differs", style="red"), Text(row["note"]))
+    for row in result.rows:
+        table.add_row(Text(row.what), "equal" if row.equal else Text("differs", style="red"), Text(row.note))
     console.print(table)
-    for name, (before, after) in result["versions"].items():
+    for name, (before, after) in result.versions.items():
         console.print(f"version of {name}: {before}, now {after}", highlight=False)
-    same = sum(row["equal"] for row in result["rows"])
-    console.print(f"{same} of {len(result['rows'])} equal; the new run: {result['run_dir']}", highlight=False)
+    same = sum(row.equal for row in result.rows)
+    console.print(f"{same} of {len(result.rows)} equal; the new run: {result.run_dir}", highlight=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from keepset.deliver.reproduce import print_reproduction, recipe_of, reproduce
 from keepset.errors import KeepsetError
-from keepset.pipeline.reproduce import print_reproduction, recipe_of, reproduce
 from keepset.recipe import parse_recipe
 from keepset.runfolder.run import Run
 
@@ -26,8 +26,8 @@ def again(run):
 
 
 def test_the_same_recipe_gives_the_same_hashes(run, again):
-    assert again["equal"] and not again["versions"]
-    names = [row["what"] for row in again["rows"]]
+    assert again.equal and not again.versions
+    names = [row.what for row in again.rows]
     assert {"pool: fingerprint", "model: fingerprint", "chosen rows: davir", "scores/davir.parquet"} <= set(names)
     assert {"models/davir-seed0/adapter_model.safetensors", "evaluation/bm25-seed0/items.safetensors"} <= set(names)
     console = Console(file=io.StringIO(), width=120)
@@ -45,13 +45,13 @@ def test_a_difference_is_named(run, again, tmp_path):
     other.write_text(json.dumps(manifest))
     # the second folder is there and whole: nothing is computed again
     result = reproduce(other, run.parent / "again", console=Console(file=io.StringIO()))
-    assert not result["equal"]
-    wrong = {row["what"]: row["note"] for row in result["rows"] if not row["equal"]}
+    assert not result.equal
+    wrong = {row.what: row.note for row in result.rows if not row.equal}
     assert wrong == {
         "chosen rows: bm25": "2 of 3 rows in common",
         "scores/davir.parquet": "rank correlation 1.000000, largest difference 0.0e+00 of the largest",
     }
-    assert result["versions"]["torch"][0] == "1.0"
+    assert result.versions["torch"][0] == "1.0"
 
 
 @pytest.mark.parametrize(
