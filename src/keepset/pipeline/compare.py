@@ -20,7 +20,6 @@ from keepset.pipeline.verdict import loss_against_performance, means_of, pareto,
 from keepset.runfolder import layout
 from keepset.runfolder.records import (
     Comparison,
-    Cost,
     Entry,
     Items,
     Links,
@@ -71,7 +70,7 @@ def compare(job: Job, cells: list[Cell]) -> Comparison:
     full = full_training_flops(job)
     result = Comparison(
         rows=tuple(rows), summary=tuple(summary), full_training_flops=full,
-        selection=SelectionCost.from_json(selection_cost(job, full), layout.COSTS),
+        selection=selection_cost(job, full),
         pareto={m.name: tuple(pareto(summary, m.name, m.sign)) for m in qualities(summary)},
         loss_vs_performance=Links(
             tuple(loss_against_performance(means_of(rows))), tuple(loss_against_performance(epoch_points(job)))
@@ -118,7 +117,7 @@ def entry_of(job: Job, group: str, members: list[tuple[Subset | None, Metrics]],
             versus[metric.name] = Versus(**vars(test), win_tie_loss=counts)
     described = replace(describe(subset), label=group.split(" (")[0])
     return Entry(**vars(described), seeds=len(members), metrics=means, vs_random=versus,
-                 cost=Cost(**cost_of(job, subset)))  # fmt: skip
+                 cost=cost_of(job, subset))  # fmt: skip
 
 
 def describe(subset: Subset | None) -> TrainingSet:

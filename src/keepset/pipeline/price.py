@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from keepset.pipeline.learn import Learner, direct_args
 from keepset.pipeline.reference_check import rows_to_check
 from keepset.pipeline.score import stages_of
 from keepset.runfolder import layout
+from keepset.runfolder.records import Cost, SelectionCost, StageCost
 from keepset.stages.losses import Losses, forward
 from keepset.stages.rows import rows_outside
 from keepset.stages.stage import Work, closure
@@ -62,45 +63,43 @@ def together(works: list[Work], labels: list[str], users: dict[Work, list[str]])
     )
 
 
-def cost_of(job: Job, subset: Subset | None) -> dict[str, float]:
+def cost_of(job: Job, subset: Subset | None) -> Cost:
     """What choosing and training cost: FLOPs by count, as if the method ran alone, and the seconds that were logged.
 
     Seconds sum every entry of a stage, so that a resumed run counts its first part too; a pass that several methods
     shared counts in full for each of them.
     """
     if subset is None:
-        return {"select_seconds": 0.0, "select_flops": 0.0, "train_seconds": 0.0, "train_flops": 0.0}
+        return Cost(0.0, 0.0, 0.0, 0.0)
     spec = next((m for m in job.recipe.methods if m.label == subset.label), None)
     works = selection_work(job, [spec]) if spec else []
     costs, own = job.run.costs(), f"score {subset.label}"
     chosen = [e for e in costs if any(w.logged(e) for w in works) or (not works and e["stage"] == own)]
     trained = [e for e in costs if e["stage"].startswith(f"train {layout.model(subset.name, '')}")]
     seeds = len({e["stage"] for e in trained}) or 1
-    return {
-        "select_seconds": round(sum(e["seconds"] for e in chosen), 2),
-        "select_flops": sum(w.flops for w in works),
-        "train_seconds": round(sum(e["seconds"] for e in trained) / seeds, 2),
-        "train_flops": sum({e["stage"]: e.get("flops", 0.0) for e in trained}.values()) / seeds,
-    }
+    return Cost(
+        select_seconds=round(sum(e["seconds"] for e in chosen), 2),
+        select_flops=sum(w.flops for w in works),
+        train_seconds=round(sum(e["seconds"] for e in trained) / seeds, 2),
+        train_flops=sum({e["stage"]: e.get("flops", 0.0) for e in trained}.values()) / seeds,
+    )
 
 
-def selection_cost(job: Job, full: float) -> dict[str, Any]:
-    """What choosing by all the recipe's methods took, stages they share counted once.
-
-    Returns:
-        `flops`, `tokens`, logged `seconds`, the `share` of `full` (FLOPs of one training on the full pool), and the
-        same for each stage in `stages`.
-    """
-    costs, works, stages = job.run.costs(), selection_work(job, job.recipe.methods), []
-    for work in works:
-        seconds = sum(e["seconds"] for e in costs if work.logged(e))
-        stages.append({"stage": work.stage, "methods": work.methods, "rows": work.rows, "tokens": work.tokens,
-                       "flops": work.flops, "seconds": round(seconds, 2)})  # fmt: skip
+def selection_cost(job: Job, full: float) -> SelectionCost:
+    """What choosing by all the recipe's methods took, stages they share counted once; `full`: as below."""
+    costs, works = job.run.costs(), selection_work(job, job.recipe.methods)
+    stages = [
+        StageCost(
+            work.stage, work.methods, work.rows, work.tokens, work.flops,
+            round(sum(e["seconds"] for e in costs if work.logged(e)), 2),
+        )
+        for work in works
+    ]  # fmt: skip
     flops = sum(work.flops for work in works)
     # A sweep of two losses is logged once and stands under both its stages.
     seconds = sum(e["seconds"] for e in costs if any(work.logged(e) for work in works))
-    return {"flops": flops, "tokens": sum(work.tokens for work in works), "seconds": round(seconds, 2),
-            "share": flops / full if full else None, "stages": stages}  # fmt: skip
+    tokens = sum(work.tokens for work in works)
+    return SelectionCost(flops, tokens, round(seconds, 2), flops / full if full else None, tuple(stages))
 
 
 def full_training_flops(job: Job) -> float:
