@@ -93,7 +93,7 @@ class TargetGradients(Stage):
     shots: int | None = None
 
     @property
-    def word(self) -> str:
+    def word(self) -> str:  # type: ignore[override]
         """What a method that has it needs."""
         return "gradients" if self.request.curvature is None else "curvature"
 
@@ -220,10 +220,7 @@ class Dots(Sweep):
     at: int = -1
     shots: int | None = None
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "gradients"
+    word = "gradients"
 
     @property
     def target(self) -> TargetGradients:

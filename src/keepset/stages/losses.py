@@ -53,7 +53,7 @@ class Losses(Sweep):
     outside: Rows | None = None
 
     @property
-    def word(self) -> str:
+    def word(self) -> str:  # type: ignore[override]
         """What a method that has it needs."""
         if self.token_loss == "error-norm":
             return "error-norms"
@@ -216,10 +216,7 @@ class CrossFitted(Stage):
 
     token_loss: TokenLoss = "ce"
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "losses"
+    word = "losses"
 
     def _folds(self, job: Job) -> list[Losses]:
         return [Losses("fold", self.token_loss, at=k) for k in range(job.recipe.reference.folds)]

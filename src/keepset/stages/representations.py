@@ -31,10 +31,7 @@ class Representations(Sweep):
 
     pooling: Pooling = "last"
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "representations"
+    word = "representations"
 
     def inputs(self, job: Job) -> Any:
         """The base, the template and the rows."""
@@ -90,10 +87,7 @@ class TargetRepresentations(Stage):
     pooling: Pooling = "last"
     shots: int | None = None
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "representations"
+    word = "representations"
 
     def inputs(self, job: Job) -> Any:
         """The base, the template, the pool's rows (a part of the key on disk) and the target."""
@@ -132,10 +126,7 @@ class Embeddings(Sweep):
 
     model: str
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "representations"
+    word = "representations"
 
     def inputs(self, job: Job) -> Any:
         """The texts and the embedding model's weights."""
@@ -187,10 +178,7 @@ class TargetEmbeddings(Stage):
     model: str
     shots: int | None = None
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "representations"
+    word = "representations"
 
     def inputs(self, job: Job) -> Any:
         """The target, the embedding model's weights, and the pool (a part of the key on disk)."""

@@ -52,10 +52,7 @@ class InRun(Stage):
     seed: int
     shots: int | None = None
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "in-run"
+    word = "in-run"
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
         """The checkpoint that it starts from."""
@@ -204,10 +201,7 @@ class Retraining(Stage):
     seed: int
     shots: int | None = None
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "retraining"
+    word = "retraining"
 
     def inputs(self, job: Job) -> Any:
         """The base, the template, the rows, the target and its tasks, and how `train` trains."""

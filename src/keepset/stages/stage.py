@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.console import Console
 
@@ -76,10 +76,8 @@ class Work:
 class Stage(ABC):
     """A frozen dataclass of values; its fields, with the recipe and the data, determine its numbers."""
 
-    @property
-    @abstractmethod
-    def word(self) -> str:
-        """What a method that has it `needs`, in the table of methods."""
+    word: ClassVar[str]
+    """What a method that has it `needs`, in the table of methods."""
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
         """The stages whose results it reads."""

@@ -106,10 +106,7 @@ class Reference(Stage):
 
     fold: int = -1
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "reference"
+    word = "reference"
 
     def _rows(self, job: Job) -> tuple[list[Sides], np.ndarray]:
         if self.fold < 0:
@@ -190,10 +187,7 @@ def given_reference(job: Job) -> Trained:
 class Warmup(Stage):
     """A LoRA trained on a share of the pool, with a checkpoint an epoch."""
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "warmup"
+    word = "warmup"
 
     def _rows(self, job: Job) -> tuple[np.ndarray, int]:
         """Indices of the rows that it is trained on, and its seed."""
@@ -236,10 +230,7 @@ class WarmupCheckpoint(Stage):
 
     at: int = -1
 
-    @property
-    def word(self) -> str:
-        """What a method that has it needs."""
-        return "warmup"
+    word = "warmup"
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
         """The warm-up, unless it is from elsewhere."""
