@@ -38,7 +38,7 @@ from keepset.model.adapters import attached
 from keepset.model.encode import encode_all
 from keepset.model.load import load
 from keepset.recipe import LoraSpec, ModelSpec, WarmupSpec
-from keepset.stages.counts import first_supervised
+from keepset.stages.rows import first_supervised
 from keepset.train.warmup import warmup
 
 HERE = Path(__file__).resolve().parent

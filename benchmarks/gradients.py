@@ -36,15 +36,16 @@ import zstandard
 
 from keepset.features.adam import AdamState, map_gradient
 from keepset.features.gradient_store import META, GradientStore, build_store
-from keepset.features.gradients import mean_weights, products, recording, run_rows
+from keepset.features.gradients import mean_weights, recording, run_rows
 from keepset.features.influence import influence
 from keepset.features.projection import ProjectedTarget, project_target, store_error, target_lengths
+from keepset.features.recorded import products
 from keepset.features.targets import GradientTarget, target_vectors
 from keepset.model.encode import Encoded, encode_all
 from keepset.model.flops import matrix_weights
-from keepset.model.llama_backward import common_prefix
 from keepset.model.load import apply_lora, load
 from keepset.model.pack import plan_batches
+from keepset.model.prefix import common_prefix
 from keepset.recipe import LoraSpec, ModelSpec
 
 HERE = Path(__file__).resolve().parent

@@ -50,10 +50,10 @@ from keepset.methods.bm25 import bm25  # noqa: E402
 from keepset.methods.dsir import dsir  # noqa: E402
 from keepset.methods.length import length  # noqa: E402
 from keepset.methods.random_ import random_  # noqa: E402
-from keepset.methods.table import score  # noqa: E402
+from keepset.pipeline.price import selection_work  # noqa: E402
+from keepset.pipeline.score import score  # noqa: E402
 from keepset.recipe import MethodSpec, SelectSpec, parse_recipe  # noqa: E402
 from keepset.selection.select import select  # noqa: E402
-from keepset.stages.counts import selection_work  # noqa: E402
 from keepset.stages.job import Job  # noqa: E402
 
 MODEL_METHODS = [

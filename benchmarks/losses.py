@@ -34,11 +34,13 @@ import numpy as np
 import torch
 import zstandard
 
-from keepset.features.losses import plan, row_losses
+from keepset.features.losses import row_losses
 from keepset.model import pack as packing
 from keepset.model.encode import Encoded, encode_all
 from keepset.model.load import apply_lora, load
 from keepset.model.pack import bare, needed, plan_batches
+from keepset.model.passes import Shortcuts
+from keepset.model.prefix import plan
 from keepset.recipe import LoraSpec, ModelSpec
 
 HERE = Path(__file__).resolve().parent
@@ -185,8 +187,8 @@ def trainer_predict(model: Any, rows: list[Encoded]) -> np.ndarray:
         return twice(model, lambda: np.asarray(trainer.predict(dataset).predictions, dtype=np.float64))
 
 
-def keepset(model: Any, rows: list[Encoded], **options: Any) -> np.ndarray:
-    return row_losses(model, rows, token_budget=BUDGET, adapters=(False, True), **options).nll
+def keepset(model: Any, rows: list[Encoded], **taken: bool) -> np.ndarray:
+    return row_losses(model, rows, token_budget=BUDGET, adapters=(False, True), shortcuts=Shortcuts(**taken)).nll
 
 
 def measure(model: Any, rows: list[Encoded], contenders: dict[str, tuple[Callable[..., np.ndarray], int]]) -> dict:
@@ -312,7 +314,7 @@ def main() -> None:
             "Trainer.predict": (trainer_predict, m),
             "lm-eval-like": (lm_eval_like, m),
             "one row": (one_row, m),
-            "keepset, nothing shared": (lambda m, r: keepset(m, r, share_prefix=False), 1),
+            "keepset, nothing shared": (lambda m, r: keepset(m, r, prefix=False), 1),
             "keepset, LoRA not merged": (lambda m, r: keepset(m, r, merge=False), 1),
             "keepset, the model's own blocks": (lambda m, r: keepset(m, r, written=False), 1),
         }
@@ -334,7 +336,7 @@ def main() -> None:
         contenders = {
             "two forwards": (two_forwards, n),
             "keepset": (keepset, n),
-            "keepset, nothing shared": (lambda m, r: keepset(m, r, share_prefix=False), 1),
+            "keepset, nothing shared": (lambda m, r: keepset(m, r, prefix=False), 1),
         }
         about, table = describe(model, rows), measure(model, rows, contenders)
         show("Gemma 3 270M", about, table)

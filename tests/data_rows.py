@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 
 def good(dialect: str, k: int) -> dict[str, Any]:
     """A sound row number k; no two k give the same content."""
@@ -71,3 +74,12 @@ def write_lines(path: Path, rows: list[bytes], *, end: bytes = b"\n") -> Path:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return write_lines(path, [json.dumps(row, ensure_ascii=False).encode() for row in rows])
+
+
+def jsonl(n: int = 5) -> bytes:
+    return b"\n".join(lines("alpaca", n)) + b"\n"
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path

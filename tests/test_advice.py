@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 import keepset
 from keepset.cli import app
-from keepset.methods.table import METHODS, options_of
+from keepset.methods.table import METHODS
 from keepset.recipe import Recipe
 
 ROOT = Path(keepset.__file__).parent
@@ -66,7 +66,7 @@ def _models(annotation: typing.Any) -> list[type[BaseModel]]:
 COMMANDS = commands()
 EVERY_FLAG = set().union(*COMMANDS.values())
 KEYS = {name: field.annotation for section in sections(Recipe) for name, field in section.model_fields.items()}
-OPTIONS = {(key, kind) for method in METHODS for key, (kind, _) in options_of(method).items()}
+OPTIONS = {(key, kind) for method in METHODS for key, (kind, _) in METHODS[method].options().items()}
 NAMES = {*KEYS, *(key for key, _ in OPTIONS), *(f.strip("-") for f in EVERY_FLAG)}
 
 

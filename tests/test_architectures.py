@@ -66,17 +66,17 @@ def test_an_engine_that_is_off_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
     """Attention that forgets its scale, then nothing that agrees: padded, then refused."""
     from conftest import tiny_model
     from keepset.errors import ModelError
-    from keepset.features import checks
     from keepset.model import attention
     from keepset.model import pack as packing
+    from keepset.model.check import check
 
     packed = attention.packed_attention
     monkeypatch.setattr(attention, "packed_attention", lambda *a, **k: packed(*a, **{**k, "scale": 0.9}))
-    assert not checks.check(tiny_model("llama")).packed
+    assert not check(tiny_model("llama")).packed
     states = packing._states
     monkeypatch.setattr(packing, "_states", lambda *a: states(*a) * 1.01)
     with pytest.raises(ModelError, match="LlamaForCausalLM .llama.: keepset's losses do not agree"):
-        checks.check(tiny_model("llama"))
+        check(tiny_model("llama"))
 
 
 def test_attention_never_leaves_an_argument_out() -> None:
@@ -93,15 +93,15 @@ def test_attention_never_leaves_an_argument_out() -> None:
 def test_a_window_that_no_probe_reaches_is_read_from_the_configuration() -> None:
     """A layer said to slide that hands no window to its attention is not packed, however wide the window."""
     from conftest import tiny_model
-    from keepset.features import checks
+    from keepset.model.check import check
 
     model = tiny_model("mistral", sliding_window=200)
-    assert checks.check(model).packed
+    assert check(model).packed
     model.model.layers[0].self_attn.sliding_window = None
     model.config.sliding_window = 200
     for layer in model.model.layers:
         layer.self_attn.forward = _without_window(layer.self_attn)
-    assert not checks.check(model).packed
+    assert not check(model).packed
 
 
 def _without_window(module: Any) -> Any:
@@ -224,7 +224,7 @@ def test_rows_beyond_the_positions_of_a_model(tmp_path: Path, tokenizer: Any) ->
 
 def test_weights_that_are_not_finite_are_named() -> None:
     from keepset.errors import ModelError
-    from keepset.features.checks import check
+    from keepset.model.check import check
 
     model = architectures.tiny_model("llama")
     with torch.no_grad():

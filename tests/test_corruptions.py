@@ -15,8 +15,9 @@ from rich.console import Console
 
 from crash import outcome
 from keepset.errors import KeepsetError
+from keepset.pipeline import run_recipe
 from keepset.pipeline.learn import Learner, evaluate_final
-from keepset.pipeline.run import evaluated_cells, run_recipe
+from keepset.pipeline.run import evaluated_cells
 from keepset.recipe import load_recipe
 from keepset.runfolder.run import Run
 from keepset.stages.job import Job

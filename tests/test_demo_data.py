@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from keepset.demo import FOLDER, TARGET_TASKS
+from keepset.demo import FOLDER
 from keepset.recipe import load_recipe
 
 
@@ -15,6 +15,7 @@ def rows(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
 
 
+TARGET_TASKS = ("arithmetic", "support")
 POOL, TARGET, EVAL = rows("pool.jsonl"), rows("target.jsonl"), rows("eval.jsonl")
 USABLE = [row for row in POOL if row["output"]]
 

@@ -64,7 +64,7 @@ def tight(monkeypatch):
     """Batches of more than 2 rows don't fit."""
     torch = pytest.importorskip("torch")
     from keepset.features import gradients
-    from keepset.model import llama_backward as llama_pass
+    from keepset.model import layout
     from keepset.model import pack as packing
     from keepset.model.llama_forward import LlamaForward
 
@@ -80,7 +80,7 @@ def tight(monkeypatch):
         packing, "last_hidden", small(packing.last_hidden, lambda model, batch, **more: len(batch.rows))
     )
     monkeypatch.setattr(LlamaForward, "__call__", small(LlamaForward.__call__, lambda forward, batch: len(batch.rows)))
-    monkeypatch.setattr(gradients, "lay_out", small(llama_pass.lay_out, len))
+    monkeypatch.setattr(gradients, "lay_out", small(layout.lay_out, len))
 
 
 WHATS = ["losses", "losses of both", "representations", "influence", "target", "target of tasks", "pairs"]
@@ -95,6 +95,7 @@ def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
     from keepset.features.representations import representations
     from keepset.features.targets import target_vectors
     from keepset.model import pack as packing
+    from keepset.model.passes import Shortcuts
 
     model, rows = tiny_lora(tiny_model("llama")), random_rows(9)
     packing.bare(model).keepset_engine = packing.Engine(packed=True)  # checked before memory was short
@@ -102,7 +103,7 @@ def test_scores_stay_when_memory_is_short(what, tight, monkeypatch, caplog):
 
     def numbers():
         if what == "losses":
-            return row_losses(model, rows, token_budget=400, share_prefix=False).nll
+            return row_losses(model, rows, token_budget=400, shortcuts=Shortcuts(prefix=False)).nll
         if what == "losses of both":
             return row_losses(model, rows, token_budget=400, adapters=(False, True), per_token=True).nll
         if what == "representations":

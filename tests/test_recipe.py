@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keepset.budget_text import parse_budget
 from keepset.errors import RecipeError
-from keepset.recipe import Recipe, load_recipe, parse_budget, parse_recipe
+from keepset.recipe import Recipe, load_recipe, parse_recipe
 
 SMALL = {"pool": "a.jsonl", "methods": ["davir"]}
 

@@ -20,6 +20,7 @@ from keepset.pipeline.choose import subset_name
 from keepset.recipe import MethodSpec, parse_recipe
 from keepset.runfolder.files import write_atomic
 from keepset.runfolder.run import Run
+from sweeping import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,11 +92,11 @@ def test_a_pickle_in_place_of_a_shard_or_a_score_is_not_opened(tmp_path):
     canary, run = tmp_path / "canary", Run(tmp_path / "run")
     ids = np.array(["a", "b"], dtype=object)
     stage = {"s": {"k": 1}}
-    run.sweep(stage, ids, lambda i, m: {"s": {"x": i.astype(float)}})
+    sweep(run.path, stage, ids, lambda i, m: {"s": {"x": i.astype(float)}})
     (shard,) = (tmp_path / "run/work/s").glob("*/00000.safetensors")
     shard.write_bytes(pickle.dumps(Bomb(canary)))
     again = []
-    run.sweep(stage, ids, lambda i, m: (again.append(1), {"s": {"x": i.astype(float)}})[1])
+    sweep(run.path, stage, ids, lambda i, m: (again.append(1), {"s": {"x": i.astype(float)}})[1])
     (tmp_path / "run/scores").mkdir()
     (tmp_path / "run/scores/a.parquet").write_bytes(pickle.dumps(Bomb(canary)))
     with pytest.raises(KeepsetError, match="a.parquet: damaged"):
@@ -138,8 +139,8 @@ def test_pool_names_and_rows_never_name_files(tiny_run, tmp_path, name):
     """A pool's name and ids are columns; with the strangest of them a run writes inside its folder and nowhere else."""
     from rich.console import Console
 
-    from keepset.methods.table import score
     from keepset.pipeline.choose import choose
+    from keepset.pipeline.score import score
     from keepset.recipe import DataSpec
     from keepset.stages.job import Job
 

@@ -18,9 +18,9 @@ from scipy import stats
 torch = pytest.importorskip("torch")
 
 from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
+from keepset.data.ids import fold_of  # noqa: E402
 from keepset.evaluate.statistics import (  # noqa: E402
     accuracy_power,
-    items_needed,
     paired_permutation,
     smallest_difference,
     spearman,
@@ -30,14 +30,13 @@ from keepset.features.influence import influence, pair_slopes  # noqa: E402
 from keepset.features.projection import dimension_for, shared_direction  # noqa: E402
 from keepset.features.sketch import Sketch  # noqa: E402
 from keepset.features.targets import target_vectors  # noqa: E402
-from keepset.methods.cross_fit import fold_of, held_out  # noqa: E402
 from keepset.methods.davir import davir, davir_ref, rho  # noqa: E402
 from keepset.methods.in_run_shapley import in_run_shapley  # noqa: E402
 from keepset.methods.less import tracin  # noqa: E402
+from keepset.methods.perplexity import percentile  # noqa: E402
 from keepset.methods.rose import rose  # noqa: E402
 from keepset.model.pair_losses import davir_logit, dpo_logit, dpo_loss  # noqa: E402
 from keepset.recipe import SelectSpec  # noqa: E402
-from keepset.selection.ranking import percentile  # noqa: E402
 from keepset.selection.select import select  # noqa: E402
 from slow_gradients import flat, mean_nll_gradient, random_state, token_logps  # noqa: E402
 
@@ -574,7 +573,7 @@ def test_5_5_a_reference_trained_on_the_row_itself_scores_memory():
     assert 1 - ref.sum() / ini.sum() == pytest.approx(p / n, abs=0.1)  # learnt by heart
     assert spearman(rho(left_out**2 / 2, ref), leverage) > 0.4  # the more a row moves the model, the more it gains
     fold = fold_of([f"{i:03d}" for i in range(n)], 4)
-    crossed = held_out(np.array([residual(fold != k) ** 2 / 2 for k in range(4)]), fold)
+    crossed = np.array([residual(fold != k) ** 2 / 2 for k in range(4)])[fold, np.arange(len(fold))]
     assert rho(ini, crossed).mean() < 0 < rho(ini, ref).mean()
 
 
@@ -633,7 +632,8 @@ def test_6_3_how_many_pairs_a_difference_takes():
     """The numbers that `keepset plan` prints; and five pairs that decide all one way say nothing yet."""
     best, independent = accuracy_power(100)
     assert (round(best, 3), round(independent, 3)) == (0.078, 0.198)
-    assert items_needed(0.05, np.sqrt(0.5)) == 1570 and items_needed(0.05, np.sqrt(0.05)) == 157
+    for n, sd in ((1570, np.sqrt(0.5)), (157, np.sqrt(0.05))):
+        assert smallest_difference(n, sd) <= 0.05 < smallest_difference(n - 1, sd)
     assert smallest_difference(100, np.sqrt(best)) == pytest.approx(best)
     for deciding, seen in ((5, False), (6, True)):
         wins = np.array([1.0] * deciding + [0.0] * (36 - deciding))

@@ -22,9 +22,9 @@ from keepset.features.curvature import kronecker_factors
 from keepset.features.gradient_store import GradientStore
 from keepset.features.influence import Reducer
 from keepset.features.targets import concatenate, target_vectors
-from keepset.methods.table import score
+from keepset.pipeline.price import selection_work
+from keepset.pipeline.score import score
 from keepset.recipe import MethodSpec
-from keepset.stages.counts import selection_work
 from keepset.stages.job import Job
 from keepset.train.warmup import pick_subset
 from slow_gradients import random_state

@@ -24,7 +24,8 @@ from keepset.model.adapters import attached
 from keepset.model.encode import RowRefused
 from keepset.model.load import load
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.train.preference import train_dpo
+from keepset.train.preference import PairLoss, train_dpo
+from keepset.train.training import Training
 
 # What each loss pushes up, and so what its own margin is.
 FORM = {"dpo": "implicit_sum", "ipo": "implicit_mean", "dpo_mean": "implicit_mean", "davir": "implicit_relative"}
@@ -90,10 +91,8 @@ def main() -> None:
             loss, beta = cell.split(":")
             out = options.out / f"{loss}-{beta}-seed{seed}"
             if not (out / "cell.json").exists():
-                found = train_dpo(
-                    spec, LoraSpec(), train, out, args, loss=loss, beta=float(beta), seed=seed, reference=reference,
-                    console=console,
-                )  # fmt: skip
+                training = Training(spec, LoraSpec(), args, seed, console=console)
+                found = train_dpo(training, train, out, PairLoss.of(loss, float(beta)), reference=reference)
                 with attached(loaded.model, out) as model:
                     table = preference_table(pair_logps(model, heldout), base)
                 facts = {"loss": loss, "beta": float(beta), "seed": seed, "losses": found.losses,

@@ -1,16 +1,14 @@
 """The table of experiments/methods-table from a run folder: cost, agreement and what each method keeps.
 
-Processor seconds are those of the stages that the method needs, each counted in full though others share it; a gradient
-pass without the target gradients and curvature solves of other methods that were logged inside it. FLOPs are counted
-(`keepset.stages.counts`), as if the method ran alone. Agreement: Spearman's rank correlation over all rows, and the
-share of a method's best 5 % that is in another's. Chance overlap is 5 %.
+Processor seconds are those of the stages that the method needs, each counted in full though others share it. FLOPs are
+counted (`keepset.pipeline.price`), as if the method ran alone. Agreement: Spearman's rank correlation over all rows,
+and the share of a method's best 5 % that is in another's. Chance overlap is 5 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,13 @@ import numpy as np
 from rich.console import Console
 from scipy.stats import rankdata
 
-from keepset.methods.gradient import influence_request
-from keepset.methods.table import METHODS
+from keepset.pipeline.price import selection_work
 from keepset.recipe import MethodSpec
 from keepset.runfolder.run import Run
-from keepset.stages.counts import selection_work
 from keepset.stages.job import Job
 
 BESIDE = ("rose", "less", "davir", "bm25", "rds+", "length")
 TOP = 0.05
-NESTED = ("target gradients at ", "curvature at ")
 
 
 def main() -> None:
@@ -77,27 +72,7 @@ def seconds_of(job: Job, spec: MethodSpec) -> float:
     work = selection_work(job, [spec])
     if not work:
         return sum(cpu(e) for e in entries if e["stage"] == f"score {spec.label}")
-    found = passes(entries, [w.logged for w in work if w.logged])
-    if "gradients" in METHODS[spec.name].needs:
-        request = influence_request(spec.name, spec.options)
-        found += sum(cpu(e) for e in entries if re.match(rf"target gradients at \S+ \({request.loss}\)", e["stage"]))
-        if request.curvature is not None:
-            solver = re.escape(request.curvature.solver)
-            found += sum(cpu(e) for e in entries if re.match(rf"curvature at \S+ \({solver}\)", e["stage"]))
-    return found
-
-
-def passes(entries: list[dict[str, Any]], patterns: list[str]) -> float:
-    """Processor seconds of the stages of some patterns, without what was logged inside a gradient pass."""
-    total, inside = 0.0, 0.0
-    for e in entries:  # what is nested ends, and is logged, first
-        if e["stage"].startswith(NESTED):
-            inside += cpu(e)
-        elif any(re.fullmatch(p, e["stage"]) for p in patterns):
-            total += cpu(e) - (inside if e["stage"].startswith("gradients at ") else 0.0)
-        if e["stage"].startswith("gradients at "):
-            inside = 0.0
-    return total
+    return sum(cpu(e) for e in entries if any(w.logged(e) for w in work))
 
 
 def cpu(entry: dict[str, Any]) -> float:

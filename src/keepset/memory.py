@@ -1,17 +1,18 @@
-"""When a batch doesn't fit into memory: it is halved, and the halves are computed instead. No row is ever skipped.
+"""Memory: what nobody holds any more is given back, and a batch that doesn't fit is computed in halves.
 
-Batches of other shape change scores by rounding only (relative 1e-6 in float32), and each halving is counted, logged
-and written to the stage's entry in `costs.jsonl` (`halved_batches`).
+No row is ever skipped. Batches of other shape change scores by rounding only (relative 1e-6 in float32), and each
+halving is counted, logged and written to the stage's entry in `costs.jsonl` (`halved_batches`).
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 from collections.abc import Callable
 
 import numpy as np
 
-from keepset.runfolder.files import free_memory
 from keepset.stopping import out_of_memory
 
 log = logging.getLogger(__name__)
@@ -46,3 +47,10 @@ def in_halves(indices: np.ndarray, compute: Callable[[np.ndarray], None]) -> Non
     middle = len(indices) // 2
     in_halves(indices[:middle], compute)
     in_halves(indices[middle:], compute)
+
+
+def free_memory() -> None:
+    """Give back what nobody holds any more: trainers and their models are cycles, which wait for the collector."""
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()

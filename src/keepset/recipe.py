@@ -5,17 +5,18 @@ Names are TRL's and Hugging Face's wherever they have one.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from keepset.budget_text import parse_budget
 from keepset.errors import RecipeError, did_you_mean
-from keepset.pipeline.idle import refuse_idle
+from keepset.idle import idle, refuse_idle
+from keepset.keys import set_key, without_gone
+from keepset.located import located
 
 
 class Strict(BaseModel):
@@ -241,7 +242,6 @@ class BatchSpec(Strict):
     shard_rows: int | None = Field(
         None, ge=1, description="rows a shard, the unit of resume; default n / 200, 32 to 2,048"
     )
-    keep_token_losses: bool = Field(False, description="also keep every token's loss, for `explain --tokens`")
     workers: int = Field(1, ge=1, le=256, description="processes that score, one thread each (CPU only); same bytes")
 
 
@@ -308,78 +308,24 @@ class Recipe(Strict):
         return self
 
 
-def parse_budget(budget: int | str, n_rows: int, n_tokens: int | None) -> tuple[str, int]:
-    """Turn a budget into `("rows", k)` or `("tokens", t)`.
-
-    Args:
-        budget: 500, "500", "5%" (of the rows) or "200000 tokens" ("20% tokens": of the pool's supervised tokens).
-        n_rows: rows in the pool.
-        n_tokens: supervised tokens in the pool, if known.
-
-    Raises:
-        RecipeError: the text is none of these, or not positive.
-    """
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%?)\s*(tokens|rows)?\s*", str(budget))
-    if match is None or float(match[1]) <= 0 or (match[2] and float(match[1]) > 100):
-        raise RecipeError(f"budget '{budget}' is not a count (500), a percentage (5%) or tokens (200000 tokens)")
-    number, unit = float(match[1]), match[3] or "rows"
-    whole = n_rows if unit == "rows" else n_tokens
-    if match[2]:
-        return unit, max(1, int(number / 100 * (whole if whole is not None else 1) + 1e-9))
-    if number != int(number):
-        raise RecipeError(f"budget '{budget}': a count must be a whole number")
-    return unit, int(number)
-
-
-SHORT = {"pool": "path", "target": "path", "methods": "name"}
-"""Lists of sections that a text may stand for, and the key whose value it is then."""
-
-
-def set_key(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested mappings; a number is a place in a list (`pool.0.limit`), short forms included.
-
-    Raises:
-        RecipeError: the key leads through something that holds no keys.
-    """
-    *parents, last = key.split(".")
-    inner: Any = data
-    if len(path := [*parents, last]) > 1 and path[1].isdecimal() and path[0] in SHORT and path[0] in data:
-        short, given = SHORT[path[0]], data[path[0]]
-        given = given if isinstance(given, list) else [given]
-        data[path[0]] = [{short: one} if isinstance(one, str) and len(path) > 2 else one for one in given]
-    for name in parents:
-        if isinstance(inner, list):
-            inner = inner[_place(inner, name, key)]
-        else:
-            inner = inner.setdefault(name, {})
-        if not isinstance(inner, dict | list):
-            raise RecipeError(f"key '{key}': '{name}' holds no keys")
-    if isinstance(inner, list):
-        inner[_place(inner, last, key)] = value
-    else:
-        inner[last] = value
-
-
-def _place(inner: list[Any], name: str, key: str) -> int:
-    if not name.isdecimal() or int(name) >= len(inner):
-        raise RecipeError(f"key '{key}': '{name}' must be a place in the list, from 0 to {len(inner) - 1}")
-    return int(name)
-
-
 def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Return the keys allowed where `path` (a pydantic error location) points."""
-    current: Any = model
     for part in path[:-1]:
         if isinstance(part, int):
             continue
-        field = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
-        if field is None:
+        field = model.model_fields.get(part)
+        section = _section_in(field.annotation) if field is not None else None
+        if section is None:
             return []
-        found = re.findall(r"\b(\w+Spec|MixPart)\b", str(field.annotation))
-        current = globals().get(found[0]) if found else None
-        if current is None:
-            return []
-    return list(current.model_fields)
+        model = section
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The first section that a field's type holds, as in `list[DataSpec]` or `ModelSpec | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((one for inner in get_args(annotation) if (one := _section_in(inner)) is not None), None)
 
 
 def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> Recipe:
@@ -395,6 +341,7 @@ def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> R
     """
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: the top level must be a mapping of keys, not {type(data).__name__}")
+    data = without_gone(data, where, stored)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -406,8 +353,26 @@ def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> R
             raise RecipeError(f"{where}: unknown key '{place}'{hint}") from None
         raise RecipeError(f"{where}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
     if not stored:
-        refuse_idle(recipe, where)
+        refuse_idle(recipe, [variant_recipe(recipe, variant, where) for variant in recipe.variants], where)
     return recipe
+
+
+def variant_recipe(recipe: Recipe, variant: VariantSpec, where: str = "recipe") -> Recipe:
+    """The recipe with the variant's keys; it scores, and trains no model on what it chooses.
+
+    Raises:
+        RecipeError: an unknown key, a value that doesn't fit it, or a key that does nothing in the variant.
+    """
+    data = recipe.model_dump(mode="json", exclude={"variants", "mix", "evaluate"})
+    data["controls"] = {"random_seeds": [], "longest": False, "base": False}
+    for key, value in variant.set.items():
+        set_key(data, key, value)
+    where = f"{where}: variants.{variant.label}"
+    changed = parse_recipe(data, where=where, stored=True)  # what it changes may idle what is left
+    for key, why in idle(changed):
+        if key in variant.set:
+            raise RecipeError(f"{where}: {key}: {why}")
+    return changed
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -429,52 +394,3 @@ def load_recipe(path: str | Path) -> Recipe:
         problem = str(getattr(error, "problem", None) or error)
         raise RecipeError(f"{path}{line}: not YAML: {problem.splitlines()[0] if problem else error!r}") from None
     return located(parse_recipe(data, where=str(path)), path.parent, here_first=True)
-
-
-#: Arguments of SFTConfig that are settings or the path of a file with them.
-SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint")
-
-
-def located(recipe: Recipe, folder: Path, *, here_first: bool = False, real: bool = False) -> Recipe:
-    """Return the recipe with `folder` put before the relative paths of what stands there: data, models, templates.
-
-    Names of the hub, `demo`, and what isn't there stay as they are.
-
-    Args:
-        recipe: the recipe; it is not changed.
-        folder: what relative paths are relative to.
-        here_first: a path that is found from the working directory stays as it is.
-        real: absolute paths without links and `..`, also of what was absolute: to compare two recipes by.
-    """
-
-    def place(path: Any, there: Callable[[Path], bool] = Path.exists) -> Any:
-        if not isinstance(path, str) or path in ("-", "plain") or (here_first and there(Path(path))):
-            return path
-        full = folder / Path(path).expanduser()
-        if not there(full) or (Path(path).expanduser().is_absolute() and not real):
-            return path
-        return os.path.realpath(full) if real else str(full)
-
-    def is_model(path: Path) -> bool:  # a folder that happens to be called like a hub name or `demo` is none
-        return path.is_file() or any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-    recipe = recipe.model_copy(deep=True)
-    specs = [*recipe.pool, *recipe.target, *recipe.evaluate.pairs, *recipe.evaluate.heldout]
-    for spec in [*specs, *([recipe.evaluate.gsm8k] if recipe.evaluate.gsm8k else [])]:
-        spec.path = place(spec.path)
-    for model in (recipe.model, recipe.train_model):
-        if model:
-            model.model_name_or_path = place(model.model_name_or_path, is_model)
-            model.chat_template = place(model.chat_template, Path.is_file)
-    for train in (recipe.train, recipe.reference, recipe.warmup):
-        train.extra = {k: place(v) if k in SETTINGS_FILES else v for k, v in train.extra.items()}
-    recipe.reference.path = place(recipe.reference.path, is_model)
-    recipe.warmup.path = place(recipe.warmup.path)
-    recipe.gradients.store = place(recipe.gradients.store)
-    for variant in recipe.variants:
-        for key, value in variant.set.items():
-            last = key.rsplit(".", 1)[-1]
-            if last in ("path", "store", "chat_template", "pool", "target", "model_name_or_path"):
-                in_models = last == "model_name_or_path" or key == "reference.path"
-                variant.set[key] = place(value, is_model if in_models else Path.exists)
-    return recipe

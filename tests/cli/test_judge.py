@@ -14,8 +14,6 @@ from typer.testing import CliRunner  # noqa: E402
 
 from conftest import save_tiny  # noqa: E402
 from keepset.cli import app  # noqa: E402
-from keepset.judging.judge import Judgements  # noqa: E402
-from keepset.judging.rank import rank_by_comparison  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +58,9 @@ def test_win_rate_with_the_judges_accuracy(files, tmp_path):
     (files / "reward/heldout.json").rename(tmp_path / "away")
     shown = run(0, "judge", ours, theirs, "--reward", files / "reward")
     assert "judge's accuracy on held-out pairs: not measured" in shown
+    (files / "reward/heldout.json").write_text("{")
+    done = CliRunner().invoke(app, ["judge", str(ours), str(theirs), "--reward", str(files / "reward")])
+    assert "heldout.json: not a JSON object" in str(done.exception)
     (tmp_path / "away").rename(files / "reward/heldout.json")
     done = CliRunner().invoke(app, ["judge", str(ours), str(theirs)])
     assert "name a judge: --reward FOLDER" in str(done.exception)
@@ -95,16 +96,6 @@ def test_pairs_of_generated_answers_that_a_judge_ranks(files, tmp_path):
     pair = json.loads((tmp_path / "pairs.jsonl").read_text())
     assert pair["chosen"] == "ab thing" and pair["chosen_score"] > pair["rejected_score"]
     assert "judge's accuracy on 6 held-out pairs" in shown
-
-
-def test_ranking_by_comparisons_is_the_mean_preference():
-    class Longest:
-        def compare(self, items):
-            values = [np.nan if "?" in i.answer + i.baseline else float(len(i.answer) > len(i.baseline)) for i in items]
-            return Judgements(np.array(values), np.stack([values, values], axis=1))
-
-    (ranked, odd), _ = rank_by_comparison(Longest(), ["p", "q"], [["a", "ccc", "bb"], ["?", "x"]])
-    assert ranked.scores == [0, 1, 0.5] and np.isnan(odd.scores).all()
 
 
 def test_lm_eval_task_and_commands(files, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from data_rows import ALL, SFT, good, write_rows
 from keepset.data import load_pool, row_texts, rows_table, write_parquet, write_subset
-from keepset.data.export import pool_table
+from keepset.data.export_parquet import pool_table
 from keepset.errors import DataError
 
 CONTAINERS = [".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson", ".parquet"]

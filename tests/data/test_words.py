@@ -13,7 +13,7 @@ from keepset.data.buckets import NgramBuckets
 from keepset.data.words import UNSPACED, count_words, hash_terms, hash_tokens, ngram_vectors, terms, words
 from keepset.methods.bm25 import bm25
 from keepset.methods.dsir import dsir
-from keepset.selection.near import near_pairs
+from keepset.selection.dedup import near_pairs
 from tolerance import tolerance
 
 # letters and marks of many scripts, joiners, a variation selector, emoji, full-width and other punctuation

@@ -16,10 +16,9 @@ from keepset.features.curvature import kronecker_factors, solve_target  # noqa: 
 from keepset.features.gauss_newton import GaussNewton  # noqa: E402
 from keepset.features.influence import influence  # noqa: E402
 from keepset.features.row_gradients import each_gradient, stacked_gradients, weighted_gradients  # noqa: E402
+from keepset.features.solvers import ekfac_solve  # noqa: E402
 from keepset.features.targets import target_vectors  # noqa: E402
-from keepset.methods.datainf import datainf_solve  # noqa: E402
-from keepset.methods.ekfac import corrected_eigenvalues, ekfac_solve  # noqa: E402
-from keepset.methods.influence import dense_solve  # noqa: E402
+from oracles import corrected_eigenvalues, datainf_solve, dense_solve  # noqa: E402
 from slow_gradients import flat, mean_nll_gradient  # noqa: E402
 from tolerance import BACKWARD  # noqa: E402
 

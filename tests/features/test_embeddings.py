@@ -11,7 +11,7 @@ pytest.importorskip("trl")
 from keepset.errors import ModelError  # noqa: E402
 from keepset.features.embeddings import TextEncoder  # noqa: E402
 from keepset.methods.rds import rds  # noqa: E402
-from keepset.methods.table import score  # noqa: E402
+from keepset.pipeline.score import score  # noqa: E402
 from keepset.stages.job import Job  # noqa: E402
 from tiny_recipe import quiet, recipe  # noqa: E402
 from tolerance import FORWARD  # noqa: E402
@@ -50,8 +50,8 @@ def test_a_recipe_compares_by_the_embedding_model_and_by_query(encoder_folder, m
     tables = {m.label: score(job, m) for m in job.recipe.methods}
     assert len({tuple(np.argsort(t["score"].to_numpy())) for t in tables.values()}) >= 2
     encoder = TextEncoder(str(encoder_folder))
-    _, codes = job.task_codes()
-    want, _ = rds(encoder(job.texts()), encoder(job.target_texts(with_chosen=True)), codes)
+    aim = job.aim()
+    want, _ = rds(encoder(job.texts()), encoder(aim.texts(with_chosen=True)), aim.codes)
     np.testing.assert_allclose(tables["embedded"]["score"].to_numpy(), want, atol=4 * FORWARD)
     assert sum(c.startswith("task.") for c in tables["embedded"].column_names) == 2
     assert sum(c.startswith("task.") for c in tables["single"].column_names) == 6  # one a query: round-robin over them

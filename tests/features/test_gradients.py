@@ -9,8 +9,9 @@ torch = pytest.importorskip("torch")
 
 from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.errors import ModelError  # noqa: E402
-from keepset.features.gradients import mean_weights, products, recording, run_rows  # noqa: E402
-from keepset.model.llama_backward import common_prefix  # noqa: E402
+from keepset.features.gradients import mean_weights, recording, run_rows  # noqa: E402
+from keepset.features.recorded import products  # noqa: E402
+from keepset.model.prefix import common_prefix  # noqa: E402
 from slow_gradients import mean_nll_gradient  # noqa: E402
 from tolerance import BACKWARD  # noqa: E402
 

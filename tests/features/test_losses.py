@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
-from keepset.features.losses import merged_weights, plan, prefix_groups, row_losses, written_passes  # noqa: E402
+from keepset.features.losses import row_losses  # noqa: E402
 from keepset.features.representations import representations  # noqa: E402
 from keepset.model import pack as packing  # noqa: E402
+from keepset.model.passes import Shortcuts, merged_weights, written_passes  # noqa: E402
+from keepset.model.prefix import common_length, plan, prefix_groups  # noqa: E402
 from slow_gradients import one_by_one  # noqa: E402
 from tolerance import BACKWARD, FORWARD  # noqa: E402
 
@@ -27,7 +31,7 @@ def test_base_and_adapter_in_one_sweep(architecture: str) -> None:
     adapted = one_by_one(peft, rows)
     for budget in (30, 200):
         for share in (True, False):
-            got = row_losses(peft, rows, token_budget=budget, adapters=(False, True), share_prefix=share)
+            got = row_losses(peft, rows, token_budget=budget, adapters=(False, True), shortcuts=Shortcuts(prefix=share))
             np.testing.assert_allclose(got.nll[0], base, rtol=FORWARD)
             np.testing.assert_allclose(got.nll[1], adapted, rtol=2 * FORWARD)  # merged weights round once more
     assert got.n_tokens.tolist() == [int(r.supervised.sum()) for r in rows]
@@ -62,7 +66,9 @@ def test_an_adapter_on_the_head_is_off_in_the_pass_of_the_base(changes: dict, ti
     for token_loss in ("ce", "error-norm"):
         both = row_losses(peft, rows, token_budget=200, adapters=(False, True), token_loss=token_loss).nll
         with peft.disable_adapter():
-            base = row_losses(peft, rows, token_budget=200, merge=False, token_loss=token_loss).nll[0]
+            base = row_losses(
+                peft, rows, token_budget=200, shortcuts=Shortcuts(merge=False), token_loss=token_loss
+            ).nll[0]
             if token_loss == "ce":
                 np.testing.assert_allclose(base, one_by_one(peft, rows), rtol=FORWARD)
         np.testing.assert_allclose(both[0], base, rtol=FORWARD)
@@ -76,9 +82,12 @@ def test_merged_weights_leave_the_model_as_it_was() -> None:
     before = {n: p.detach().clone() for n, p in peft.named_parameters()}
     rows = random_rows(5)
     merged = row_losses(peft, rows, token_budget=100, adapters=(True,)).nll
-    plain = row_losses(peft, rows, token_budget=100, adapters=(True,), merge=False).nll
+    plain = row_losses(peft, rows, token_budget=100, adapters=(True,), shortcuts=Shortcuts(merge=False)).nll
     np.testing.assert_allclose(merged, plain, rtol=FORWARD)
-    assert len(merged_weights(peft) or []) == 8
+    merged_layers = merged_weights(peft) or []
+    assert len(merged_layers) == 8
+    for layer, weight, both in merged_layers:  # to rounding, as PEFT merges
+        torch.testing.assert_close(both, weight + layer.get_delta_weight("default"))
     assert all(torch.equal(p, before[n]) for n, p in peft.named_parameters())
     np.testing.assert_allclose(one_by_one(peft, rows), plain[0], rtol=FORWARD)
 
@@ -161,6 +170,15 @@ def test_prefix_groups_are_common_unsupervised_beginnings() -> None:
     assert list(plan([], 100, share=True)) == []
 
 
+def test_common_length_is_that_of_the_longest_common_beginning() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows = [TinyRow(rng.integers(0, 2, int(rng.integers(1, 9))), np.zeros(9, bool)) for _ in range(3)]
+        limit = min(int(rng.integers(0, 9)), *(len(r.input_ids) for r in rows))
+        common = os.path.commonprefix([r.input_ids[:limit].tolist() for r in rows])
+        assert common_length(rows, limit) == len(common)
+
+
 def test_a_prefix_saves_tokens() -> None:
     rows = random_rows(32, seed=8, prefix=20)
     made = [packing.pack(rows, index, packed=True, prefix=p, trim=True) for index, p in plan(rows, 400, share=True)]
@@ -191,7 +209,7 @@ def test_the_written_out_pass_gives_the_model_s_own_numbers(architecture: str) -
     assert passes is not None and len(passes) == 2
     for budget in (40, 300):
         got = row_losses(model, rows, token_budget=budget, adapters=(False, True))
-        own = row_losses(model, rows, token_budget=budget, adapters=(False, True), written=False)
+        own = row_losses(model, rows, token_budget=budget, adapters=(False, True), shortcuts=Shortcuts(written=False))
         np.testing.assert_allclose(got.nll, own.nll, rtol=FORWARD)
 
 

@@ -1,4 +1,4 @@
-"""Reading verdicts, and a local endpoint that fails, rate-limits and lies."""
+"""Judging by a local endpoint that fails, rate-limits and lies."""
 
 from __future__ import annotations
 
@@ -10,95 +10,28 @@ import numpy as np
 import pytest
 
 from keepset.errors import KeepsetError
-from keepset.judging.judge import Comparison, HttpJudge, parse_verdict
-
-A, B, TIE, NONE = 1.0, 0.0, 0.5, None
-REPLIES = [
-    ("Verdict: A", A),
-    ("Verdict: B", B),
-    ("Verdict: tie", TIE),
-    ("verdict: a", A),
-    ("VERDICT: B.", B),
-    ("**Verdict: B**", B),
-    ("**Verdict:** A", A),
-    ("Verdict: **A**", A),
-    ("Verdict: `B`", B),
-    ("Verdict: [A]", A),
-    ("Verdict: (B)", B),
-    ("Verdict: \"A\"", A),
-    ("Verdict - B", B),
-    ("Verdict = A", A),
-    ("Verdict:\nB", B),
-    ("Verdict: Answer A", A),
-    ("Verdict: answer_B", B),
-    ("Verdict: Response B is better", B),
-    ("The verdict is A.", A),
-    ("Final answer: B", B),
-    ("Winner: A", A),
-    ("[[A]]", A),
-    ("[[B]]", B),
-    ("[[C]]", TIE),
-    ("My final verdict is: [[ b ]]", B),
-    ("Answer A is longer, Answer B is right. [[B]]", B),
-    ("[[A]] at first sight, but on reflection [[B]]", NONE),
-    ("A", A),
-    ("B.", B),
-    (" **b** ", B),
-    ("Answer A", A),
-    ("tie", TIE),
-    ("Tie.", TIE),
-    ("Verdict: tied", TIE),
-    ("Verdict: both", TIE),
-    ("Verdict: neither", TIE),
-    ("Verdict: draw", TIE),
-    ("Answer A is wordy. Answer B is to the point.\n\nVerdict: B", B),
-    ("Verdict: A\n\nBecause answer B does not answer the question.", A),
-    ("One might say Verdict: A. But it is wrong.\nVerdict: B", B),
-    ("Verdict: A or B", NONE),
-    ("Verdict: A/B", NONE),
-    ("Answer A is better than the other.", A),
-    ("Answer B is clearly the better one.", B),
-    ("I would prefer answer B here", B),
-    ("Answer A is better in style, Answer B is better in content.", NONE),
-    ("A is a letter of the alphabet and so is B.", NONE),
-    ("I can't decide without more context.", NONE),
-    ("", NONE),
-    ("   \n ", NONE),
-    ("<think>Verdict: A? no, B is better</think>\nVerdict: B", B),
-    ("<think>Verdict: A, I think, but", NONE),
-    ("As an AI model I cannot compare.", NONE),
-    ("Verdict: Apple", NONE),
-    ("Both answers are bad.", NONE),
-    ("判定：A", NONE),
-    ("{\"verdict\": \"A\"}", A),
-    ("Step 1: read.\nStep 2: compare.\nB", B),
-    ("Answer: Both fine\nVerdict: Tie", TIE),
-]  # fmt: skip
+from keepset.judging.endpoint import Endpoint
+from keepset.judging.judge import Comparison, HttpJudge
 
 
-def test_there_are_at_least_fifty_awkward_replies():
-    assert len(REPLIES) >= 50
-
-
-@pytest.mark.parametrize(("reply", "verdict"), REPLIES)
-def test_parsing(reply, verdict):
-    assert parse_verdict(reply) == verdict
-
-
-class Endpoint:
+class Server:
     """A chat-completions server on 127.0.0.1 whose behaviour a test scripts."""
 
     def __init__(self, behave):
-        self.seen, self.keys, lock = [], [], threading.Lock()
-        endpoint = self
+        self.seen, self.keys, self.elsewhere, lock = [], [], [], threading.Lock()
+        server = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                with lock:
+                    server.elsewhere.append(self.path)
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
-                    endpoint.seen.append(body)
-                    endpoint.keys.append(self.headers.get("Authorization"))
-                    number = len(endpoint.seen)
+                    server.seen.append(body)
+                    server.keys.append(self.headers.get("Authorization"))
+                    number = len(server.seen)
                 answer = behave(number, body)
                 status, payload, headers = answer if isinstance(answer, tuple) else (200, answer, {})
                 data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
@@ -140,14 +73,14 @@ def honest(body):
 ITEMS = [Comparison("q1", "good", "bad"), Comparison("q2", "bad {first}", "good"), Comparison("q3", "bad", "worse")]
 
 
-def judge(endpoint, **options):
+def judge(server, cache=None, price=(0.0, 0.0), workers=1, **options):
     slept = []
-    made = HttpJudge(endpoint.url, "m", **{"workers": 1, "pause": 0.1, "sleep": slept.append, **options})
-    return made, slept
+    endpoint = Endpoint(server.url, "m", **{"pause": 0.1, "sleep": slept.append, **options})
+    return HttpJudge(endpoint, cache=cache, price=price, workers=workers), slept
 
 
 def test_both_orders_cost_and_cache(tmp_path):
-    with Endpoint(lambda n, body: says("Verdict: " + honest(body))) as endpoint:
+    with Server(lambda n, body: says("Verdict: " + honest(body))) as endpoint:
         made, _ = judge(endpoint, cache=tmp_path / "c" / "judge.jsonl", price=(10.0, 20.0), workers=3)
         got = made.compare(ITEMS)
         assert got.preference.tolist() == [1, 0, 0.5] and got.consistency == 1 and got.first_share == 0.5
@@ -165,7 +98,7 @@ def test_both_orders_cost_and_cache(tmp_path):
 
 
 def test_position_bias_is_seen_and_cancelled():
-    with Endpoint(lambda n, body: says("Verdict: A")) as endpoint:
+    with Server(lambda n, body: says("Verdict: A")) as endpoint:
         got = judge(endpoint)[0].compare(ITEMS)
     assert got.preference.tolist() == [0.5] * 3 and got.first_share == 1 and got.consistency == 0
 
@@ -182,7 +115,7 @@ def test_failures_and_rate_limits_are_waited_out():
             return 200, {"choices": []}, {}
         return says("Verdict: " + honest(body))
 
-    with Endpoint(behave) as endpoint:
+    with Server(behave) as endpoint:
         made, slept = judge(endpoint)
         got = made.compare(ITEMS[:1])
     assert got.preference.tolist() == [1] and got.requests == 6
@@ -191,7 +124,7 @@ def test_failures_and_rate_limits_are_waited_out():
 
 
 def test_gives_up_and_keeps_what_was_judged(tmp_path):
-    with Endpoint(lambda n, body: says("Verdict: A") if n <= 2 else (503, b"", {})) as endpoint:
+    with Server(lambda n, body: says("Verdict: A") if n <= 2 else (503, b"", {})) as endpoint:
         made, slept = judge(endpoint, cache=tmp_path / "j.jsonl", tries=3)
         with pytest.raises(KeepsetError, match="gave up after 3 tries, the last: HTTP 503"):
             made.compare(ITEMS)
@@ -200,7 +133,7 @@ def test_gives_up_and_keeps_what_was_judged(tmp_path):
 
 def test_a_refusal_is_not_retried(monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-key")
-    with Endpoint(lambda n, body: (401, b'{"error": "bad key"}', {})) as endpoint:
+    with Server(lambda n, body: (401, b'{"error": "bad key"}', {})) as endpoint:
         made, slept = judge(endpoint, key_variable="MY_KEY")
         with pytest.raises(KeepsetError, match="refused .401.*bad key") as caught:
             made.compare(ITEMS)
@@ -208,23 +141,23 @@ def test_a_refusal_is_not_retried(monkeypatch):
 
 
 def test_nothing_listens_and_odd_addresses():
-    made = HttpJudge("http://127.0.0.1:9", "m", tries=2, workers=1, sleep=lambda s: None, timeout=2)
+    made = HttpJudge(Endpoint("http://127.0.0.1:9", "m", tries=2, sleep=lambda s: None, timeout=2), workers=1)
     with pytest.raises(KeepsetError, match="gave up after 2 tries"):
         made.compare(ITEMS[:1])
     with pytest.raises(KeepsetError, match="not an http"):
-        HttpJudge("file:///etc", "m", tries=1).compare(ITEMS[:1])
+        HttpJudge(Endpoint("file:///etc", "m", tries=1)).compare(ITEMS[:1])
 
 
 def test_unreadable_replies_are_asked_again_and_then_counted():
     def rambling(n, body):
         return says("Hmm, hard to say.") if "q1" in body["messages"][0]["content"] else says("Verdict: " + honest(body))
 
-    with Endpoint(rambling) as endpoint:
+    with Server(rambling) as endpoint:
         got = judge(endpoint, tries=3)[0].compare(ITEMS)
     assert np.isnan(got.preference[0]) and got.preference[1:].tolist() == [0, 0.5]
     assert got.unreadable == 2 and got.requests == 2 * 3 + 4
     assert {b["temperature"] for b in endpoint.seen} == {0.0, 0.7}
-    with Endpoint(lambda n, body: says("Hm." if n % 2 else "Verdict: " + honest(body))) as endpoint:
+    with Server(lambda n, body: says("Hm." if n % 2 else "Verdict: " + honest(body))) as endpoint:
         got = judge(endpoint)[0].compare(ITEMS)
     assert got.preference.tolist() == [1, 0, 0.5] and got.unreadable == 0
 
@@ -239,7 +172,7 @@ def test_lies_about_usage_and_content():
             reply["choices"][0]["message"]["content"] = None
         return reply
 
-    with Endpoint(behave) as endpoint:
+    with Server(behave) as endpoint:
         got = judge(endpoint)[0].compare(ITEMS)
     assert got.preference.tolist() == [1, 0, 0.5] and got.prompt_tokens == 0 and got.cost == 0
 
@@ -252,7 +185,7 @@ def test_a_slow_endpoint_times_out():
             release.wait(5)
         return says("Verdict: " + honest(body))
 
-    with Endpoint(behave) as endpoint:
+    with Server(behave) as endpoint:
         got = judge(endpoint, timeout=0.3)[0].compare(ITEMS[:1])
         release.set()
     assert got.preference.tolist() == [1] and got.requests == 3
@@ -266,7 +199,7 @@ def test_an_endpoint_that_hangs_is_given_up_and_the_rest_asked_later(tmp_path):
             release.wait(20)
         return says("Verdict: " + honest(body))
 
-    with Endpoint(behave) as endpoint:
+    with Server(behave) as endpoint:
         made, slept = judge(endpoint, timeout=0.2, tries=3, cache=tmp_path / "j.jsonl")
         with pytest.raises(KeepsetError, match="gave up after 3 tries, the last: TimeoutError: timed out") as caught:
             made.compare(ITEMS)
@@ -279,15 +212,47 @@ def test_an_endpoint_that_hangs_is_given_up_and_the_rest_asked_later(tmp_path):
         assert (again.cached, again.requests, len(endpoint.seen) - asked) == (2, 4, 4)
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_and_the_prompt_go_nowhere_else(status, monkeypatch):
+    """urllib follows 301 to 303 and takes the Authorization header along, to any host."""
+    monkeypatch.setenv("MY_KEY", "secret-key")
+    with Server(lambda n, body: says("Verdict: A")) as other:
+        there = other.url.replace("127.0.0.1", "localhost") + "/chat/completions"
+        with Server(lambda n, body: (status, b"", {"Location": there})) as server:
+            made, slept = judge(server, key_variable="MY_KEY")
+            with pytest.raises(KeepsetError, match=f"redirects .{status}. to {there}; name the address") as caught:
+                made.compare(ITEMS)
+        assert len(server.seen) == 1 and server.keys == ["Bearer secret-key"] and not slept
+        assert other.seen == other.elsewhere == [] and "secret" not in str(caught.value)
+
+
+def test_replies_that_are_no_http_or_nest_too_deep_are_asked_for_again():
+    import socket
+
+    def once(listener):
+        with listener.accept()[0] as connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"hello\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=once, args=(listener,), daemon=True).start()
+        endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", tries=1)
+        with pytest.raises(KeepsetError, match="gave up after 1 tries, the last: BadStatusLine"):
+            endpoint.ask("q", 0.0)
+    with Server(lambda n, body: b"[" * 200_000 if n == 1 else says("Verdict: A")) as server:
+        assert judge(server)[0].compare(ITEMS[:1]).requests == 3
+
+
+@pytest.mark.parametrize("status", [200, 401])
 @pytest.mark.parametrize("flood", [False, True])
-def test_an_endpoint_that_drips_or_floods_is_given_up(flood, monkeypatch):
+def test_an_endpoint_that_drips_or_floods_is_given_up(flood, status, monkeypatch):
     """Each byte comes in time, the reply never ends; or it is larger than any verdict."""
-    monkeypatch.setattr("keepset.judging.judge.LARGEST_REPLY", 1 << 16)
+    monkeypatch.setattr("keepset.judging.endpoint.LARGEST_REPLY", 1 << 16)
     stop = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            self.send_response(200)
+            self.send_response(status)
             self.end_headers()
             while not stop.wait(0 if flood else 0.05):
                 try:
@@ -301,7 +266,7 @@ def test_an_endpoint_that_drips_or_floods_is_given_up(flood, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    made = HttpJudge(url, "m", workers=1, tries=2, timeout=0.3, sleep=lambda seconds: None)
+    made = HttpJudge(Endpoint(url, "m", tries=2, timeout=0.3, sleep=lambda seconds: None), workers=1)
     with pytest.raises(
         KeepsetError, match="gave up after 2 tries, the last: " + ("ValueError" if flood else "Timeout")
     ):

@@ -4,13 +4,21 @@ import math
 
 import pytest
 
-from keepset.judging.pairs import ScoredAnswers, best_against_worst, group_answers, shp_answers
+from keepset.judging.pairs import (
+    AnswerColumns,
+    PairRule,
+    PreferencePair,
+    ScoredAnswers,
+    best_against_worst,
+    group_answers,
+    shp_answers,
+)
 
 
-def one(answers, scores, **options):
-    rows, skipped = best_against_worst([ScoredAnswers("q", answers, scores, "t")], **options)
-    assert len(rows) + len(skipped) == 1
-    return (rows[0]["chosen"], rows[0]["rejected"]) if rows else skipped[0].reason
+def one(answers, scores, **rule):
+    pairs, skipped = best_against_worst([ScoredAnswers("q", answers, scores, "t")], PairRule(**rule))
+    assert len(pairs) + len(skipped) == 1
+    return (pairs[0].chosen, pairs[0].rejected) if pairs else skipped[0].reason
 
 
 def test_best_against_worst():
@@ -44,7 +52,7 @@ def test_length_matched():
 def test_grouping():
     rows = [{"q": "1", "a": "x", "s": 3, "site": "c"}, {"q": "2", "a": "y", "s": 1, "site": "c"},
             {"q": "1", "a": "z", "s": "7", "site": "c"}]  # fmt: skip
-    got = group_answers(rows, prompt="q", answer="a", score="s", task="site")
+    got = group_answers(rows, AnswerColumns("q", "a", "s", "site"))
     assert [(g.prompt, g.answers, g.scores, g.task) for g in got] == [
         ("1", ["x", "z"], [3.0, 7.0], "c"), ("2", ["y"], [1.0], "c"),
     ]  # fmt: skip
@@ -54,7 +62,5 @@ def test_grouping():
     ]
     found = shp_answers(shp)
     assert found == [ScoredAnswers("h", ["p", "q", "r"], [9.0, 2.0, 12.0], "d")]
-    rows, _ = best_against_worst(found, min_ratio=3)
-    assert rows == [
-        {"prompt": "h", "chosen": "r", "rejected": "q", "chosen_score": 12.0, "rejected_score": 2.0, "task": "d"}
-    ]
+    pairs, _ = best_against_worst(found, PairRule(min_ratio=3))
+    assert pairs == [PreferencePair("h", "r", "q", 12.0, 2.0, "d")]

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 import keepset.methods
+from keepset.features.solvers import ekfac_solve, fisher_coefficients
 from keepset.methods.bm25 import bm25
-from keepset.methods.datainf import datainf
 from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
-from keepset.methods.ekfac import corrected_eigenvalues, ekfac_solve, kronecker_bases
 from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
 from keepset.methods.ifd import ifd
 from keepset.methods.in_run_shapley import in_run_shapley
-from keepset.methods.influence import fisher_coefficients, influence
+from keepset.methods.influence import influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
 from keepset.methods.less import less, tracin
@@ -25,8 +24,10 @@ from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.methods.rose import rose
+from keepset.methods.table import METHODS
 from keepset.methods.tmc_shapley import tmc_shapley
 from keepset.selection.select import select
+from oracles import corrected_eigenvalues, datainf, kronecker_bases
 
 N = 40
 WORDS = "sum apple river add three seven paint minus equals cloud dog cat run code loop".split()
@@ -78,44 +79,45 @@ def ekfac(rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return influence(np.einsum("nab,jab->nj", rows, solved))[0]
 
 
-METHODS = {
+CASES = {
     "random": lambda r: random_(r["ids"], 3),
     "length": lambda r: length(r["n_tokens"]),
     "davir": lambda r: davir(r["ini"], r["ref"]),
-    "davir_ref": lambda r: davir_ref(r["ini"], r["ref"]),
-    "rho_sum": lambda r: rho(r["ini"], r["ref"]),
-    "rho_mean": lambda r: rho(r["ini"], r["ref"], r["n_tokens"], form="mean"),
+    "davir-ref": lambda r: davir_ref(r["ini"], r["ref"]),
+    "rho-sum": lambda r: rho(r["ini"], r["ref"]),
+    "rho-mean": lambda r: rho(r["ini"], r["ref"], r["n_tokens"], form="mean"),
     "ifd": lambda r: ifd(r["ini"], r["ref"], r["n_tokens"]),
-    "perplexity_low": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="low"),
-    "perplexity_mid": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="mid"),
-    "perplexity_high": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="high"),
-    "loss_mean": lambda r: loss(r["ini"], r["n_tokens"]),
-    "loss_sum_low": lambda r: loss(r["ini"], r["n_tokens"], form="sum", prefer="low"),
+    "perplexity low": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="low"),
+    "perplexity mid": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="mid"),
+    "perplexity high": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="high"),
+    "loss mean": lambda r: loss(r["ini"], r["n_tokens"]),
+    "loss-ref sum, low": lambda r: loss(r["ini"], r["n_tokens"], form="sum", prefer="low"),
     "el2n": lambda r: el2n(r["ini"], r["n_tokens"]),
-    "grand": lambda r: grand(r["norms"].T),
+    "grad-norm": lambda r: grand(r["norms"].T),
     "forgetting": lambda r: forgetting(r["losses"].T),
     "rose": lambda r: rose(swap(r["dots"]), r["norms"].T, LR)[0],
     "less": lambda r: less(swap(r["dots"]), r["norms"].T, LR, reduce="mean")[0],
+    "grad-cosine": lambda r: less(swap(r["dots"]), r["norms"].T)[0],
     "tracin": lambda r: tracin(swap(r["dots"]), LR)[0],
     "influence": lambda r: influence(r["dots"][:, 0])[0],
-    "influence_fisher": lambda r: fisher(r["vectors"], VECTORS),
+    "influence fisher": lambda r: fisher(r["vectors"], VECTORS),
     "ekfac": lambda r: ekfac(r["layers"], LAYERS),
-    "tmc_shapley": lambda r: tmc_shapley(N, lambda some: float(r["ini"][some].sum()), permutations=4).values,
+    "tmc-shapley": lambda r: tmc_shapley(N, lambda some: float(r["ini"][some].sum()), permutations=4).values,
     "datainf": lambda r: datainf(list(swap(r["layers"])), list(swap(LAYERS))).mean(axis=1),
     "bm25": lambda r: bm25(list(r["text"]), QUERIES, TASKS)[0],
     "dsir": lambda r: dsir(list(r["text"]), QUERIES, gumbel=False)[0],
-    "dsir_tasks": lambda r: dsir(list(r["text"]), QUERIES, TASKS, gumbel=False, per_token=True, hash="fast")[0],
+    "dsir tasks": lambda r: dsir(list(r["text"]), QUERIES, TASKS, gumbel=False, per_token=True, hash="fast")[0],
     "rds": lambda r: rds(r["vectors"], VECTORS, TASKS)[0],
-    "rds_query": lambda r: rds(r["vectors"], VECTORS, TASKS, per="query", reduce="mean")[0],
-    "knn_shapley": lambda r: knn_shapley(r["vectors"], VECTORS, TASKS, k=3)[0],
-    "in_run_shapley": lambda r: in_run_shapley(swap(r["dots"]), LR, (r["norms"] > 2).T, swap(r["dots"]) ** 2)[0],
+    "rds+ query": lambda r: rds(r["vectors"], VECTORS, TASKS, per="query", reduce="mean")[0],
+    "knn-shapley": lambda r: knn_shapley(r["vectors"], VECTORS, TASKS, k=3)[0],
+    "in-run-shapley": lambda r: in_run_shapley(swap(r["dots"]), LR, (r["norms"] > 2).T, swap(r["dots"]) ** 2)[0],
 }
-each = pytest.mark.parametrize("name", METHODS)
+each = pytest.mark.parametrize("name", CASES)
 
 
 @each
 def test_one_finite_float_a_row(name):
-    scores = METHODS[name](pool())
+    scores = CASES[name](pool())
     assert scores.shape == (N,) and scores.dtype == np.float64 and np.isfinite(scores).all()
 
 
@@ -123,35 +125,39 @@ def test_one_finite_float_a_row(name):
 def test_permuting_the_pool_permutes_the_scores(name):
     rows, order = pool(), np.random.default_rng(1).permutation(N)
     shuffled = {key: values[order] for key, values in rows.items()}
-    np.testing.assert_allclose(METHODS[name](shuffled), METHODS[name](rows)[order], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(CASES[name](shuffled), CASES[name](rows)[order], rtol=1e-12, atol=1e-12)
 
 
 @each
 def test_the_same_again_and_inputs_untouched(name):
     rows = pool()
-    first = METHODS[name](rows)
-    np.testing.assert_array_equal(first, METHODS[name](rows))
+    first = CASES[name](rows)
+    np.testing.assert_array_equal(first, CASES[name](rows))
     for key, values in pool().items():
         np.testing.assert_array_equal(values, rows[key])
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "random"])
 def test_duplicates_tie(name):
-    scores = METHODS[name](pool())
+    scores = CASES[name](pool())
     assert scores[0] == pytest.approx(scores[1], rel=1e-12, abs=1e-12)
     assert len(np.unique(scores.round(12))) > 3  # and not because all rows tie
 
 
 @each
 def test_scores_follow_the_data(name):
-    assert not np.array_equal(METHODS[name](pool(0)), METHODS[name](pool(1)))
+    assert not np.array_equal(CASES[name](pool(0)), CASES[name](pool(1)))
 
 
 @each
 def test_choosing_all_rows_returns_each_once(name):
     rows = pool()
-    chosen = select(METHODS[name](rows), rows["ids"], ("rows", N))
+    chosen = select(CASES[name](rows), rows["ids"], ("rows", N))
     assert sorted(chosen) == list(range(N))
+
+
+def test_every_method_has_a_case():
+    assert {name.split()[0] for name in CASES} == set(METHODS)
 
 
 def test_seeds_draw_differently_and_copies_of_a_row_are_separate_draws():
@@ -179,7 +185,7 @@ def test_no_method_touches_torch_or_files():
 
 def test_every_method_states_its_source():
     folder = Path(keepset.methods.__file__).parent
-    shared = {"__init__.py", "table.py", "gradient.py", "tasks.py", "random_.py"}
+    shared = {"__init__.py", "table.py", "gradient.py", "method.py", "tasks.py", "random_.py"}
     for path in folder.glob("*.py"):
         if path.name not in shared:
             doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from keepset.methods.datainf import datainf, datainf_solve
-from keepset.methods.ekfac import corrected_eigenvalues, ekfac_solve, kronecker_bases
-from keepset.methods.influence import cg_solve, dense_solve, influence
+from keepset.features.solvers import cg_solve, ekfac_solve
+from keepset.methods.influence import influence
+from oracles import corrected_eigenvalues, datainf, datainf_solve, dense_solve, kronecker_bases
 
 L2 = 0.05
 
@@ -95,10 +95,6 @@ def test_datainf_is_its_definition_and_exact_for_one_row():
     lam = 0.1 * (one[0] ** 2).sum() / 5
     exact = dense_solve(one[0].T @ one[0], v[0], damping=lam)
     np.testing.assert_allclose(datainf_solve(v[:1], one)[0], exact, rtol=1e-9)
-    with pytest.raises(ValueError, match="layer 1 has no gradient"):
-        datainf_solve(v, [g[0], np.zeros((12, 3))])
-    with pytest.raises(ValueError, match="1 layers of targets but 2"):
-        datainf_solve(v[:1], g)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from keepset.methods.datainf import datainf
-from keepset.methods.ekfac import corrected_eigenvalues, ekfac_solve, kronecker_bases
+from keepset.features.solvers import ekfac_solve, fisher_coefficients
 from keepset.methods.in_run_shapley import in_run_shapley
-from keepset.methods.influence import dense_solve, fisher_coefficients, influence
+from keepset.methods.influence import influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.less import less, tracin
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.methods.rose import rose
 from keepset.methods.tmc_shapley import tmc_shapley
+from oracles import corrected_eigenvalues, datainf, dense_solve, kronecker_bases
 
 N, D = 400, 64
 RNG = np.random.default_rng(0)

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepset.methods.less import less, tracin
-from keepset.methods.rds import rds
 from keepset.methods.rose import checkpoint_parts, checkpoint_weights, rose
 from keepset.methods.tasks import reduce_queries, reduce_tasks, task_columns
 from keepset.selection.select import select
@@ -181,20 +180,3 @@ def test_queries_reduce_to_ragged_tasks(tasks, how):
         part = values[:, [t == name for t in tasks]]
         np.testing.assert_allclose(reduced[:, j], part.max(axis=1) if how == "max" else part.mean(axis=1))
     np.testing.assert_allclose(reduce_tasks(reduced, "mean"), reduced.mean(axis=1))
-
-
-def test_rds_is_a_loop_over_rows_and_blocks_do_not_matter():
-    rng = np.random.default_rng(0)
-    pool, queries, tasks = rng.normal(size=(9, 4)), rng.normal(size=(5, 4)), ["x", "y", "x", "y", "y"]
-    expected = []
-    for h in pool:
-        cosines = {}
-        for q, t in zip(queries, tasks, strict=True):
-            cosines.setdefault(t, []).append(h @ q / np.linalg.norm(h) / np.linalg.norm(q))
-        expected.append(max(np.mean(v) for v in cosines.values()))
-    for block in (1, 4, 100):
-        np.testing.assert_allclose(rds(pool, queries, tasks, block=block)[0], expected, rtol=1e-12)
-    assert rds(pool, queries, tasks, per="query")[1].shape == (9, 5)
-    assert np.isnan(rds(np.zeros((1, 4)), queries, tasks)[0])[0]
-    with pytest.raises(ValueError, match="don't fit"):
-        rds(pool, queries, tasks[:2])

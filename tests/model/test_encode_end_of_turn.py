@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from chat_templates import TEMPLATES, chat, encoder_for
 from keepset.errors import DataError, RecipeError
-from keepset.methods.table import score
 from keepset.model.encode import Encoded, content_only
+from keepset.pipeline.score import score
 from keepset.recipe import MethodSpec
 from keepset.stages.job import Job
 from tiny_recipe import quiet, recipe

@@ -21,7 +21,6 @@ from keepset.model.encode import Encoder, RowRefused, encode_all, what_is_lost
 from keepset.recipe import ModelSpec
 from keepset.report.inspect import inspect_data, print_inspection
 
-END = "<|im_end|>\n"
 HEAD = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] != 'assistant' %}"
 CUTS = HEAD + (  # DeepSeek: all answers lose their thinking
     "{{ m['content'] }}{% else %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}{% endif %}"

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from keepset.errors import RecipeError
-from keepset.methods.table import score
 from keepset.pipeline.choose import choose
+from keepset.pipeline.score import score
 from keepset.recipe import MethodSpec, parse_recipe
 from keepset.stages.job import Job
 

@@ -11,8 +11,8 @@ pytest.importorskip("trl")
 
 from keepset.errors import RecipeError
 from keepset.pipeline import run_recipe
+from keepset.pipeline.price import final_work
 from keepset.recipe import parse_recipe
-from keepset.stages.counts import final_work
 from keepset.stages.job import Job
 from tiny_recipe import quiet, recipe, write_lines
 
@@ -33,7 +33,7 @@ def test_it_is_trained_evaluated_and_compared_at_no_price(model_folder, data, tm
     meta = json.loads((tmp_path / "models/dpo-direct-seed0/done.json").read_text())
     assert meta["inputs"]["args"]["loss"] == "dpo"
     logged = [e["flops"] for e in Job(made, console=quiet()).run.costs() if "dpo-direct" in e["stage"] and "flops" in e]
-    counted = [w.flops for w in final_work(Job(made, console=quiet())) if w.methods == "dpo-direct"]
+    counted = [w.flops for w in final_work(Job(made, console=quiet())).works if w.methods == "dpo-direct"]
     assert sum(counted) == pytest.approx(sum(logged))
     again = quiet()
     run_recipe(made, console=again, out=quiet())

@@ -10,11 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from keepset.errors import DataError, PlanMismatch, RecipeError
-from keepset.methods.table import METHODS, score
+from keepset.methods.table import METHODS
+from keepset.pipeline import run_recipe
 from keepset.pipeline.choose import choose
 from keepset.pipeline.compare import compare
-from keepset.pipeline.run import evaluated_cells, run_recipe
+from keepset.pipeline.run import evaluated_cells
+from keepset.pipeline.score import score
 from keepset.recipe import MethodSpec, load_recipe
+from keepset.runfolder.records import Items
 from keepset.stages.job import Job
 from tiny_recipe import TRAIN, quiet, recipe
 
@@ -74,7 +77,7 @@ def test_compare_alone_keeps_the_tables_order_and_numbers(finished):
     job = Job(made, console=quiet())
     again = compare(job, evaluated_cells(job))
     assert (run_dir / "comparison.json").read_bytes() == before
-    assert [e["label"] for e in again["summary"]] == ["base", "rose", "less", "davir", "random", "longest", "full"]
+    assert [e.label for e in again.summary] == ["base", "rose", "less", "davir", "random", "longest", "full"]
 
 
 def test_comparison_holds_methods_against_random(finished):
@@ -228,7 +231,7 @@ def test_strict_stops_at_the_first_bad_row(model_folder, data, tmp_path):
 
 
 def test_a_nan_score_never_ranks(finished, model_folder, data, monkeypatch):
-    import keepset.methods.table as scoring
+    from keepset.methods import random_ as scoring
 
     run_dir, _, _ = finished
     job = Job(recipe(model_folder, data, run_dir), console=quiet())
@@ -263,8 +266,8 @@ def test_other_held_out_rows_order_or_names_are_evaluated_anew(model_folder, dat
     def measure(job, learner, weights):
         measured.append(1)
         n = [len(learner.eval_pairs[0]), len(learner.eval_rows[0])]
-        one = {f"pair.{k}": np.ones(n[0]) for k in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
-        return one | {"row.nll": np.ones(n[1]), "row.n_tokens": np.ones(n[1])}, None
+        pairs = {k: np.ones(n[0]) for k in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
+        return Items(pairs, rows={"nll": np.ones(n[1]), "n_tokens": np.ones(n[1])}), None
 
     monkeypatch.setattr(finals, "measure", measure)
     monkeypatch.setattr(finals, "summarise", lambda *a: {})

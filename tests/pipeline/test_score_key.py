@@ -11,10 +11,10 @@ import pytest
 from pydantic import BaseModel
 from rich.console import Console
 
-from keepset.methods.table import METHODS, options_of
-from keepset.pipeline.run import scored
-from keepset.pipeline.score_key import score_key
-from keepset.recipe import MethodSpec, Recipe, parse_recipe, set_key
+from keepset.keys import set_key
+from keepset.methods.table import METHODS
+from keepset.pipeline.score import score_key, scored
+from keepset.recipe import MethodSpec, Recipe, parse_recipe
 from keepset.stages.job import Job
 from tiny_recipe import recipe
 
@@ -61,7 +61,7 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
     "controls": [({"random_seeds": [7]}, NONE)],
     "train_seeds": [([1, 2], NONE)],
     "strict": [(False, NONE)],
-    "batching": [({"token_budget": 128, "shard_rows": 4, "keep_token_losses": True, "workers": 2}, NONE)],
+    "batching": [({"token_budget": 128, "shard_rows": 4, "workers": 2}, NONE)],
     "gradients.store": [("STORE", GRADIENTS)],
     "gradients.store_dim": [],  # with a store: see below
     "gradients.store_error": [],
@@ -218,13 +218,15 @@ def other_value(value: Any) -> Any:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_option_counts_and_a_default_said_aloud_does_not(name, base, tmp_path):
     job = Job(parse_recipe(base[0] | {"run_dir": str(tmp_path)}), console=Console(quiet=True))
-    options = {k: default for k, (_, default) in options_of(name).items()}
+    options = {k: default for k, (_, default) in METHODS[name].options().items()}
+    pairs = Job(parse_recipe(pairs_pool(base, tmp_path / "pairs")), console=Console(quiet=True))
     plain = score_key(job, MethodSpec(name=name))
     assert score_key(job, MethodSpec(name=name, options=options, label="aloud")) == plain
     for key, value in options.items():
         if key == "embedding_model":  # see below
             continue
-        assert score_key(job, MethodSpec(name=name, options={key: other_value(value)})) != plain, key
+        own, before = (pairs, score_key(pairs, MethodSpec(name=name))) if key == "side" else (job, plain)
+        assert score_key(own, MethodSpec(name=name, options={key: other_value(value)})) != before, key
 
 
 def test_an_embedding_model_s_weights_count_and_the_scoring_model_s_do_not(base, encoder_folder, tmp_path):

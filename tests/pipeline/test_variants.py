@@ -11,38 +11,20 @@ from typer.testing import CliRunner
 
 from keepset.cli import app
 from keepset.errors import PlanMismatch, RecipeError
+from keepset.keys import set_key
 from keepset.pipeline import run_recipe
 from keepset.pipeline.findings import diagnose_comparison, diagnose_shares
-from keepset.pipeline.reference_check import OtherRows, held_out_finding
-from keepset.recipe import parse_recipe, set_key
-from keepset.report.overlap import agreement
+from keepset.pipeline.reference_check import held_out_finding
+from keepset.recipe import parse_recipe
+from keepset.runfolder.records import Comparison, Cost, Entry, Links, SelectionCost, Versus
 from keepset.runfolder.run import Run
 from keepset.stages.job import Job
+from keepset.stages.rows import rows_outside
 from tiny_recipe import TRAIN, quiet, recipe
 from tolerance import FORWARD
 
 FAST = {"target": [], "methods": ["davir", "loss"], "budget": ["10%", "25%"], "evaluate": {}}
 CONTROLS = {"random_seeds": [0], "longest": False, "base": False}
-
-
-def table(scores: list[float | None], n_tokens: list[int] | None = None) -> pa.Table:
-    ids = [f"{i:02d}" for i in range(len(scores))]
-    return pa.table({"id": ids, "score": scores, "n_tokens": n_tokens or [1 + i for i in range(len(scores))]})
-
-
-def test_agreement_by_hand():
-    a = table([9.0, 8.0, 7.0, 1.0, 0.0, None])
-    b = table([8.0, 9.0, 1.0, 7.0, 0.0, 5.0])
-    found = agreement({"a": a, "b": b}, [2, "60%"])
-    assert found["n"] == 5  # the sixth row has no score in one of them
-    assert found["pairs"] == [{"a": "a", "b": "b", "spearman": pytest.approx(0.8), "overlap": {"2": 1.0, "60%": 2 / 3}}]
-    assert found["chance"] == {"2": 0.4, "60%": 0.6}
-    assert found["scorings"]["a"]["mean_tokens_kept"] == {"2": 1.5, "60%": 2.0}
-    assert found["scorings"]["a"]["length_spearman"] == pytest.approx(-1.0)
-    with pytest.raises(RecipeError, match="at least two"):
-        agreement({"a": a})
-    with pytest.raises(RecipeError, match="share 0 rows"):
-        agreement({"a": a, "b": a.slice(0, 0)})
 
 
 @pytest.mark.parametrize("pool", ["a", ["a"], [{"path": "a"}]])
@@ -102,7 +84,7 @@ def test_a_variant_takes_the_base_s_losses_from_the_recipe_s_folder(finished):
 
     assert not [s for s in stages(run_dir / "variants/crossfit") if s.startswith("losses (base")]
     own = next(e for e in Run(run_dir).costs() if e["stage"] == "losses (base and reference)")
-    lent = next(e for e in Run(run_dir / "variants/seed-1").costs() if e["stage"] == "losses (base and reference)")
+    lent = next(e for e in Run(run_dir / "variants/seed-1").costs() if e["stage"] == "losses (reference)")
     assert lent["tokens"] * 2 == own["tokens"]  # the reference's pass alone
 
 
@@ -134,10 +116,11 @@ def test_variants_may_be_added_later_and_wrong_ones_are_refused(finished, tmp_pa
     with pytest.raises(PlanMismatch):
         Job(made.model_copy(update={"seed": 5}), console=quiet())
     Job(made, console=quiet())
-    bad = parse_recipe({**made.model_dump(mode="json"), "run_dir": str(tmp_path / "bad"),
-                        "variants": [{"label": "x", "set": {"reference.fold": 2}}]})  # fmt: skip
+    bad = {**made.model_dump(mode="json"), "variants": [{"label": "x", "set": {"reference.fold": 2}}]}
     with pytest.raises(RecipeError, match=r"variants.x: unknown key 'reference.fold'.*folds"):
-        run_recipe(bad, console=quiet(), out=quiet())
+        parse_recipe(bad)
+    with pytest.raises(RecipeError, match=r"variants.x: unknown key 'reference.fold'.*folds"):  # from a run folder
+        run_recipe(parse_recipe({**bad, "run_dir": str(tmp_path / "bad")}, stored=True), console=quiet(), out=quiet())
 
 
 def test_overlap_on_the_command_line(finished):
@@ -175,10 +158,10 @@ def test_the_reference_is_held_against_the_base_on_the_evaluation_s_rows(model_f
 
     learner = Learner(job)
     rows = [*learner.eval_rows[0], *(c for c, _ in learner.eval_pairs[0])]
-    ini, ref, n_tokens = held_out_losses(job, rows)
+    ini, ref, n_tokens = held_out_losses(job, rows_outside(rows))
     assert found["figure"] == pytest.approx((ini - ref).sum() / n_tokens.sum(), abs=1e-3)
     assert ini.shape == (10,) and np.abs(ini - ref).max() > 0
-    names = OtherRows(job, [rows[0], rows[0]]).ids
+    names = rows_outside([rows[0], rows[0]]).ids
     assert names[0] != names[1]
 
 
@@ -213,8 +196,10 @@ def test_shares_by_source_and_category_and_the_kept_length():
      ("loss.heldout", -0.1, 0.2, "no-better-than-random")],
 )  # fmt: skip
 def test_a_comparison_s_findings_know_which_side_is_better(metric, low, high, name):
-    test = {"difference": (low + high) / 2, "low": low, "high": high}
-    found = diagnose_comparison({"summary": [{"kind": "method", "label": "davir", "vs_random": {metric: test}}]})
+    versus = Versus((low + high) / 2, low, high, p=0.5, n=9, win_tie_loss=(3, 3, 3))
+    entry = Entry("davir", "method", "5%", 9, 99, 1, {}, {metric: versus}, Cost(0, 0, 0, 0))
+    selection = SelectionCost(0, 0, 0, None, ())
+    found = diagnose_comparison(Comparison((), (entry,), 0, selection, {}, Links((), ())))
     assert [f.name for f in found] == ([name] if name else [])
 
 
@@ -243,19 +228,15 @@ def test_a_mix_is_held_against_the_random_mix_on_both_sides(model_folder, data, 
     assert "maths" in out.file.getvalue()
 
 
-def test_kept_token_losses_are_read_instead_of_running_the_models(model_folder, data, tmp_path, monkeypatch):
-    from keepset.model import load as models
+def test_the_losses_of_a_row_s_tokens_add_up_to_the_scored_ones(model_folder, data, tmp_path):
     from keepset.report.explain_tokens import token_changes
 
-    batching = {"token_budget": 256, "shard_rows": 8, "keep_token_losses": True}
     more = {**FAST, "methods": ["davir"], "controls": CONTROLS}
     for name, reference in (("plain", TRAIN), ("folds", {**TRAIN, "folds": 2})):
-        made = recipe(model_folder, data, tmp_path / name, **more, batching=batching, reference=reference)
+        made = recipe(model_folder, data, tmp_path / name, **more, reference=reference)
         job = run_recipe(made, console=quiet(), out=quiet())
         scores = job.run.load_table("scores/davir.parquet").to_pydict()
-        with monkeypatch.context() as patch:
-            patch.setattr(models, "load", None)
-            facts = token_changes(job.run.path, scores["id"][3])
+        facts = token_changes(job.run.path, scores["id"][3])
         assert len(facts["tokens"]) == scores["n_tokens"][3]
         assert facts["before"] == pytest.approx(scores["loss_ini"][3], rel=4 * FORWARD)
         assert facts["after"] == pytest.approx(scores["loss_ref"][3], rel=4 * FORWARD)

@@ -11,24 +11,25 @@ from rich.console import Console
 from keepset.data import load_target
 from keepset.pipeline.verdict import budget_curves, loss_against_performance, means_of, pareto, print_verdict
 from keepset.recipe import DataSpec, MethodSpec
+from keepset.runfolder.records import Comparison, Cost, Entry, MeanOverSeeds, Point
 
 
 def entry(label, value, flops, *, kind="method", budget="5%", n_rows=5, loss=1.0):
-    return {
-        "label": label, "kind": kind, "budget": budget, "n_rows": n_rows, "seeds": 1,
-        "metrics": {"accuracy.policy_mean": {"value": value, "low": 0, "high": 1}, "loss.chosen": {"value": loss}},
-        "cost": {"select_flops": flops, "train_flops": 1.0, "select_seconds": 2.0, "train_seconds": 1.0},
-    }  # fmt: skip
+    def mean(value):
+        return MeanOverSeeds(value, 0, 1, n=9, level=0.95, spread=None)
+
+    metrics = {"accuracy.policy_mean": mean(value), "loss.chosen": mean(loss)}
+    return Entry(label, kind, budget, n_rows, 10 * n_rows, 1, metrics, {}, Cost(2.0, flops, 1.0, 1.0))
 
 
 def test_front_is_what_nothing_cheaper_beats():
     summary = [entry("base", 0.5, -1), entry("random", 0.6, 0), entry("rose", 0.7, 10), entry("less", 0.65, 20),
                entry("twin", 0.7, 10), entry("dear", 0.7, 30)]  # fmt: skip
     rows = pareto(summary, "accuracy.policy_mean")
-    assert [r["label"] for r in rows] == ["base", "random", "rose", "twin", "less", "dear"]
-    assert [r["label"] for r in rows if r["front"]] == ["base", "random", "rose", "twin"]
-    assert rows[2]["flops"] == 11 and rows[2]["seconds"] == 3
-    assert [r["label"] for r in pareto(summary, "accuracy.policy_mean", -1) if r["front"]] == ["base"]
+    assert [r.label for r in rows] == ["base", "random", "rose", "twin", "less", "dear"]
+    assert [r.label for r in rows if r.front] == ["base", "random", "rose", "twin"]
+    assert rows[2].flops == 11 and rows[2].seconds == 3
+    assert [r.label for r in pareto(summary, "accuracy.policy_mean", -1) if r.front] == ["base"]
 
 
 def test_curves_over_budgets():
@@ -36,18 +37,21 @@ def test_curves_over_budgets():
     summary += [entry("random", 0.5, 0, kind="random", budget=b, n_rows=n) for b, n in (("5%", 5), ("10%", 10))]
     summary.append(entry("full", 0.8, 0, kind="full", budget="100%", n_rows=100))
     curves = budget_curves(summary, "accuracy.policy_mean")
-    assert {k: [p["value"] for p in v] for k, v in curves.items()} == {"rose": [0.6, 0.7], "random": [0.5, 0.5]}
+    assert {k: [e.metrics["accuracy.policy_mean"].value for e in v] for k, v in curves.items()} == {
+        "rose": [0.6, 0.7],
+        "random": [0.5, 0.5],
+    }
 
 
 def test_loss_against_performance_by_known_ranks():
     def point(model, loss, accuracy):
-        return {"model": model, "metrics": {"loss.chosen": loss, "accuracy.policy_mean": accuracy}}
+        return Point(model, None, {"loss.chosen": loss, "accuracy.policy_mean": accuracy})
 
     # inside each model lower loss is better; over models the one with the higher loss is better
     points = [point("a", 1.0 - 0.1 * k, 0.5 + 0.01 * k) for k in range(3)]
     points += [point("b", 3.0 - 0.1 * k, 0.9 + 0.01 * k) for k in range(3)]
     (found,) = loss_against_performance(points)
-    assert found["n"] == 6 and found["within"] == pytest.approx(-1) and found["spearman"] > 0
+    assert found.n == 6 and found.within == pytest.approx(-1) and found.spearman > 0
     assert loss_against_performance(points[:2]) == []
     assert loss_against_performance([point("a", x, 0.5) for x in range(4)]) == []  # nothing varies
 
@@ -105,8 +109,9 @@ def test_epochs_shots_and_checkpoints_in_a_run(tmp_path):
     models = {p["model"] for p in points}
     assert len(models) == 4 and len(points) == 12
     last = {p["model"]: p for p in points if p["epoch"] == 3}
-    for row in means_of(result["rows"])[1:]:
-        assert last[row["model"]]["metrics"]["loss.chosen"] == pytest.approx(row["metrics"]["loss.chosen"])
+    compared = Comparison.from_json(result, "comparison.json")
+    for point in means_of(compared.rows)[1:]:
+        assert last[point.model]["metrics"]["loss.chosen"] == pytest.approx(point.metrics["loss.chosen"])
     found = {r["metric"]: r for r in result["loss_vs_performance"]["epochs"]}
     assert found["margin.implicit_mean"]["n"] == 12 and -1 <= found["margin.implicit_mean"]["within"] <= 1
     assert {m["n"] for m in result["loss_vs_performance"]["models"]} == {5}
@@ -120,7 +125,7 @@ def test_epochs_shots_and_checkpoints_in_a_run(tmp_path):
     assert not np.allclose(tables["rose"]["score"], tables["rose-1-shot"]["score"])
     assert np.allclose(tables["rose-last"]["score"], tables["rose"]["ckpt1.cosine"])  # one checkpoint: its own cosine
     screen = Console(record=True, width=100, file=open("/dev/null", "w"))
-    print_verdict(result, screen)
+    print_verdict(compared, screen)
     shown = screen.export_text()
     assert "rose-1-shot" in shown and "front" in shown and "over models and their epochs" in shown
     assert "accuracy.policy_mean by task" in shown

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from keepset.errors import KeepsetError
-from keepset.methods.table import score
+from keepset.pipeline.score import score
 from keepset.recipe import parse_recipe
+from keepset.report.explain import write_why
 from keepset.report.explain_pairs import pair_pulls, print_pair_pulls, tell_without
 from keepset.report.payload import build_payload
 from keepset.report.read import read_run
-from keepset.report.why import write_why
 from keepset.runfolder.files import file_digest
 from keepset.runfolder.run import Run
 from keepset.stages.job import Job

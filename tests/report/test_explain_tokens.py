@@ -74,27 +74,3 @@ def test_without_a_reference_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "pool.jsonl").unlink()
     with pytest.raises(KeepsetError, match="the text of row"):
         token_changes(run, first_id(run))
-
-
-def test_kept_losses_of_a_reference_from_elsewhere_are_read(run: Path, tmp_path: Path, monkeypatch) -> None:
-    """The models run once, while scoring; of two kept losses the cross-entropy is told."""
-    from transformers import AutoModelForCausalLM
-
-    from keepset.methods.table import score
-    from keepset.recipe import parse_recipe
-    from keepset.stages.job import Job
-
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    focal = {"name": "davir", "label": "focal", "options": {"token_loss": "focal"}}
-    recipe |= {
-        "run_dir": str(tmp_path), "methods": ["davir", focal], "reference": {"path": str(run / "models/reference")},
-        "batching": {"keep_token_losses": True},
-    }  # fmt: skip
-    made = parse_recipe(recipe)
-    tables = [score(Job(made, console=Console(quiet=True)), spec).to_pylist() for spec in made.methods]
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("ran the models again"))
-    for k in (0, 3):
-        told = token_changes(tmp_path, tables[0][k]["id"])
-        assert told["before"] == pytest.approx(tables[0][k]["loss_ini"], rel=1e-5)
-        assert told["after"] == pytest.approx(tables[0][k]["loss_ref"], rel=1e-5)
-        assert tables[1][k]["loss_ini"] != pytest.approx(tables[0][k]["loss_ini"], rel=1e-3)

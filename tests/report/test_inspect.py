@@ -16,7 +16,7 @@ from rich.console import Console
 from keepset.demo import FOLDER
 from keepset.recipe import ModelSpec
 from keepset.report.inspect import inspect_data, print_inspection
-from keepset.selection.near import near_copies, near_pairs
+from keepset.selection.dedup import near_copies, near_pairs
 
 WORDS = (
     "a river town keeps its small library open while people plan slow walks past mills and farms in the rain".split()

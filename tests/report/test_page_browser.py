@@ -13,7 +13,7 @@ import pytest
 
 from chromium import BINARY, Browser
 from keepset.report import write_report
-from report_fixture import HOSTILE, make_run
+from report_fixture import HOSTILE, make_run, whole_comparison
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BINARY is None, reason="no chromium: apt-get install chromium")]
 
@@ -230,10 +230,10 @@ def test_several_budgets_are_shown_one_at_a_time_and_as_a_curve(browser: Browser
     rows = []
     for budget, k in (("5%", 3), ("20%", 12)):
         for label, kind, value in ((f"rose@{budget}", "method", 0.6 + k / 100), (f"random-0@{budget}", "random", 0.5)):
-            metrics = {"accuracy.policy_mean": {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 40}}
+            mean = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 40, "level": 0.95}
             size = {"budget": budget, "n_rows": k, "n_tokens": 9}
-            rows.append({"label": label, "kind": kind, **size, "seed": 0, "metrics": metrics})
-    (run / "comparison.json").write_text(json.dumps({"rows": rows, "summary": []}))
+            rows.append({"label": label, "kind": kind, **size, "seed": 0, "metrics": {"accuracy.policy_mean": mean}})
+    (run / "comparison.json").write_text(json.dumps(whole_comparison(rows, [])))
     browser.errors.clear()
     browser.open(write_report(run).as_uri())
     browser.settle()

@@ -10,7 +10,7 @@ import pytest
 
 from keepset.errors import KeepsetError, RecipeError
 from keepset.report.plot import write_plots
-from report_fixture import make_run
+from report_fixture import COST, make_run, whole_comparison
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,13 @@ def test_the_same_run_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
 def test_several_budgets_make_a_curve(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path, 40, methods=("rose", "random"))
     summary = [
-        {"label": f"{label}@{budget}", "kind": kind, "budget": budget, "n_rows": n,
-         "metrics": {"loss.chosen": {"value": 2 - n / 100, "low": 1.8 - n / 100, "high": 2.2 - n / 100}}}
+        {"label": f"{label}@{budget}", "kind": kind, "budget": budget, "n_rows": n, "n_tokens": 9, "seeds": 1,
+         "metrics": {"loss.chosen": {"value": 2 - n / 100, "low": 1.8 - n / 100, "high": 2.2 - n / 100, "n": 40,
+                                     "level": 0.95, "spread": None}},
+         "vs_random": {}, "cost": COST}
         for label, kind in (("rose", "method"), ("random", "random")) for budget, n in (("5%", 2), ("20%", 8))
     ]  # fmt: skip
-    (other / "comparison.json").write_text(json.dumps({"rows": [], "summary": summary}))
+    (other / "comparison.json").write_text(json.dumps(whole_comparison([], summary)))
     (curve,) = write_plots(other, formats=("svg",), only=("curve",))
     text = curve.read_text()
     assert curve.name == "curve-loss.chosen.svg" and "rows trained on" in text and ">random<" in text

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sweeping
 from keepset.memory import Count
-from keepset.runfolder.run import Run
 
 IDS = np.array([f"{i:03d}" for i in range(40)], dtype=object)
 KEY = {"s": {"k": 1}}
@@ -23,7 +23,7 @@ def sweep(folder: Path, workers: int, compute=lambda i: i.astype(float), **more)
     def both(indices, missing):
         return {"s": {"x": compute(indices), "pid": np.full(len(indices), os.getpid())}}
 
-    return Run(folder).sweep(KEY, IDS, both, shard_rows=4, workers=workers, **more)["s"]
+    return sweeping.sweep(folder, KEY, IDS, both, shard_rows=4, workers=workers, **more)["s"]
 
 
 @pytest.mark.parametrize("workers", [2, 3, 50])

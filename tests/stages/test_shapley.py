@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("trl")
 
 from keepset.errors import RecipeError
-from keepset.methods.table import score
+from keepset.pipeline.score import score
 from keepset.recipe import MethodSpec
 from keepset.stages import shapley as stages_shapley
 from keepset.stages.job import Job

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from keepset.errors import PlanMismatch
-from keepset.methods.table import score
 from keepset.pipeline.findings import diagnose_scores
-from keepset.stages.counts import selection_work
+from keepset.pipeline.price import selection_work
+from keepset.pipeline.score import score
 from keepset.stages.job import Job
-from keepset.stages.losses import warmup_checkpoints
+from keepset.stages.trained import checkpoints
 from tiny_recipe import quiet, recipe
 from tolerance import MAPPED
 
@@ -50,7 +50,7 @@ def test_a_warm_up_of_another_run_is_taken_as_it_is(first, tmp_path):
     assert "warm-up" not in [w.stage for w in selection_work(job, job.recipe.methods)]
     job = other(first, tmp_path / "last")
     job.recipe.warmup.checkpoints = "last"
-    assert len(warmup_checkpoints(job)) == 1
+    assert len(checkpoints(job)) == 1
 
 
 def test_a_store_is_built_once_and_read_for_the_next_target(first, tmp_path):
@@ -64,7 +64,7 @@ def test_a_store_is_built_once_and_read_for_the_next_target(first, tmp_path):
     finding = next(f for f in diagnose_scores(table, "rose") if f.name == "store-agreement")
     assert finding.figure == pytest.approx(min(table[f"ckpt{c}.store_spearman"][0].as_py() for c in (0, 1)), abs=1e-4)
     costs = [e for e in job.run.costs() if "flops" in e]
-    work = [w for w in selection_work(job, job.recipe.methods) if w.logged]
+    work = [w for w in selection_work(job, job.recipe.methods) if w.ids]
     assert sum(e["flops"] for e in costs) == pytest.approx(sum(w.flops for w in work))
 
     again = other(first, tmp_path / "b", method="less", **options)
@@ -98,7 +98,7 @@ def test_cheaper_gradients_are_those_of_fewer_layers_or_tokens(first, tmp_path, 
     assert not np.allclose(numbers(table), numbers(first[1]))
     costs = [e["flops"] for e in job.run.costs() if e["stage"].startswith("gradients at")]
     full = [e["flops"] for e in first[0].run.costs() if e["stage"].startswith("gradients at")]
-    work = [w.flops for w in selection_work(job, job.recipe.methods) if w.logged.startswith("gradients at")]
+    work = [w.flops for w in selection_work(job, job.recipe.methods) if w.need == "gradients"]
     assert sum(costs) == pytest.approx(sum(work))
     if "last_layers" in gradients:
         assert sum(costs) == pytest.approx(0.75 * sum(full))

@@ -9,10 +9,12 @@ import pytest
 
 from conftest import save_tiny, tiny_tokenizer
 from keepset.errors import DataError, ModelError
-from keepset.judging.judge import Comparison, reward_judge, reward_scores
+from keepset.evaluate.reward import reward_scores
+from keepset.judging.judge import Comparison, RewardJudge
 from keepset.model.encode import Encoder
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train.reward import load_reward, pair_accuracy, train_reward
+from keepset.train.training import Training
 from tolerance import FORWARD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,10 +42,10 @@ def pairs_of(spec, n, seed):
 def test_learns_judges_and_resumes_as_finished(base, tmp_path):
     train, heldout = pairs_of(base, 24, 1), pairs_of(base, 12, 2)
     args = TrainSpec(num_train_epochs=8, learning_rate=1e-2, per_device_train_batch_size=8)
-    found = train_reward(base, LoraSpec(lora_r=4), train, tmp_path / "r", args, heldout=heldout, seed=0)
+    found = train_reward(Training(base, LoraSpec(lora_r=4), args), train, tmp_path / "r", heldout=heldout)
     assert found.train.losses[-1] < 0.2 < found.train.losses[0] and found.heldout["accuracy"]["value"] > 0.9
     assert json.loads((tmp_path / "r" / "heldout.json").read_text()) == found.heldout
-    again = train_reward(base, LoraSpec(lora_r=4), train, tmp_path / "r", args, heldout=heldout, seed=0)
+    again = train_reward(Training(base, LoraSpec(lora_r=4), args), train, tmp_path / "r", heldout=heldout)
     assert again == found
     model, tokenizer = load_reward(base, tmp_path / "r")
     items = [
@@ -51,7 +53,7 @@ def test_learns_judges_and_resumes_as_finished(base, tmp_path):
         Comparison("zz", "ab user", "ab thing"),
         Comparison("z", "x", "x"),
     ]
-    verdicts = reward_judge(model, Encoder(tokenizer, base), items)
+    verdicts = RewardJudge(model, Encoder(tokenizer, base)).compare(items)
     assert verdicts.preference.tolist() == [1, 0, 0.5] and verdicts.consistency == 1
     with pytest.raises(ModelError, match="no reward model"):
         load_reward(base, tmp_path)
@@ -59,7 +61,7 @@ def test_learns_judges_and_resumes_as_finished(base, tmp_path):
 
 def test_scores_do_not_depend_on_batch(base, tmp_path):
     args = TrainSpec(num_train_epochs=1, full=True)
-    train_reward(base, LoraSpec(), pairs_of(base, 4, 1), tmp_path / "r", args, seed=0)
+    train_reward(Training(base, LoraSpec(), args), pairs_of(base, 4, 1), tmp_path / "r")
     model, _ = load_reward(base, tmp_path / "r")
     rows = [side.input_ids for pair in pairs_of(base, 3, 3) for side in pair] + [np.array([5, 6, 7])]
     together, alone = reward_scores(model, rows, batch_size=8), reward_scores(model, rows, batch_size=1)
@@ -71,6 +73,6 @@ def test_scores_do_not_depend_on_batch(base, tmp_path):
 def test_refuses_leaking_heldout_pairs(base, tmp_path):
     pairs = pairs_of(base, 4, 1)
     with pytest.raises(DataError, match="1 of 1 held-out pairs are training pairs"):
-        train_reward(base, LoraSpec(), pairs, tmp_path, TrainSpec(), heldout=pairs[:1], seed=0)
+        train_reward(Training(base, LoraSpec(), TrainSpec()), pairs, tmp_path, heldout=pairs[:1])
     with pytest.raises(DataError, match="no pairs"):
-        train_reward(base, LoraSpec(), [], tmp_path, TrainSpec(), seed=0)
+        train_reward(Training(base, LoraSpec(), TrainSpec()), [], tmp_path)

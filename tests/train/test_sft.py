@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trl
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -17,7 +18,7 @@ from conftest import random_rows, save_tiny, tiny_model, tiny_tokenizer
 from keepset.errors import DataError, ModelError, RecipeError
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
 from keepset.train import sft
-from keepset.train.sft import fit_sft
+from keepset.train.training import Base, Training
 from tolerance import BACKWARD, FORWARD, trained
 
 LORA = LoraSpec(lora_r=2, lora_alpha=4)
@@ -32,10 +33,9 @@ def spec(**changes):
 
 
 def fit(out, rows=None, *, seed=0, lora=LORA, architecture="llama", resume=True, moments=False, **changes):
-    return fit_sft(
-        tiny_model(architecture), tiny_tokenizer(), CPU, lora, random_rows(10) if rows is None else rows, out,
-        spec(**changes), seed=seed, resume=resume, save_each_epoch_with_moments=moments,
-    )  # fmt: skip
+    training = Training(CPU, lora, spec(**changes), seed, moments, resume)
+    base = Base("", lambda: (tiny_model(architecture), tiny_tokenizer()))
+    return sft.train_sft(training, random_rows(10) if rows is None else rows, out, base)
 
 
 def weights(out):
@@ -201,6 +201,12 @@ def test_a_tracker_is_told_every_step(tmp_path, monkeypatch):
         fit(tmp_path / "b", extra={"report_to": ["trackio", "wandb"]})
 
 
+def test_nothing_is_sent(tmp_path, monkeypatch):
+    monkeypatch.setattr(trl.SFTTrainer, "_send_telemetry", lambda trainer: pytest.fail("sent"))
+    fit(tmp_path / "ours", num_train_epochs=1)
+    fit(tmp_path / "trl", num_train_epochs=1, extra={"label_smoothing_factor": 1e-12})
+
+
 def test_bad_rows_and_a_loss_that_explodes(tmp_path):
     with pytest.raises(DataError, match="no rows"):
         fit(tmp_path, [])
@@ -222,7 +228,7 @@ def test_from_a_model_folder_and_back(tmp_path):
     rows = [
         load(base).encoder.encode([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the answer"}])
     ]
-    result = sft.train_sft(base, LORA, rows * 4, tmp_path / "out", spec(num_train_epochs=5), seed=0)
+    result = sft.train_sft(Training(base, LORA, spec(num_train_epochs=5)), rows * 4, tmp_path / "out")
     assert result.losses[-1] < result.losses[0]
     trained = load(base, adapter=tmp_path / "out")
     assert trained.model.peft_config["default"].r == 2
@@ -242,7 +248,7 @@ def test_other_weights_in_the_same_folder_are_trained_anew(kind, tmp_path):
 
     def train(out):
         if kind == "reward":
-            train_reward(base, LORA, pairs, tmp_path / out, args, seed=0)
+            train_reward(Training(base, LORA, args), pairs, tmp_path / out)
         else:
             fit_by(base, LORA, pairs, tmp_path / out, args, seed=0)
         return weights(tmp_path / out)
@@ -263,12 +269,13 @@ sys.path.insert(0, {tests!r})
 import torch
 from conftest import random_rows, tiny_model, tiny_tokenizer, save_tiny
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.train.sft import fit_sft
+from keepset.train.sft import train_sft
+from keepset.train.training import Base, Training
 
 torch.set_num_threads(1)
 args = TrainSpec(num_train_epochs=2, per_device_train_batch_size=2, learning_rate=1e-2)
-fit_sft(tiny_model(), tiny_tokenizer(), ModelSpec(device="cpu"), LoraSpec(lora_r=2, lora_alpha=4), random_rows(8),
-        Path({out!r}), args, seed=0)
+train_sft(Training(ModelSpec(device="cpu"), LoraSpec(lora_r=2, lora_alpha=4), args), random_rows(8), Path({out!r}),
+          Base("", lambda: (tiny_model(), tiny_tokenizer())))
 """
 
 

@@ -15,7 +15,9 @@ from keepset.errors import ModelError
 from keepset.features.adam import load_adam
 from keepset.recipe import LoraSpec, ModelSpec, WarmupSpec
 from keepset.train import sft
-from keepset.train.warmup import linear_schedule_means, list_checkpoints, pick_subset
+from keepset.train.training import Base, Training
+from keepset.train.warmup import list_checkpoints, pick_subset
+from oracles import linear_schedule_means
 
 # The checkpoint weights that LESS's scripts publish (princeton-nlp/LESS @ 8abf962), from 422 steps.
 LESS = [1.6877e-05, 1.2859e-05, 7.7030e-06, 2.5616e-06]
@@ -26,10 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def fit(out, **changes):
     args = WarmupSpec(**{"per_device_train_batch_size": 4, "learning_rate": 1e-2, **changes})
-    return sft.fit_sft(
-        tiny_model(), tiny_tokenizer(), ModelSpec(device="cpu"), LoraSpec(lora_r=2), random_rows(10), out, args,
-        seed=0, save_each_epoch_with_moments=True,
-    )  # fmt: skip
+    training = Training(ModelSpec(device="cpu"), LoraSpec(lora_r=2), args, moments=True)
+    return sft.train_sft(training, random_rows(10), out, Base("", lambda: (tiny_model(), tiny_tokenizer())))
 
 
 def test_subset_depends_on_seed_and_not_on_order():

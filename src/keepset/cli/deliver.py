@@ -9,11 +9,12 @@ import typer
 
 from keepset.cli.options import RunDir, open_job
 from keepset.errors import RecipeError
+from keepset.runfolder import layout
 from keepset.runfolder.files import write_atomic
 
 
 def init(
-    path: Annotated[Path, typer.Argument(help="where to write it")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(help="where to write it")] = Path(layout.RECIPE),
     accelerate: Annotated[
         bool, typer.Option("--accelerate", help="write a config for `accelerate launch` with FSDP instead")
     ] = False,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from keepset.cli.train import AsJson, accuracy_lines, interval, progress
-from keepset.errors import DataError, RecipeError
+from keepset.errors import DataError, ModelError, RecipeError
+from keepset.runfolder import layout
 from keepset.runfolder.files import json_text, write_atomic
+
+if TYPE_CHECKING:
+    from keepset.judging.judge import HttpJudge, RewardJudge
 
 Model = Annotated[str, typer.Option("--model_name_or_path", "--model-name-or-path", help="hub name, folder or `demo`")]
 Reward = Annotated[Path | None, typer.Option("--reward", help="a reward model: what `keepset train reward` wrote")]
@@ -84,27 +89,25 @@ def judge(
 
     import numpy as np
 
-    from keepset.judging.judge import Comparison, reward_judge
+    from keepset.judging.judge import Comparison
     from keepset.judging.win_rate import win_rate
 
+    named = NamedJudge(reward, reward_base, endpoint, judge_model, cache, price)
     ours, theirs = read_outputs(outputs), read_outputs(baseline)
     shared = [i for i in ours if i in theirs]
     if not shared:
         raise DataError(f"{outputs} and {baseline} share no instruction")
     items = [Comparison(i, ours[i], theirs[i]) for i in shared]
-    heldout = None
-    if reward is not None:
-        model, encoder, heldout = open_reward(reward, reward_base)
-        verdicts = reward_judge(model, encoder, items)
-    else:
-        verdicts = open_endpoint(endpoint, judge_model, cache, price).compare(items)
+    opened = named.open_reward() if reward is not None else None
+    verdicts = opened.compare(items) if opened else named.open_endpoint().compare(items)
     kept = np.flatnonzero(np.isfinite(verdicts.preference))
     if not kept.size:
         raise DataError(f"no verdict on any of {len(items)} comparisons could be read")
-    found = win_rate(
+    rates = win_rate(
         verdicts.preference[kept], [len(items[i].answer) for i in kept], [len(items[i].baseline) for i in kept]
     )
-    facts = {"compared": len(kept), "unshared": len(ours) + len(theirs) - 2 * len(shared), **found.as_dict(),
+    heldout = opened.heldout if opened else None
+    facts = {"compared": len(kept), "unshared": len(ours) + len(theirs) - 2 * len(shared), **rates.as_dict(),
              "first_share": verdicts.first_share, "consistency": verdicts.consistency,
              **{k: v for k, v in asdict(verdicts).items() if k not in ("preference", "verdicts")},
              "judge_heldout": heldout}  # fmt: skip
@@ -113,9 +116,9 @@ def judge(
         return
     print(f"win rate over {len(kept)} prompts: {interval(facts['raw'])}; "
           f"length-controlled: {interval(facts['length_controlled'])}")  # fmt: skip
-    print(f"{found.wins} wins, {found.ties} ties, {found.losses} losses; longer in {found.longer:.0%}; "
+    print(f"{rates.wins} wins, {rates.ties} ties, {rates.losses} losses; longer in {rates.longer:.0%}; "
           f"both orders agree in {verdicts.consistency:.0%}")  # fmt: skip
-    if reward is None:
+    if opened is None:
         print(f"{verdicts.requests} requests, {verdicts.cached} from the cache, {verdicts.unreadable} unreadable "
               f"replies, cost {verdicts.cost:.2f}")  # fmt: skip
     for line in accuracy_lines(heldout):
@@ -150,39 +153,34 @@ def pairs(
     Example: keepset pairs answers.jsonl --out pairs.jsonl --min_ratio 3 --length_share 0.2
     """
     from collections import Counter
+    from dataclasses import asdict
 
-    from keepset.judging.pairs import best_against_worst, group_answers, shp_answers
+    from keepset.judging.pairs import AnswerColumns, PairRule, best_against_worst, group_answers, shp_answers
     from keepset.judging.rank import rank_by_comparison, rank_by_reward
 
     rows, judged = read_columns(data), reward is not None or endpoint is not None
+    named = NamedJudge(reward, reward_base, endpoint, judge_model, cache, price)
     try:
-        if shp:
-            items = shp_answers(rows)
-        else:
-            scored = [{**r, score: 0.0} for r in rows] if judged else rows
-            items = group_answers(scored, prompt=prompt, answer=answer, score=score, task=task)
+        items = shp_answers(rows) if shp else group_answers(
+            rows, AnswerColumns(prompt, answer, score, task), scored=not judged
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{data}: a row without {error}; name the columns with --prompt, --answer, --score") from None
-    if judged:
-        prompts, answers = [i.prompt for i in items], [i.answers for i in items]
-        if reward is not None:
-            model, encoder, heldout = open_reward(reward, reward_base)
-            ranked = rank_by_reward(model, encoder, prompts, answers)
-            for line in accuracy_lines(heldout):
-                print(line)
-        else:
-            ranked, said = rank_by_comparison(open_endpoint(endpoint, judge_model, cache, price), prompts, answers)
-            print(f"{said.requests} requests, {said.unreadable} unreadable replies, cost {said.cost:.2f}; "
-                  f"both orders agree in {said.consistency:.0%}")  # fmt: skip
-        items = [type(i)(i.prompt, r.answers, r.scores, i.task) for i, r in zip(items, ranked, strict=True)]
-    found, skipped = best_against_worst(
-        items, min_ratio=min_ratio, min_gap=min_gap, min_best=min_best, length_share=length_share
-    )
-    write_lines(out, found)
-    told = "".join(f", {reason} {n}" for reason, n in Counter(s.reason for s in skipped).most_common())
-    longer = sum(len(str(r["chosen"])) > len(str(r["rejected"])) for r in found)
-    print(f"{out}: {len(items)} prompts = {len(found)} pairs + {len(skipped)} left out{told}; "
-          f"chosen is longer in {longer / max(1, len(found)):.0%}")  # fmt: skip
+    if reward is not None:
+        opened = named.open_reward()
+        items = rank_by_reward(opened, items)
+        for line in accuracy_lines(opened.heldout):
+            print(line)
+    elif judged:
+        items, said = rank_by_comparison(named.open_endpoint(), items)
+        print(f"{said.requests} requests, {said.unreadable} unreadable replies, cost {said.cost:.2f}; "
+              f"both orders agree in {said.consistency:.0%}")  # fmt: skip
+    made, skipped = best_against_worst(items, PairRule(min_ratio, min_gap, min_best, length_share))
+    write_lines(out, [asdict(pair) for pair in made])
+    reasons = "".join(f", {reason} {n}" for reason, n in Counter(s.reason for s in skipped).most_common())
+    longer = sum(len(pair.chosen) > len(pair.rejected) for pair in made)
+    print(f"{out}: {len(items)} prompts = {len(made)} pairs + {len(skipped)} left out{reasons}; "
+          f"chosen is longer in {longer / max(1, len(made)):.0%}")  # fmt: skip
 
 
 def lm_eval(
@@ -202,16 +200,16 @@ def lm_eval(
 
     job = open_job(run_dir)
     learner = Learner(job)
-    wanted = [t for t in tasks.split(",") if t]
-    folder = run_dir / "lm-eval"
+    named = [t for t in tasks.split(",") if t]
+    folder = run_dir / layout.LM_EVAL_FOLDER
     if learner.eval_pairs:
         write_pair_task(folder, "keepset_pairs", learner.encoder.tokenizer, learner.eval_pairs[0])
-        wanted.insert(0, "keepset_pairs")
-    if not wanted:
+        named.insert(0, "keepset_pairs")
+    if not named:
         raise RecipeError("nothing to hand over: the recipe has no held-out pairs and --tasks names no task")
-    base, names = str(resolve(learner.spec)), ",".join(wanted)
+    base, names = str(resolve(learner.spec)), ",".join(named)
     print(command(base, None, names, folder, folder / "base"))
-    for path in sorted((run_dir / "models").glob("*-seed*")):
+    for path in sorted((run_dir / layout.MODELS_FOLDER).glob(layout.seeded("*", "*"))):
         whole = not (path / "adapter_config.json").exists()
         print(command(str(path) if whole else base, None if whole else path, names, folder, folder / path.name))
 
@@ -224,13 +222,13 @@ def read_columns(path: Path) -> list[dict[str, Any]]:
     """
     from keepset.data.readers import open_all
 
-    found = []
+    columns = []
     for opened in open_all(str(path), "train"):
         for item in opened.rows:
             if not isinstance(item, tuple):
                 raise DataError(f"{item.file}:{item.line}: {item.reason}: {item.detail}")
-            found.append(item[2])
-    return found
+            columns.append(item[2])
+    return columns
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -267,30 +265,64 @@ def write_lines(path: Path, rows: list[Any]) -> None:
     write_atomic(path, "".join(json_text(row) + "\n" for row in rows).encode())
 
 
-def open_reward(folder: Path, base: str | None) -> tuple[Any, Any, dict[str, Any] | None]:
-    """A reward model, its encoder, and its accuracy on held-out pairs where that was measured."""
-    from keepset.model.encode import Encoder
-    from keepset.recipe import ModelSpec
-    from keepset.train.reward import load_reward
+@dataclass(frozen=True)
+class NamedJudge:
+    """The judge that a command line names."""
 
-    config = folder / "adapter_config.json"
-    if base is None:
-        base = json.loads(config.read_text())["base_model_name_or_path"] if config.exists() else str(folder)
-    spec = ModelSpec(model_name_or_path=base)
-    progress().print(f"judge: {folder} on {base}", highlight=False)
-    model, tokenizer = load_reward(spec, folder)
-    measured = folder / "heldout.json"
-    return model, Encoder(tokenizer, spec), json.loads(measured.read_text()) if measured.exists() else None
+    reward: Path | None
+    reward_base: str | None
+    endpoint: str | None
+    judge_model: str | None
+    cache: Path | None
+    price: tuple[float, float]
+
+    def open_reward(self) -> RewardJudge:
+        """The reward model in the named folder, with its accuracy on held-out pairs where that was measured.
+
+        Raises:
+            ModelError: no reward model there, or none that names its base.
+        """
+        from keepset.judging.judge import RewardJudge
+        from keepset.model.encode import Encoder
+        from keepset.recipe import ModelSpec
+        from keepset.train.reward import load_reward
+
+        assert self.reward is not None
+        config, base = self.reward / "adapter_config.json", self.reward_base
+        if base is None:
+            base = read_record(config).get("base_model_name_or_path") if config.exists() else str(self.reward)
+        if not isinstance(base, str):
+            raise ModelError(f"{config}: names no base model; give --reward_base")
+        spec = ModelSpec(model_name_or_path=base)
+        progress().print(f"judge: {self.reward} on {base}", highlight=False)
+        model, tokenizer = load_reward(spec, self.reward)
+        measured = self.reward / layout.REWARD_HELDOUT
+        return RewardJudge(model, Encoder(tokenizer, spec), read_record(measured) if measured.exists() else None)
+
+    def open_endpoint(self) -> HttpJudge:
+        """The judge behind the named address.
+
+        Raises:
+            RecipeError: no judge was named.
+        """
+        from keepset.judging.endpoint import Endpoint
+        from keepset.judging.judge import HttpJudge
+
+        if not self.endpoint or not self.judge_model:
+            raise RecipeError("name a judge: --reward FOLDER, or --endpoint URL with --judge_model NAME")
+        return HttpJudge(Endpoint(self.endpoint, self.judge_model), cache=self.cache, price=self.price)
 
 
-def open_endpoint(endpoint: str | None, model: str | None, cache: Path | None, price: tuple[float, float]) -> Any:
-    """The judge behind an address.
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object that a training wrote.
 
     Raises:
-        RecipeError: no judge was named.
+        ModelError: it can't be read.
     """
-    from keepset.judging.judge import HttpJudge
-
-    if not endpoint or not model:
-        raise RecipeError("name a judge: --reward FOLDER, or --endpoint URL with --judge_model NAME")
-    return HttpJudge(endpoint, model, cache=cache, price=price)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ModelError(f"{path}: not a JSON object; train the reward model again")
+    return record

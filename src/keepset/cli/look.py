@@ -20,22 +20,21 @@ def methods(
 
     Example: keepset methods rose
     """
-    from keepset.methods.table import METHODS, method, options_of
+    from keepset.methods.table import METHODS, find_method
 
     if as_json:
-        wanted = [name] if name else list(METHODS)
-        found = [{"name": n, "paper": method(n).paper, "formula": method(n).formula, "needs": list(method(n).needs),
-                  "cost": method(n).cost, "options": {k: d for k, (_, d) in options_of(n).items()}}
-                 for n in wanted]  # fmt: skip
+        rows = [find_method(n) for n in ([name] if name else METHODS)]
+        found = [{"name": m.name, "paper": m.paper, "formula": m.formula, "needs": list(m.needs), "cost": m.cost,
+                  "options": {k: default for k, (_, default) in m.options().items()}} for m in rows]  # fmt: skip
         print(json_text(found))
         return
     console = Console()
     if name:
-        row = method(name)
+        row = find_method(name)
         console.print(
             f"{name}: {row.paper}\n  {row.formula}\n  needs {', '.join(row.needs)}; cost: {row.cost}", highlight=False
         )
-        for option, (kind, default) in options_of(name).items():
+        for option, (kind, default) in row.options().items():
             choices = " | ".join(map(str, getattr(kind, "__args__", ()))) or kind.__name__
             console.print(f"  -o {option}={default}   ({choices})", highlight=False, markup=False)
         return
@@ -54,11 +53,12 @@ def overlap(
 
     Example: keepset overlap runs/in-sample runs/cross-fitted --budget 5% --budget 10%
     """
-    from keepset.report.overlap import SHARES, agreement, print_agreement, stored_scores
+    from keepset.report.overlap import print_agreement, stored_scores
+    from keepset.selection.agreement import SHARES, agreement
 
     result = agreement({place: stored_scores(place) for place in scorings}, budget or SHARES)
     if as_json:
-        print(json_text(result))
+        print(json_text(result.to_json()))
     else:
         print_agreement(result, Console())
 
@@ -78,7 +78,7 @@ def report(
     from keepset.report import write_report
 
     if why:
-        from keepset.report.why import write_why
+        from keepset.report.explain import write_why
 
         write_why(run_dir, console=err)
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from keepset.errors import RecipeError
+from keepset.runfolder import layout
 
 RunDir = Annotated[Path, typer.Option("--run_dir", "--run-dir", help="the run folder")]
 Force = Annotated[bool, typer.Option("--force", help="go on in a folder made by another recipe")]
@@ -39,7 +40,7 @@ def apply_setting(data: dict[str, Any], text: str, option: str = "--set") -> Non
     """Apply `a.b.c=value` (the value is YAML), given by `option`, to nested mappings and lists."""
     import yaml
 
-    from keepset.recipe import set_key
+    from keepset.keys import set_key
 
     key, separator, value = text.partition("=")
     if not separator:
@@ -67,7 +68,7 @@ def open_job(
     from keepset.runfolder.run import Run
     from keepset.stages.job import Job
 
-    path = run_dir / "recipe.yaml"
+    path = run_dir / layout.RECIPE
     data: dict[str, Any] = Run(run_dir).recipe().model_dump(mode="json") if path.exists() else {"methods": []}
     if not path.exists() and not pool:
         raise RecipeError(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from keepset.runfolder import layout
 from keepset.runfolder.files import json_text
 
 
@@ -83,14 +84,14 @@ def subset(
     """
     from keepset.cli.options import hush, open_job
     from keepset.pipeline.choose import stored_subset
-    from keepset.pipeline.learn import Learner, model_folder, train_final
+    from keepset.pipeline.learn import Learner, train_final
 
     hush(quiet)
     job = open_job(run_dir, settings=settings, force=bool(settings))
     with job.run.lock():
         facts = train_final(job, Learner(job), stored_subset(job, subset), seed)
     note = "was there already" if facts["reused"] else f"{facts['steps']} steps, {facts['seconds']:.0f} s"
-    job.say(f"{run_dir / model_folder(subset, seed)}: {note}")
+    job.say(f"{run_dir / layout.model(subset, seed)}: {note}")
 
 
 @train_app.command(context_settings=PASS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from keepset.cli.options import (
     open_job,
 )
 from keepset.errors import KeepsetError, RecipeError
+from keepset.runfolder import layout
 from keepset.runfolder.files import json_text
 
 
@@ -88,7 +90,7 @@ def demo(run_dir: RunDir = Path("runs/demo"), force: Force = False, quiet: Quiet
     from keepset.recipe import load_recipe
 
     with as_file(files("keepset") / "demo") as folder:
-        loaded = load_recipe(folder / "recipe.yaml").model_copy(update={"run_dir": str(run_dir)})
+        loaded = load_recipe(folder / layout.RECIPE).model_copy(update={"run_dir": str(run_dir)})
         run_recipe(loaded, console=err, force=force)
 
 
@@ -111,10 +113,9 @@ def score(
     """
     import importlib.util
 
-    from keepset.methods.table import check_options, needs_model
-    from keepset.methods.table import method as find_method
-    from keepset.methods.table import score as score_job
+    from keepset.methods.table import check_options, find_method, needs_model
     from keepset.pipeline.findings import diagnose_scores, record
+    from keepset.pipeline.score import score as score_job
     from keepset.recipe import MethodSpec, check_label
 
     find_method(method)
@@ -140,7 +141,7 @@ def score(
         scored = table.num_rows - table["score"].null_count
         quarantined = job.pool.n_in - scored
         print(json_text({"label": spec.label, "rows_in": job.pool.n_in, "scored": scored, "quarantined": quarantined,
-                          "file": str(run_dir / "scores" / f"{spec.label}.parquet")}))  # fmt: skip
+                          "file": str(run_dir / layout.scores(spec.label))}))  # fmt: skip
 
 
 def select(
@@ -165,23 +166,23 @@ def select(
 
     Example: keepset select davir --budget 5% --out chosen.jsonl
     """
+    from keepset.budget_text import parse_budget
     from keepset.data.export import write_subset
     from keepset.pipeline.choose import choose
     from keepset.pipeline.findings import diagnose_edge, diagnose_shares, record
-    from keepset.recipe import parse_budget
 
     given = (("policy", policy), ("quota", quota), ("quota_by", quota_by), ("dedup", dedup))
     settings = [f"select.{k}={v}" for k, v in given if v]
     if budget:
         parse_budget(budget, 1, None)
     probe = open_job(run_dir)
-    words = (probe.run.load_table(f"scores/{label}.parquet").schema.metadata or {}).get(b"length_unit") == b"words"
+    words = (probe.run.load_table(layout.scores(label)).schema.metadata or {}).get(b"length_unit") == b"words"
     job = open_job(
         run_dir, settings=[*settings, *([f"budget={budget}"] if budget else [])], force=True, text_only=words
     )
     with job.run.lock():
         subset = choose(job, label, job.recipe.budget[0], overrides=overrides)
-        table = job.run.load_table(f"scores/{label}.parquet")
+        table = job.run.load_table(layout.scores(label))
         shares = diagnose_shares(table, subset.name, subset.ids(job))
         record(job, diagnose_edge(subset) + shares)
         for finding in shares:
@@ -247,7 +248,7 @@ def compare(
         result = compare_cells(job, evaluated_cells(job))
         record(job, diagnose_comparison(result), anew=COMPARED)
     if as_json:
-        print(json_text(result))
+        print(json_text(result.to_json()))
     else:
         print_comparison(result, Console())
         if more:
@@ -266,14 +267,14 @@ def reproduce(
 
     Example: keepset reproduce runs/demo/manifest.json
     """
-    from keepset.pipeline.reproduce import print_reproduction
-    from keepset.pipeline.reproduce import reproduce as run_again
+    from keepset.deliver.reproduce import print_reproduction
+    from keepset.deliver.reproduce import reproduce as run_again
 
     folder = (manifest if manifest.is_dir() else manifest.parent).resolve()
     result = run_again(manifest, run_dir or folder.with_name(folder.name + "-again"), console=err)
     if as_json:
-        print(json_text(result))
+        print(json_text(asdict(result)))
     else:
         print_reproduction(result, Console())
-    if not result["equal"]:
+    if not result.equal:
         raise typer.Exit(5)

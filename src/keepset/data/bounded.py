@@ -79,9 +79,9 @@ class Bounds:
         self.grown = False
         held, hard = data_bytes(), resource.getrlimit(resource.RLIMIT_DATA)[1]
         if held is not None:
-            wanted = held + self.memory
+            limit = held + self.memory
             resource.setrlimit(
-                resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+                resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
             )
 
 

@@ -33,9 +33,9 @@ class Sha256Buckets:
 
     def __call__(self, hashed: Hashes, n: int) -> np.ndarray:
         """Return the buckets (t,) int32 of hashed n-grams of n tokens each; new ones are digested and kept."""
-        slots, known = self._find(hashed.values)
+        slots, filled = self._find(hashed.values)
         buckets = self.buckets[slots]
-        missing = np.flatnonzero(~known)
+        missing = np.flatnonzero(~filled)
         if len(missing):
             values, first, back = np.unique(hashed.values[missing], return_index=True, return_inverse=True)
             new = self._digest(hashed, missing[first], n)
@@ -53,15 +53,15 @@ class Sha256Buckets:
         """Return each value's slot and whether it is there; if not, the slot is the free one where its search ended."""
         slots = (values >> np.uint64(64 - self.log2_slots)).astype(np.int64)
         there = self.keys[slots]
-        known = there == values
-        walking = np.flatnonzero(~known & (there != 0))
+        filled = there == values
+        walking = np.flatnonzero(~filled & (there != 0))
         while len(walking):
             slots[walking] = (slots[walking] + 1) & (len(self.keys) - 1)
             there = self.keys[slots[walking]]
             hit = there == values[walking]
-            known[walking[hit]] = True
+            filled[walking[hit]] = True
             walking = walking[~hit & (there != 0)]
-        return slots, known
+        return slots, filled
 
     def _insert(self, values: np.ndarray, buckets: np.ndarray) -> None:
         """Add distinct new values; doubles the table when it is half full."""

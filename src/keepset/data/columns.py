@@ -47,10 +47,10 @@ def marked(chat: list[Message] | None) -> Any:
 
 def chats(column: pa.ListArray) -> list[Any]:
     """Return a column of chats (n,) as n lists of messages, or None where it is null."""
-    found: list[Any] = column.to_pylist()
+    chats: list[Any] = column.to_pylist()
     if pc.any(pc.equal(column.flatten().field("role"), CONTEXT)).as_py():
-        found = [marked(chat) for chat in found]
-    return found
+        chats = [marked(chat) for chat in chats]
+    return chats
 
 
 class ChatColumn:

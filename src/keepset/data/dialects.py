@@ -325,8 +325,8 @@ def detect(row: Row, *, pairs_first: bool) -> str | None:
     do, and a `text`. A null column counts only where nothing else names a dialect.
     """
     given = {name: value for name, value in row.items() if value is not None}
-    if len(given) < len(row) and (found := detect(given, pairs_first=pairs_first)):
-        return found  # tables that were put together hold a null column for each name of the others
+    if len(given) < len(row) and (dialect := detect(given, pairs_first=pairs_first)):
+        return dialect  # tables that were put together hold a null column for each name of the others
     pair, sft = _pair_dialect(row), _sft_dialect(row)
     if pair == "llamafactory-preference" or (pair and sft == "text"):
         return pair

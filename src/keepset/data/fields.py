@@ -91,10 +91,10 @@ def _weight(place: str, value: Any) -> bool:
 
 def _false_is_refused(reason: str, why: str, *, numbers: bool) -> Rule:
     def rule(place: str, value: Any) -> bool:
-        found = flag(value) if numbers or not isinstance(value, (int, float, Decimal)) or value is False else None
-        if found is False or (isinstance(value, str) and value.strip().lower() == reason):
+        answer = flag(value) if numbers or not isinstance(value, (int, float, Decimal)) or value is False else None
+        if answer is False or (isinstance(value, str) and value.strip().lower() == reason):
             raise RowProblem(reason, f"'{place}' is {str(value)[:40]}: {why}")
-        return found is not None
+        return answer is not None
 
     return rule
 
@@ -289,7 +289,7 @@ def trained(message: Mapping[str, Any], role: str, place: str) -> bool:
         RowProblem: a key that can't be followed: structured content, fractions, two that contradict each other,
             another speaker's message that is to be trained on.
     """
-    told: dict[str, bool] = {}
+    marks: dict[str, bool] = {}
     for key, value in message.items():
         rule = MESSAGE_RULES.get(key)
         if rule is None:
@@ -297,20 +297,20 @@ def trained(message: Mapping[str, Any], role: str, place: str) -> bool:
         if key not in FLAGS:
             rule(f"{place}.{key}", value)
         elif value is not None and value != "":
-            found = flag(value)
-            if found is None:
+            answer = flag(value)
+            if answer is None:
                 raise RowProblem(
                     "fractional-weight", f"'{place}.{key}' is {str(value)[:40]}: only 0, 1, false and true are followed"
                 )
-            told[key] = found is not (key == "masked")
+            marks[key] = answer is not (key == "masked")
     if role != "assistant":
-        wrong = next((key for key in _TRAIN if told.get(key)), None)
+        wrong = next((key for key in _TRAIN if marks.get(key)), None)
         if wrong:
             raise RowProblem("trained-prompt", f"'{place}.{wrong}' says that a {role} message is trained on")
         return True
-    if len(set(told.values())) > 1:
-        raise RowProblem("unused-field", f"{', '.join(told)} of '{place}' contradict each other")
-    return all(told.values())
+    if len(set(marks.values())) > 1:
+        raise RowProblem("unused-field", f"{', '.join(marks)} of '{place}' contradict each other")
+    return all(marks.values())
 
 
 def carried(row: Mapping[str, Any], dialect: str) -> list[str]:

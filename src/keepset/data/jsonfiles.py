@@ -107,6 +107,10 @@ class _Elements:
 
     A scan over brackets and strings finds where an element ends. After an element that is not JSON (a lost quote
     turns all that follows inside out) it starts again at the next line that opens an object at the usual indent.
+
+    `json.JSONDecoder.raw_decode` over a growing buffer, tried, read sound arrays in 0.7 of the time in 20 lines less,
+    but it can't tell where a broken element ends: a spare comma in one of many rows on a line made three bad rows of
+    one, so that rows in were no longer rows out; and one element of 60 MB peaked 60 MiB higher.
     """
 
     def __init__(self, stream: io.BufferedReader, file: str, first: bytes, line: int, *, array: bool) -> None:

@@ -13,12 +13,12 @@ _SURROGATE = re.compile(r"\\u[dD][89abcdefABCDEF]")
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    row = dict(pairs)
+    if len(row) != len(pairs):
         keys = [k for k, _ in pairs]
         twice = next(k for k in keys if keys.count(k) > 1)
         raise RowProblem("duplicate-key", f"key '{twice[:60]}' stands twice")
-    return found
+    return row
 
 
 def _constant(word: str) -> Any:
@@ -67,8 +67,8 @@ def parse_row(text: str) -> dict[str, Any]:
         raise RowProblem("too-deep", f"nested more than {MAX_DEPTH} levels") from None
     if end != len(text):
         if text[end:].lstrip().startswith("\ufeff"):
-            told = "a byte-order mark: two files were put together without a line break"
-            raise RowProblem("bad-json", f"after the JSON value, at character {end + 1}, stands {told}")
+            cause = "a byte-order mark: two files were put together without a line break"
+            raise RowProblem("bad-json", f"after the JSON value, at character {end + 1}, stands {cause}")
         rest = text[end:].lstrip()[:20]
         raise RowProblem("bad-json", f"something follows the JSON value at character {end + 1}: {rest}")
     if type(row) is not dict:
@@ -82,14 +82,14 @@ def parse_row(text: str) -> dict[str, Any]:
 
 def _place(text: str) -> str:
     """Name the column of the number that was refused, if the rest of the text is sound."""
-    found: list[str] = []
+    path: list[str] = []
 
     def tried(read: Any) -> Any:
         def number(digits: str) -> Any:
             try:
                 return read(digits)
             except RowProblem:
-                return found
+                return path
 
         return number
 
@@ -100,7 +100,7 @@ def _place(text: str) -> str:
     stack = [(name, value) for name, value in row.items()] if type(row) is dict else []
     while stack:
         name, value = stack.pop()
-        if value is found:
+        if value is path:
             return f" in '{name[:60]}'"
         inner = value.values() if type(value) is dict else value if type(value) is list else ()
         stack += [(name, part) for part in inner]
@@ -121,18 +121,18 @@ def check_escapes(text: str, row: Any) -> None:
 
 def strings(value: Any) -> list[str]:
     """Return every string in a JSON value, keys included, without recursion."""
-    found: list[str] = []
+    texts: list[str] = []
     stack = [value]
     while stack:
         item = stack.pop()
         if isinstance(item, str):
-            found.append(item)
+            texts.append(item)
         elif isinstance(item, dict):
-            found.extend(item)
+            texts.extend(item)
             stack.extend(item.values())
         elif isinstance(item, list):
             stack.extend(item)
-    return found
+    return texts
 
 
 def depth(value: Any) -> int:

@@ -38,9 +38,9 @@ def find_leaks(pool: Pool, target: Target, *, min_chars: int = 20) -> np.ndarray
         for side in (row["chosen"], row["rejected"]):
             if side is not None and len(_join(side)) >= min_chars:
                 answers.add(_key(_join(side)))
-    found = np.full(len(pool), "", dtype=object)
+    kinds = np.full(len(pool), "", dtype=object)
     for i, messages in enumerate(pool.all_messages()):
         in_prompt = len(messages) > 1 and _key(_join(messages[:-1])) in prompts
         in_answer = _key(messages[-1]["content"]) in answers
-        found[i] = "row" if in_prompt and in_answer else "prompt" if in_prompt else "answer" if in_answer else ""
-    return found
+        kinds[i] = "row" if in_prompt and in_answer else "prompt" if in_prompt else "answer" if in_answer else ""
+    return kinds

@@ -110,11 +110,11 @@ class _Counted:
 
 def _peek(rows: Iterator[RawRow | Quarantined]) -> list[RawRow | Quarantined]:
     head: list[RawRow | Quarantined] = []
-    found = 0
+    n_rows = 0
     for item in rows:
         head.append(item)
-        found += isinstance(item, tuple)
-        if found >= _PEEK:
+        n_rows += isinstance(item, tuple)
+        if n_rows >= _PEEK:
             break
     return head
 
@@ -130,11 +130,11 @@ def _dialect_of(opened: OpenFile, objects: list[dict[str, Any]], *, pairs_first:
         detail = "the rows are trees of messages (OASST): write each path through one as a row of `messages`"
         raise FileRefused(opened.file, "message-tree", detail)
     columns = ", ".join(dict.fromkeys(str(k)[:40] for k in list(objects[0])[:12])) or "(none)"
-    known = ", ".join([*SFT, *PAIRS])
+    names = ", ".join([*SFT, *PAIRS])
     plain = {str(name).strip().lower(): value for name, value in objects[0].items()}
     close = detect(plain, pairs_first=pairs_first)
     remedy = f"as {close} they must be written {', '.join(plain)}" if close else "rename them"
-    detail = f"the columns {columns} fit no known dialect; {remedy}, or name the dialect with `format`: {known}"
+    detail = f"the columns {columns} fit no known dialect; {remedy}, or name the dialect with `format`: {names}"
     raise FileRefused(opened.file, "unknown-dialect", detail)
 
 
@@ -176,6 +176,6 @@ def refuse_empty(quarantine: Sequence[Quarantined], specs: Sequence[DataSpec]) -
     reason, count = Counter(q.reason for q in quarantine).most_common(1)[0] if quarantine else ("empty-file", 0)
     path = ", ".join(spec.path for spec in specs)
     first = next((q for q in quarantine if q.reason == reason), None)
-    told = f"; most often {reason} ({count}), first at {first.file}:{first.line}: {first.detail}" if first else ""
-    detail = f"none of the {len(quarantine)} rows could be used{told}"
+    cause = f"; most often {reason} ({count}), first at {first.file}:{first.line}: {first.detail}" if first else ""
+    detail = f"none of the {len(quarantine)} rows could be used{cause}"
     raise FileRefused(path, "no-usable-row", detail, quarantine=tuple(quarantine))

@@ -41,14 +41,14 @@ def original_rows(pool: Pool) -> pa.Table | None:
     if all(part.schema.equals(parts[0].schema) for part in parts):
         # not by concat_tables, which breaks list<null> (pyarrow 26)
         batches = [batch for part in parts for batch in part.to_batches()]
-        found = pa.Table.from_batches(batches, schema=parts[0].schema)
+        table = pa.Table.from_batches(batches, schema=parts[0].schema)
     else:
         try:
-            found = pa.concat_tables(parts, promote_options="default")
-            found.validate()
+            table = pa.concat_tables(parts, promote_options="default")
+            table.validate()
         except pa.ArrowException:
             return None
-    return _take(found, np.argsort(np.concatenate(places), kind="stable"))
+    return _take(table, np.argsort(np.concatenate(places), kind="stable"))
 
 
 def _take(table: pa.Table, rows: np.ndarray) -> pa.Table:

@@ -108,8 +108,8 @@ class Pool:
 
     def messages(self, index: int) -> list[Message]:
         """Return one row's messages."""
-        found: list[Message] = marked(self.table["messages"][int(index)].as_py())
-        return found
+        messages: list[Message] = marked(self.table["messages"][int(index)].as_py())
+        return messages
 
     def all_messages(self) -> Iterator[list[Message]]:
         """Yield every row's messages in order; much faster than `messages(i)` in a loop, a batch held at a time."""
@@ -218,8 +218,8 @@ def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False) 
     if not len(pool) and not allow_empty:
         refuse_empty(quarantine, specs)
     if quarantine:
-        told = ", ".join(f"{reason} {n}" for reason, n in Counter(q.reason for q in quarantine).most_common(5))
-        log.warning("%d of %d rows quarantined: %s", len(quarantine), pool.n_in, told)
+        counts = ", ".join(f"{reason} {n}" for reason, n in Counter(q.reason for q in quarantine).most_common(5))
+        log.warning("%d of %d rows quarantined: %s", len(quarantine), pool.n_in, counts)
     return pool
 
 
@@ -262,18 +262,18 @@ def _read_file(
             continue
         line, text, row = item
         try:
-            found = convert(row)
-            if isinstance(found, tuple):
-                prompt, chosen, rejected = found
+            content = convert(row)
+            if isinstance(content, tuple):
+                prompt, chosen, rejected = content
                 turns, digest = prompt + chosen, pair_digest(prompt, chosen, rejected)
             else:
-                turns, digest = found, content_digest(found)
+                turns, digest = content, content_digest(content)
         except RowProblem as bad:
             quarantine.append(refuse(file, line, bad.reason, bad.detail, text, strict))
             continue
         chunks.digests += digest
         chunks.chats.append(turns)
-        if isinstance(found, tuple):
+        if isinstance(content, tuple):
             chunks.n_prompt.append(len(prompt))
             chunks.rejected.append(rejected)
         chunks.raw.append(text)

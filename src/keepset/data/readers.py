@@ -117,16 +117,16 @@ def folder_files(folder: Path, split: str) -> list[str]:
     unread = [p for p in root.rglob("*") if p.suffix.lower() in _UNREAD and p.is_file()]
     if unread:
         log.warning("%s: not read, as files of another kind: %s", folder, _names(unread, root))
-    told = {file: found for file in files if (found := _split_of(file, root))}
-    if not told:
+    split_of = {file: name for file in files if (name := _split_of(file, root))}
+    if not split_of:
         return [str(f) for f in files]
-    wanted = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "test"}.get(split, split)
-    chosen = [str(f) for f in files if told.get(f) == wanted]
+    asked = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "test"}.get(split, split)
+    chosen = [str(f) for f in files if split_of.get(f) == asked]
     if not chosen:
-        there = ", ".join(sorted(set(told.values())))
+        there = ", ".join(sorted(set(split_of.values())))
         raise FileRefused(str(folder), "no-such-file", f"the folder has no split '{split}'; there are: {there}")
-    if len(told) < len(files):
-        left = _names([file for file in files if file not in told], root)
+    if len(split_of) < len(files):
+        left = _names([file for file in files if file not in split_of], root)
         log.warning("%s: not read, since other names tell splits and these none: %s", folder, left)
     return chosen
 
@@ -137,8 +137,8 @@ def _names(files: list[Path], root: Path) -> str:
 
 
 def _walk(root: Path) -> list[Path]:
-    found = (p for p in root.rglob("*") if p.is_file() and is_data_file(p.name))
-    return sorted((p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)), key=str)
+    files = (p for p in root.rglob("*") if p.is_file() and is_data_file(p.name))
+    return sorted((p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)), key=str)
 
 
 def _split_of(file: Path, root: Path) -> str | None:

@@ -131,8 +131,8 @@ def open_bytes(path: str) -> tuple[io.BufferedReader, str]:
     except OSError as error:
         raise FileRefused(name, "unreadable-file", f"can't be read: {error.strerror or error}") from None
     if not head:
-        told = "nothing came in (a run folder whose pool is `-` reads it anew at each step: name a file)"
-        raise FileRefused(name, "empty-file", told if path == "-" else "the file is empty")
+        cause = "nothing came in (a run folder whose pool is `-` reads it anew at each step: name a file)"
+        raise FileRefused(name, "empty-file", cause if path == "-" else "the file is empty")
     suffixes = [s.lower() for s in Path(path).suffixes[-2:]]
     last = suffixes[-1] if suffixes else ""
     if head.startswith(b"PAR1"):
@@ -163,12 +163,12 @@ def open_bytes(path: str) -> tuple[io.BufferedReader, str]:
 
 
 def _refuse_foreign(name: str, head: bytes) -> None:
-    for magic, told in _TOLD.items():
+    for magic, what in _TOLD.items():
         if head.startswith(magic):
-            raise FileRefused(name, "unknown-container", f"the file {told}")
+            raise FileRefused(name, "unknown-container", f"the file {what}")
     if head.startswith(_UTF16) or (len(head) >= 4 and (head[1:4:2] == b"\0\0" or head[0:3:2] == b"\0\0")):
-        told = "UTF-32" if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else "UTF-16"
-        raise FileRefused(name, "utf-16", f"the text is {told}; convert it: iconv -f {told} -t UTF-8 OLD > NEW")
+        what = "UTF-32" if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else "UTF-16"
+        raise FileRefused(name, "utf-16", f"the text is {what}; convert it: iconv -f {what} -t UTF-8 OLD > NEW")
 
 
 def skip_bom(stream: io.BufferedReader) -> None:

@@ -175,10 +175,10 @@ def _csv_row(file: str, line: int, header: list[str], cells: list[str]) -> RawRo
 # ------------------------------------------------------------------------------------------------ Parquet and Arrow
 
 
-def _said(kind: pa.DataType, wanted: Callable[[pa.DataType], bool]) -> pa.DataType:
-    """Return the type with text in place of those that are `wanted`, at any depth."""
-    said = partial(_said, wanted=wanted)
-    if wanted(kind) or (pa.types.is_dictionary(kind) and wanted(kind.value_type)):
+def _said(kind: pa.DataType, as_text: Callable[[pa.DataType], bool]) -> pa.DataType:
+    """Return the type with text in place of those that `as_text` picks, at any depth."""
+    said = partial(_said, as_text=as_text)
+    if as_text(kind) or (pa.types.is_dictionary(kind) and as_text(kind.value_type)):
         return pa.string()
     if pa.types.is_struct(kind):
         return pa.struct([f.with_type(said(f.type)) for f in kind])
@@ -191,9 +191,9 @@ def _said(kind: pa.DataType, wanted: Callable[[pa.DataType], bool]) -> pa.DataTy
     return kind
 
 
-def _as_text(batch: pa.RecordBatch, wanted: Callable[[pa.DataType], bool]) -> pa.RecordBatch:
-    """Cast what is `wanted` to text; Arrow writes every time it can hold, where Python's types are narrower."""
-    schema = pa.schema([field.with_type(_said(field.type, wanted)) for field in batch.schema])
+def _as_text(batch: pa.RecordBatch, as_text: Callable[[pa.DataType], bool]) -> pa.RecordBatch:
+    """Cast what `as_text` picks to text; Arrow writes every time it can hold, where Python's types are narrower."""
+    schema = pa.schema([field.with_type(_said(field.type, as_text)) for field in batch.schema])
     return batch if schema.equals(batch.schema) else batch.cast(schema)
 
 
@@ -222,14 +222,14 @@ def batch_rows(batch: pa.RecordBatch, line: int, file: str) -> Iterator[RawRow |
 
 
 def _record(row: pa.RecordBatch) -> dict[str, Any]:
-    found: list[dict[str, Any]]
+    records: list[dict[str, Any]]
     try:
-        found = _as_text(row, _nanoseconds).to_pylist()
+        records = _as_text(row, _nanoseconds).to_pylist()
     except UnicodeDecodeError:
         raise
     except (ValueError, OverflowError):  # a year that Python doesn't know, or nanoseconds without pandas
-        found = _as_text(row, pa.types.is_temporal).to_pylist()
-    return found[0]
+        records = _as_text(row, pa.types.is_temporal).to_pylist()
+    return records[0]
 
 
 def _schema_names(schema: pa.Schema, file: str) -> None:
@@ -367,13 +367,13 @@ def open_hub(path: str, split: str) -> tuple[pa.Schema, Batches]:
         raise FileRefused(path, "no-such-file", detail) from None
     name, _, config = path.partition(":")
     try:
-        found = datasets.load_dataset(name, config or None, split=split)
+        dataset = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the hub client has no common base class; every failure is the user's to mend
         detail = f"no such file or folder here, and the hub gave: {type(error).__name__}: {_one_line(error)}"
         raise FileRefused(path, "no-such-file", detail) from None
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for table in found.with_format("arrow").iter(batch_size=_BATCH):
+        for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
             yield from table.to_batches()
 
-    return found.features.arrow_schema, batches
+    return dataset.features.arrow_schema, batches

@@ -159,8 +159,8 @@ def load_target(specs: Specs, *, seed: int = 0, strict: bool = False, allow_empt
             )
         refuse_empty(quarantine, specs)
     if quarantine:
-        told = ", ".join(f"{reason} {n}" for reason, n in Counter(q.reason for q in quarantine).most_common(5))
-        log.warning("%d of %d target rows quarantined: %s", len(quarantine), target.n_in, told)
+        counts = ", ".join(f"{reason} {n}" for reason, n in Counter(q.reason for q in quarantine).most_common(5))
+        log.warning("%d of %d target rows quarantined: %s", len(quarantine), target.n_in, counts)
     return target
 
 

@@ -65,21 +65,21 @@ def read_turns(value: Any, field: str) -> list[Turn]:
         content = message.get("content")
         if content is None:
             content = message.get("value")
-        known = ROLES.get(role) if type(role) is str else None
-        if known is None:
-            known = _other_role(role, message, f"{field}[{k}]")
+        kind = ROLES.get(role) if type(role) is str else None
+        if kind is None:
+            kind = _other_role(role, message, f"{field}[{k}]")
         if len(message) > 2:
             if None is not message.get("value") != content:
                 raise RowProblem("unused-field", f"'{field}[{k}].value' is not the content, and would be lost")
-            if not PLAIN.issuperset(message) and not trained(message, known, f"{field}[{k}]"):
-                known = CONTEXT
+            if not PLAIN.issuperset(message) and not trained(message, kind, f"{field}[{k}]"):
+                kind = CONTEXT
         if type(content) is not str:
             content = _other_content(content, message, f"{field}[{k}]")
         elif content[:2] == "[{" and is_parts(content):
             raise RowProblem(
                 "chat-as-text", f"the content of '{field}[{k}]' is text that holds a list of parts: write it as a list"
             )
-        turns.append((known, content))
+        turns.append((kind, content))
     return turns
 
 
@@ -89,10 +89,10 @@ def _other_role(role: Any, message: dict[str, Any], place: str) -> str:
         raise RowProblem("missing-column" if absent else "null-field", f"'{place}' has no role")
     if type(role) is not str:
         raise RowProblem("wrong-type", f"the role of '{place}' is {type_name(role)}, not text")
-    known = ROLES.get(role.strip().lower())
-    if known is None:
+    kind = ROLES.get(role.strip().lower())
+    if kind is None:
         raise RowProblem("unknown-role", f"'{place}' has the role '{role[:40]}'")
-    return known
+    return kind
 
 
 def _other_content(content: Any, message: dict[str, Any], place: str) -> str:

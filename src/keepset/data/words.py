@@ -56,9 +56,9 @@ def words(text: str, *, punctuation: bool = False) -> list[str]:
 def terms(text: str) -> list[str]:
     """Return the words of one text and the pairs of words that touch; the plain form of what `hash_terms` sees."""
     lower = folded(text)
-    found = list(patterns(text.isascii())[False].finditer(lower))
-    pairs = [lower[a.start() : b.end()] for a, b in pairwise(found) if a.end() == b.start()]
-    return [match[0] for match in found] + pairs
+    matches = list(patterns(text.isascii())[False].finditer(lower))
+    pairs = [lower[a.start() : b.end()] for a, b in pairwise(matches) if a.end() == b.start()]
+    return [match[0] for match in matches] + pairs
 
 
 @dataclass(frozen=True)

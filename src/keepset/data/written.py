@@ -35,15 +35,15 @@ def spoken(name: str, value: Any) -> Any:
     if type(value) is not str:
         return value
     if name in LISTS:
-        found = _parsed(name, value.strip()) if value.lstrip()[:1] in ("[", "{", '"') else None
-        return found if type(found) in (list, dict) else value
+        content = _parsed(name, value.strip()) if value.lstrip()[:1] in ("[", "{", '"') else None
+        return content if type(content) in (list, dict) else value
     if not (_START.match(value) and _ROLE.search(value) and _TEXT.search(value)):
         return value
-    found = _parsed(name, value.strip())
-    top = found if type(found) is list else [found]
+    content = _parsed(name, value.strip())
+    top = content if type(content) is list else [content]
     if any(_is_message(item) for item in top):
-        return found
-    if found is None or _holds_message(found):
+        return content
+    if content is None or _holds_message(content):
         raise RowProblem("chat-as-text", f"'{name}' is text that holds a chat: write it as a list of messages")
     return value
 
@@ -53,13 +53,13 @@ def is_parts(text: str) -> bool:
     if '"type"' not in text:
         return False
     try:
-        found = json.loads(text)
+        parts = json.loads(text)
     except (ValueError, RecursionError):
         return False
     return all(
         type(part) is dict
         and ((part.get("type") == "text" and type(part.get("text")) is str) or part.get("type") in _MEDIA_PARTS)
-        for part in found
+        for part in parts
     )
 
 
@@ -84,8 +84,8 @@ def _holds_message(value: Any) -> bool:
 def _parsed(name: str, text: str) -> Any:
     """Parse JSON (also JSON in a JSON string), else a Python literal; None if it is neither."""
     try:
-        found = parse_row(f'{{"x":{text}}}')["x"]
-        return _parsed(name, found.strip()) if type(found) is str and found.strip()[:1] in ("[", "{") else found
+        content = parse_row(f'{{"x":{text}}}')["x"]
+        return _parsed(name, content.strip()) if type(content) is str and content.strip()[:1] in ("[", "{") else content
     except RowProblem as bad:
         if bad.reason not in ("bad-json", "control-character"):
             raise RowProblem(bad.reason, f"'{name}': {bad.detail}") from None
@@ -94,14 +94,14 @@ def _parsed(name: str, text: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's own, of escapes in the text
-            found = ast.literal_eval(text)
-        if type(found) is str or depth(found) > MAX_DEPTH:
+            content = ast.literal_eval(text)
+        if type(content) is str or depth(content) > MAX_DEPTH:
             return None
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return None
-    for s in strings(found):
+    for s in strings(content):
         if type(s) is str and "\0" in s:
             raise RowProblem("nul-character", f"'{name}': a string holds NUL")
         if type(s) is str and not s.isascii() and any("\ud800" <= c <= "\udfff" for c in s):
             raise RowProblem("lone-surrogate", f"'{name}': a string holds half of a surrogate pair")
-    return found
+    return content

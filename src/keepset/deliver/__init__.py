@@ -1,1 +1,1 @@
-"""What leaves the folder: dataset card, trainers' configurations, the hub."""
+"""A run made whole, and what leaves it: dataset card, trainers' configurations, the hub, the run done again."""

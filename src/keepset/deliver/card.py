@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 
 from keepset import __version__
-from keepset.data.export import pool_table
+from keepset.data.export_parquet import pool_table
 from keepset.methods.table import METHODS
 from keepset.pipeline.choose import Subset
+from keepset.runfolder import layout
 from keepset.runfolder.files import write_atomic
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 CARD = """---
 configs:
 - config_name: default
-  data_files: data/train-00000-of-00001.parquet
+  data_files: {{ rows }}
 - config_name: scores
-  data_files: scores/{{ label }}.parquet
+  data_files: {{ scores }}
 tags:
 - keepset
 ---
@@ -53,15 +54,16 @@ To do it again and compare hashes: `keepset reproduce manifest.json`.
 def write_dataset(job: Job, subset: Subset) -> None:
     """Write `data/` and `README.md` for the rows of one subset."""
     table = pool_table(job.pool.take(job.usable[subset.indices]), for_datasets=True)
-    job.run.save_table("data/train-00000-of-00001.parquet", table)
+    job.run.save_table(layout.ROWS, table)
     spec = next((m for m in job.recipe.methods if m.label == subset.label), None)
     method = METHODS[spec.name] if spec else None
     text = Environment(undefined=StrictUndefined, autoescape=False).from_string(CARD).render(
-        label=subset.label, paper=method.paper if method else "–", formula=method.formula if method else "–",
+        rows=layout.ROWS, scores=layout.scores(subset.label), label=subset.label,
+        paper=method.paper if method else "–", formula=method.formula if method else "–",
         version=__version__, budget=subset.budget, seed=job.recipe.seed, n_rows=subset.n_rows,
         n_pool=len(job.ids), n_in=job.pool.n_in, n_quarantined=job.pool.n_in - len(job.ids),
         n_tokens=subset.n_tokens, pool_tokens=int(job.n_tokens().sum()), unit=job.length_unit,
         sources=", ".join(sorted({str(s) for s in job.pool.sources()})),
         model="none" if job.text_only else job.recipe.model.model_name_or_path,
     )  # fmt: skip
-    write_atomic(job.run.path / "README.md", text.encode())
+    write_atomic(job.run.path / layout.CARD, text.encode())

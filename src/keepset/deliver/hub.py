@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from keepset.errors import KeepsetError, first_line
+from keepset.runfolder import layout
 from keepset.runfolder.run import Run
-
-ROWS = "data/train-00000-of-00001.parquet"
 
 
 def push_to_hub(run_dir: Path, repo_id: str, *, private: bool = True) -> str:
@@ -34,7 +33,7 @@ def push_to_hub(run_dir: Path, repo_id: str, *, private: bool = True) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo_id):
         raise KeepsetError(f"'{repo_id}': name the repository as user/name")
     run = Run(run_dir)
-    lacking = [name for name in ("README.md", ROWS, "manifest.json") if not (run_dir / name).exists()]
+    lacking = [name for name in (layout.CARD, layout.ROWS, layout.MANIFEST) if not (run_dir / name).exists()]
     if lacking:
         raise KeepsetError(f"{run_dir}: no {lacking[0]}; finish the run with `keepset run`, then push it")
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
@@ -45,9 +44,9 @@ def push_to_hub(run_dir: Path, repo_id: str, *, private: bool = True) -> str:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise KeepsetError("pushing needs datasets: pip install 'keepset[train]'") from None
-    for name in (ROWS, "manifest.json"):
+    for name in (layout.ROWS, layout.MANIFEST):
         run.check(name)
-    card = DatasetCard((run_dir / "README.md").read_text(encoding="utf-8"))
+    card = DatasetCard((run_dir / layout.CARD).read_text(encoding="utf-8"))
     header: Any = card.data
     scores = next(c["data_files"] for c in header.configs if c["config_name"] == "scores")
     header.configs = None  # datasets writes them for the files it uploads
@@ -55,14 +54,14 @@ def push_to_hub(run_dir: Path, repo_id: str, *, private: bool = True) -> str:
     try:
         address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         card.push_to_hub(repo_id, repo_type="dataset")
-        Dataset.from_parquet(str(run_dir / ROWS), keep_in_memory=True).push_to_hub(repo_id, private=private)
+        Dataset.from_parquet(str(run_dir / layout.ROWS), keep_in_memory=True).push_to_hub(repo_id, private=private)
         Dataset.from_parquet(str(run_dir / scores), keep_in_memory=True).push_to_hub(
             repo_id, config_name="scores", private=private
         )
-        manifest = public(run.load_json("manifest.json"))
+        manifest = public(run.load_json(layout.MANIFEST))
         api.upload_file(
             path_or_fileobj=(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(),
-            path_in_repo="manifest.json",
+            path_in_repo=layout.MANIFEST,
             repo_id=repo_id,
             repo_type="dataset",
         )

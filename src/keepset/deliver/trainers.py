@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from keepset.data.export import DIALECTS
+from keepset.data.export_dialects import DIALECTS
 from keepset.data.turns import is_learnt
+from keepset.located import SETTINGS_FILES
 from keepset.model.gguf import DEMO_MODELS
-from keepset.recipe import SETTINGS_FILES
+from keepset.runfolder import layout
 from keepset.runfolder.files import write_atomic
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
     from keepset.stages.job import Job
 
-FOLDER = "trainers"
+FOLDER = layout.TRAINERS_FOLDER
 ANSWER = "assistant"
 
 README = """# {n} rows chosen by {label}, ready for a trainer
@@ -96,7 +97,7 @@ def write_trainers(job: Job, subset: Subset) -> list[str]:
     }
     if model.template is not None:
         files["chat_template.jinja"] = model.template
-    files["README.md"] = README.format(
+    files[layout.CARD] = README.format(
         n=subset.n_rows,
         label=subset.label,
         kind="plain `text`" if all(plain) else "`messages`",
@@ -142,7 +143,7 @@ def template_of(job: Job, spec: ModelSpec) -> str | None:
     encoder = job.encoder if job.recipe.train_model is None else Encoder(tokenizer, spec)
     if encoder.template != PLAIN_TEMPLATE:
         return encoder.template
-    start = "{{ bos_token }}" if encoder._adds_bos else ""
+    start = "{{ bos_token }}" if encoder.adds_bos else ""
     ending = "{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
     return PLAIN_TEMPLATE.replace("{{ start }}", start) + ending
 

@@ -11,4 +11,3 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-TARGET_TASKS = ("arithmetic", "support")

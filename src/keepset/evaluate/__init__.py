@@ -1,1 +1,1 @@
-"""Evaluation, one file each: preference pairs, held-out loss, GSM8K, win rates, judges; the statistics they share."""
+"""Evaluation, one file each: preference pairs, held-out loss, GSM8K, rewards; the statistics they share."""

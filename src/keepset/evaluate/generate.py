@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from keepset.errors import DataError
+from keepset.model.encode import RowRefused
 from keepset.runfolder.files import write_atomic
 
 Message = Mapping[str, str]
@@ -86,21 +87,9 @@ def generate(
     import torch
     from transformers import GenerationConfig
 
-    from keepset.model.encode import RowRefused
-
-    tokens, ends = [], set()
-    for i, prompt in enumerate(prompts):
-        try:
-            ids, end = prompt_ids(encoder, prompt)
-        except RowRefused as refused:
-            raise DataError(f"prompt {i + 1}: {refused}") from None
-        tokens.append(ids)
-        ends |= {end} - {None}
     tokenizer = encoder.tokenizer
-    ends |= {tokenizer.eos_token_id} - {None}
     context = getattr(tokenizer, "keepset_context", None)
-    if context and tokens and max(len(t) for t in tokens) + 1 > context:
-        raise DataError(f"a prompt of {max(len(t) for t in tokens)} tokens leaves no room in a context of {context}")
+    tokens, ends = _encoded(encoder, prompts, context)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     device = next(model.parameters()).device
     results: list[Generated | None] = [None] * len(tokens)
@@ -112,12 +101,8 @@ def generate(
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            width = max(len(tokens[i]) for i in chosen)
-            padded = torch.full((len(chosen), width), pad, dtype=torch.long)
-            mask = torch.zeros_like(padded)
-            for row, i in enumerate(chosen):
-                padded[row, width - len(tokens[i]) :] = torch.from_numpy(tokens[i].astype(np.int64))
-                mask[row, width - len(tokens[i]) :] = 1
+            padded, mask = _left_padded([tokens[i] for i in chosen], pad)
+            width = padded.shape[1]
             room = max_new_tokens if not context else min(max_new_tokens, context - width)
             config = GenerationConfig(max_new_tokens=room, **settings)
             out = model.generate(input_ids=padded.to(device), attention_mask=mask.to(device), generation_config=config)
@@ -126,6 +111,38 @@ def generate(
             if advance:
                 advance(len(chosen))
     return [r for r in results if r is not None]
+
+
+def _encoded(
+    encoder: Any, prompts: Sequence[Sequence[Message]], context: int | None
+) -> tuple[list[np.ndarray], set[int]]:
+    """Each prompt's tokens, and the tokens that end an answer."""
+    tokens: list[np.ndarray] = []
+    ends: set[int] = set() if encoder.tokenizer.eos_token_id is None else {encoder.tokenizer.eos_token_id}
+    for i, prompt in enumerate(prompts):
+        try:
+            ids, end = prompt_ids(encoder, prompt)
+        except RowRefused as refused:
+            raise DataError(f"prompt {i + 1}: {refused}") from None
+        tokens.append(ids)
+        ends |= set() if end is None else {end}
+    longest = max((len(t) for t in tokens), default=0)
+    if context and longest + 1 > context:
+        raise DataError(f"a prompt of {longest} tokens leaves no room in a context of {context}")
+    return tokens, ends
+
+
+def _left_padded(rows: list[np.ndarray], pad: int) -> tuple[Any, Any]:
+    """Tokens (n, longest) int64, padded on the left, and the mask of those that are no padding."""
+    import torch
+
+    width = max(len(row) for row in rows)
+    padded = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(padded)
+    for k, row in enumerate(rows):
+        padded[k, width - len(row) :] = torch.from_numpy(row.astype(np.int64))
+        mask[k, width - len(row) :] = 1
+    return padded, mask
 
 
 def _answer(ids: list[int], ends: set[Any], tokenizer: Any) -> Generated:

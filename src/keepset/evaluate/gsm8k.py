@@ -14,8 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from keepset.data import load_pool
 from keepset.errors import DataError
+from keepset.evaluate.generate import generate
+from keepset.evaluate.heldout import heldout_losses
 from keepset.evaluate.statistics import bootstrap_ci
+from keepset.model.encode import encode_all
 
 OFFICIAL = re.compile(r"#### (\-?[0-9\.\,]+)")
 MARKED = re.compile(r"####[^0-9\n-]{0,20}(-?[^0-9\n]{0,3}?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)")
@@ -41,8 +45,8 @@ def final_number(text: str) -> Decimal | None:
         text: a gold or generated answer.
     """
     marked = MARKED.findall(text)
-    found = marked or NUMBER.findall(_plain(text))
-    return _number(found[-1]) if found else None
+    numbers = marked or NUMBER.findall(_plain(text))
+    return _number(numbers[-1]) if numbers else None
 
 
 def _plain(text: str) -> str:
@@ -76,13 +80,11 @@ def score(gold: str, answer: str) -> tuple[bool, bool]:
 
 def evaluate_gsm8k(
     model: Any,
-    tokenizer: Any,
     encoder: Any,
     data: Any,
     *,
     limit: int = 50,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
     token_budget: int = 1024,
     resamples: int = 2000,
     seed: int = 0,
@@ -91,12 +93,10 @@ def evaluate_gsm8k(
 
     Args:
         model: causal LM or PeftModel.
-        tokenizer: its tokenizer.
         encoder: its encoder.
         data: DataSpec (or path) of question/answer rows.
         limit: questions.
         max_new_tokens: longest answer.
-        batch_size: questions that are answered together.
         token_budget: tokens a batch holds, for the loss.
         resamples: bootstrap draws.
         seed: of the draws.
@@ -109,11 +109,6 @@ def evaluate_gsm8k(
     Raises:
         DataError: no usable row, or a gold answer without a number.
     """
-    from keepset.data import load_pool
-    from keepset.evaluate.generate import generate
-    from keepset.evaluate.heldout import heldout_losses
-    from keepset.model.encode import encode_all
-
     pool = load_pool(data)
     rows = [pool.messages(i) for i in range(min(limit, len(pool)))]
     encoded, _ = encode_all(encoder, rows)
@@ -121,7 +116,7 @@ def evaluate_gsm8k(
     if not usable:
         raise DataError("gsm8k: no usable question/answer row")
     prompts, gold = [rows[i][:-1] for i in usable], [rows[i][-1]["content"] for i in usable]
-    answers = generate(model, encoder, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    answers = generate(model, encoder, prompts, max_new_tokens=max_new_tokens)
     scored = np.array([score(g, a.text) for g, a in zip(gold, answers, strict=True)], dtype=np.float64)
     losses = heldout_losses(model, [encoded[i] for i in usable], token_budget=token_budget)  # type: ignore[misc]
     return {

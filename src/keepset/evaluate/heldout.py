@@ -22,11 +22,6 @@ class Heldout:
     nll: np.ndarray
     n_tokens: np.ndarray
 
-    @property
-    def row_means(self) -> np.ndarray:
-        """(n,) nats a token of each row: what paired tests between models compare."""
-        return self.nll / self.n_tokens
-
 
 def heldout_losses(model: Any, rows: Sequence[Encoded], *, token_budget: int = 1024) -> Heldout:
     """Run the model (adapter on, if it has one) over the rows.

@@ -129,6 +129,44 @@ def length_matched(n_chosen: ArrayLike, n_rejected: ArrayLike, share: float = 0.
     return np.abs(w - l) <= share * np.maximum(w, l)
 
 
+@dataclass(frozen=True)
+class _Summaries:
+    """Makes the summary of any group of pairs, see `preference_table`."""
+
+    policy: PairLogps
+    by_form: dict[str, np.ndarray]
+    resamples: int
+    seed: int
+
+    def __call__(self, members: np.ndarray) -> dict[str, Any]:
+        """Of the pairs where `members` (m,) is true."""
+        index = np.flatnonzero(members)
+        if not index.size:
+            return {"n": 0}
+        policy, draws = self.policy, {"resamples": self.resamples, "seed": self.seed}
+        gap = (policy.n_chosen - policy.n_rejected)[index]
+        columns = {}
+        for form, margin in self.by_form.items():
+            columns[f"{form}/accuracy"] = correct(margin[index])
+            columns[f"{form}/margin"] = margin[index]
+        intervals = bootstrap_columns(columns, **draws)
+        summary: dict[str, Any] = {
+            "n": int(index.size),
+            "chosen_longer": float((gap > 0).mean()),
+            "loss_chosen": bootstrap_ratio(-policy.chosen[index], policy.n_chosen[index], **draws).as_dict(),
+            "loss_rejected": bootstrap_ratio(-policy.rejected[index], policy.n_rejected[index], **draws).as_dict(),
+        }
+        for form, margin in self.by_form.items():
+            link = correlations(margin[index], gap)
+            summary[form] = {
+                "accuracy": intervals[f"{form}/accuracy"].as_dict(),
+                "margin": intervals[f"{form}/margin"].as_dict(),
+                "length_pearson": None if np.isnan(link.pearson) else link.pearson,
+                "length_spearman": None if np.isnan(link.spearman) else link.spearman,
+            }
+        return summary
+
+
 def preference_table(
     policy: PairLogps,
     base: PairLogps | None = None,
@@ -162,37 +200,7 @@ def preference_table(
     by_form = margins(policy, base)
     matched = length_matched(policy.n_chosen, policy.n_rejected, length_match)
 
-    def summary(members: np.ndarray) -> dict[str, Any]:
-        index = np.flatnonzero(members)
-        if not index.size:
-            return {"n": 0}
-        gap = (policy.n_chosen - policy.n_rejected)[index]
-        columns = {}
-        for form, margin in by_form.items():
-            columns[f"{form}/accuracy"] = correct(margin[index])
-            columns[f"{form}/margin"] = margin[index]
-        intervals = bootstrap_columns(columns, resamples=resamples, seed=seed)
-        out: dict[str, Any] = {
-            "n": int(index.size),
-            "chosen_longer": float((gap > 0).mean()),
-            "loss_chosen": bootstrap_ratio(
-                -policy.chosen[index], policy.n_chosen[index], resamples=resamples, seed=seed
-            ),
-            "loss_rejected": bootstrap_ratio(
-                -policy.rejected[index], policy.n_rejected[index], resamples=resamples, seed=seed
-            ),
-        }
-        out = {k: v.as_dict() if hasattr(v, "as_dict") else v for k, v in out.items()}
-        for form, margin in by_form.items():
-            link = correlations(margin[index], gap)
-            out[form] = {
-                "accuracy": intervals[f"{form}/accuracy"].as_dict(),
-                "margin": intervals[f"{form}/margin"].as_dict(),
-                "length_pearson": None if np.isnan(link.pearson) else link.pearson,
-                "length_spearman": None if np.isnan(link.spearman) else link.spearman,
-            }
-        return out
-
+    summary = _Summaries(policy, by_form, resamples, seed)
     everything = np.ones(len(policy), dtype=bool)
     table: dict[str, Any] = {"all": summary(everything), "length_matched": summary(matched)}
     if tasks is not None:

@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keepset.errors import ModelError, RecipeError, did_you_mean
+from keepset.runfolder import layout
 
 GradientMap = Literal["sgd", "adam", "adam-less", "precondition", "sign"]
-FILE = "adam.safetensors"
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ def check_map(kind: str, state: AdamState | None) -> None:
     Raises:
         RecipeError: either.
     """
-    known = get_args(GradientMap)
-    if kind not in known:
-        raise RecipeError(f"unknown gradient map '{kind}'{did_you_mean(kind, list(known))}; known: {', '.join(known)}")
+    kinds = get_args(GradientMap)
+    if kind not in kinds:
+        raise RecipeError(f"unknown gradient map '{kind}'{did_you_mean(kind, list(kinds))}; known: {', '.join(kinds)}")
     if state is None and kind not in ("sgd", "sign"):
         raise RecipeError(f"gradient map '{kind}' needs a checkpoint with Adam moments; without one use sgd or sign")
 
@@ -201,12 +201,12 @@ def from_optimizer(optimizer: torch.optim.Optimizer, named_parameters: dict[str,
     exp_avg, exp_avg_sq, steps, settings = {}, {}, set(), set()
     for group in optimizer.param_groups:
         for p in group["params"]:
-            found = optimizer.state.get(p, {})
-            if "exp_avg" not in found or id(p) not in names:
+            state = optimizer.state.get(p, {})
+            if "exp_avg" not in state or id(p) not in names:
                 continue
-            exp_avg[names[id(p)]] = found["exp_avg"].detach().float().cpu().contiguous().clone()
-            exp_avg_sq[names[id(p)]] = found["exp_avg_sq"].detach().float().cpu().contiguous().clone()
-            steps.add(int(found["step"]))
+            exp_avg[names[id(p)]] = state["exp_avg"].detach().float().cpu().contiguous().clone()
+            exp_avg_sq[names[id(p)]] = state["exp_avg_sq"].detach().float().cpu().contiguous().clone()
+            steps.add(int(state["step"]))
             settings.add((tuple(group["betas"]), group["eps"]))
     if not exp_avg or len(steps) != 1 or len(settings) != 1:
         raise ModelError("can't read Adam moments: no Adam state, or parameters with different steps, betas or eps")
@@ -216,7 +216,7 @@ def from_optimizer(optimizer: torch.optim.Optimizer, named_parameters: dict[str,
 
 def save_adam(state: AdamState, folder: str | Path) -> Path:
     """Write `adam.safetensors` (keys `exp_avg.<name>`, `exp_avg_sq.<name>`; step, betas and eps in its header)."""
-    path = Path(folder) / FILE
+    path = Path(folder) / layout.MOMENTS
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"exp_avg.{n}": t.float().cpu().contiguous() for n, t in state.exp_avg.items()}
     tensors |= {f"exp_avg_sq.{n}": t.float().cpu().contiguous() for n, t in state.exp_avg_sq.items()}
@@ -235,7 +235,7 @@ def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamSt
         ModelError: no such file, not safetensors, or without step, betas and eps.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() or path.suffix != ".safetensors" else path
+    path = path / layout.MOMENTS if path.is_dir() or path.suffix != ".safetensors" else path
     if not path.is_file():
         raise ModelError(f"{path}: no Adam moments there; a warm-up of this version writes them at every checkpoint")
     first: dict[str, Tensor] = {}
@@ -250,7 +250,7 @@ def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamSt
                     (first if kind == "exp_avg" else second)[name] = file.get_tensor(key)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
-    beside = path.parent / "meta.json"
+    beside = path.parent / layout.META
     if isinstance(meta, dict) and "step" not in meta and beside.is_file():
         try:
             meta = json.loads(beside.read_text(encoding="utf-8"))

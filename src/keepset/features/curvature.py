@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,16 +27,13 @@ from torch import Tensor, nn
 
 from keepset.errors import ModelError, RecipeError
 from keepset.features.gauss_newton import GaussNewton
-from keepset.features.gradients import Sink
+from keepset.features.recorded import Sink
 from keepset.features.row_gradients import Labels, each_gradient, run_batches, stacked_gradients, weighted_gradients
+from keepset.features.solvers import cg_solve, datainf_shares, eigenvectors, ekfac_solve, fisher_coefficients
 from keepset.features.targets import GradientTarget
-from keepset.methods.datainf import datainf_shares
-from keepset.methods.ekfac import eigenvectors, ekfac_solve
-from keepset.methods.influence import cg_solve, fisher_coefficients
-from keepset.model.llama_backward import Places
+from keepset.model.layout import Places
 from keepset.model.pack import Row
 
-Solver = Literal["none", "fisher", "cg", "datainf", "ekfac", "ekfac-matrix"]
 MEMORY = 1 << 31
 """Bytes of gradients that `fisher` may hold (2 GiB): curvature rows x parameters x 4."""
 TOLERANCE, STEPS = 1e-2, 200
@@ -74,19 +71,19 @@ def solve_target(
             that don't converge.
         ModelError: the rows have no gradient at all.
     """
-    known: dict[str, Callable[..., dict[str, Tensor]]] = {
+    solvers: dict[str, Callable[..., dict[str, Tensor]]] = {
         "fisher": _fisher,
         "cg": _cg,
         "datainf": _datainf,
         "ekfac": _ekfac,
         "ekfac-matrix": partial(_ekfac, by_matrix=True),
     }
-    if solver not in known:
-        raise RecipeError(f"unknown curvature solver '{solver}'; known: {', '.join(known)}")
+    if solver not in solvers:
+        raise RecipeError(f"unknown curvature solver '{solver}'; known: {', '.join(solvers)}")
     if not damping > 0:
         raise RecipeError(f"damping {damping}: must be above 0")
     options = dict(token_budget=token_budget, labels=labels, seed=seed, last_layers=last_layers)
-    blocks = known[solver](model, target, rows, damping, options)
+    blocks = solvers[solver](model, target, rows, damping, options)
     return replace(target, blocks=blocks)
 
 

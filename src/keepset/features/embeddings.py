@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from keepset.errors import ModelError
+from keepset.model.load import one_line
+from keepset.model.weights import read
 
 MOST_TOKENS = 512
 
@@ -35,9 +37,6 @@ class TextEncoder:
             ModelError: it can't be loaded.
         """
         from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-        from keepset.model.load import one_line
-        from keepset.model.weights import read
 
         if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
             raise ModelError(f"embedding_model {name}: no such model folder")
@@ -75,8 +74,8 @@ class TextEncoder:
                 stop = start + 1  # rows of like length, the longest times their number within the budget
                 while stop < len(order) and len(ids[order[stop]]) * (stop + 1 - start) <= token_budget:
                     stop += 1
-                some = order[start:stop]
-                out[some] = self.means([ids[i] for i in some])
+                chunk = order[start:stop]
+                out[chunk] = self.means([ids[i] for i in chunk])
                 start = stop
         return out
 
@@ -94,8 +93,8 @@ class TextEncoder:
     @property
     def blank(self) -> int:
         """The token that stands for an empty text."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(i for i in known if i is not None)
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(i for i in candidates if i is not None)
 
     def means(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Mean state of each row, padded on the right and masked."""

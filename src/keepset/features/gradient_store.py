@@ -83,16 +83,16 @@ class GradientStore:
                 (folder / name).write_bytes(b"")
             write_atomic(folder / "header.json", json.dumps(header, indent=1).encode())
             write_atomic(folder / "state.json", json.dumps({"rows": 0, "ids_bytes": 0}, indent=1).encode())
-        found = _read(folder / "header.json")
-        if not isinstance(found.get("depends"), dict):
+        there = _read(folder / "header.json")
+        if not isinstance(there.get("depends"), dict):
             raise KeepsetError(f"{folder / 'header.json'}: damaged; delete {folder} and build the store again")
         del header["depends"]
-        wanted = {**depends, **header}
-        flat = {**found.pop("depends"), **found}
-        for key in sorted(set(wanted) | set(flat)):
-            if wanted.get(key) != flat.get(key):
+        ours = {**depends, **header}
+        flat = {**there.pop("depends"), **there}
+        for key in sorted(set(ours) | set(flat)):
+            if ours.get(key) != flat.get(key):
                 raise PlanMismatch(
-                    f"{folder}: made with {key} = {flat.get(key)}, not {wanted.get(key)}; use another folder"
+                    f"{folder}: made with {key} = {flat.get(key)}, not {ours.get(key)}; use another folder"
                 )
         return GradientStore(folder, flat)
 
@@ -180,10 +180,10 @@ class GradientStore:
         return np.divide(meta["shared"], meta["norm"], out=np.zeros(self.n_rows), where=meta["norm"] > 0)
 
     def _meta(self) -> np.ndarray:
-        found = np.zeros(self.n_rows, META)  # a file that was cut is made up with rows that can't be whole
+        meta = np.zeros(self.n_rows, META)  # a file that was cut is made up with rows that can't be whole
         read = np.fromfile(self.path / "rows.meta", META, self.n_rows)
-        found[: len(read)] = read
-        return found
+        meta[: len(read)] = read
+        return meta
 
     def _blocks(self, block: int) -> Iterator[tuple[slice, np.ndarray]]:
         """The rows (m, k) as stored, block by block, and where they stand."""
@@ -274,7 +274,7 @@ def build_store(
         common = project(store.sketch, shared_direction(kind, adam, recorder.shapes), 1)[0]
 
     def compute(places: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        found = influence(
+        part = influence(
             model,
             [rows[i] for i in places],
             None,
@@ -284,10 +284,29 @@ def build_store(
             sketch=store.sketch,
             **options,
         )
-        assert found.sketch is not None
-        shared = found.momentum * found.norms
-        return found.sketch - np.outer(shared, common).astype(np.float32), found.norms, shared
+        assert part.sketch is not None
+        shared = part.momentum * part.norms
+        return part.sketch - np.outer(shared, common).astype(np.float32), part.norms, shared
 
+    _mend(store, ids, compute, chunk)
+    for start in range(store.n_rows, len(rows), chunk):
+        places = range(start, min(start + chunk, len(rows)))
+        store.append(ids[start : places.stop], *compute(places))
+        if progress is not None:
+            progress(places.stop)
+    return store
+
+
+Compute = Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Makes the sketches (k, dimension), norms (k,) and shared terms (k,) of k rows by their places."""
+
+
+def _mend(store: GradientStore, ids: Sequence[str], compute: Compute, chunk: int) -> None:
+    """Make damaged rows of the store again, and its list of ids where that is damaged.
+
+    Raises:
+        PlanMismatch: the store holds other rows than those that `ids` begins with.
+    """
     given = [str(i) for i in ids[: store.n_rows]]
     whole = store.whole(given)
     if len(given) < store.n_rows or (~whole & store.whole(store.ids)).any():
@@ -296,17 +315,11 @@ def build_store(
     if damaged:
         log.warning("%s: %d damaged rows are made again", store.path, len(damaged))
     for start in range(0, len(damaged), chunk):
-        some = damaged[start : start + chunk]
-        store.replace(some, [given[i] for i in some], *compute(some))
+        remade = damaged[start : start + chunk]
+        store.replace(remade, [given[i] for i in remade], *compute(remade))
     text = "".join(f"{i}\n" for i in given).encode()
     if (store.path / "ids.txt").read_bytes()[: store.ids_bytes] != text:
         store._put("ids.txt", [0], [text], cut=True)
-    for start in range(store.n_rows, len(rows), chunk):
-        places = range(start, min(start + chunk, len(rows)))
-        store.append(ids[start : places.stop], *compute(places))
-        if progress is not None:
-            progress(places.stop)
-    return store
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -316,9 +329,9 @@ def _read(path: Path) -> dict[str, Any]:
         KeepsetError: it is missing or damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise KeepsetError(f"{path}: damaged; delete {path.parent} and build the store again")
-    return found
+    return content

@@ -1,23 +1,16 @@
 """Per-example gradients inside one batched backward pass.
 
-A linear layer's gradient for row i is a product over that row's positions alone. With x its input, G the gradient of
-its output, W = W₀ + s·B·A:
-
-    full weight   dWᵢ = Gᵢᵀ·xᵢ
-    LoRA          dBᵢ = s·Gᵢᵀ·(xᵢ·Aᵀ),   dAᵢ = s·(Gᵢ·B)ᵀ·xᵢ
-    below         dx  = G·W
-
-so each recorded layer is replaced by one autograd.Function that hands (left, right) factors to a `Sink` and passes dx
-on. Frozen weights get no gradient, and nothing runs below the lowest recorded layer's input. The output head runs at
-supervised positions only, forward and gradient in one go, since the weight of each token's loss is known beforehand.
+`recorded` holds what one layer does: its gradient for row i is a product over that row's positions alone, and goes to a
+`Sink` as two factors. Frozen weights get no gradient, and nothing runs below the lowest recorded layer's input. The
+output head runs at supervised positions only, forward and gradient in one go, since the weight of each token's loss is
+known beforehand.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,84 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keepset.errors import ModelError
-from keepset.features import checks
+from keepset.features.gradient_check import own_gradient, unlike
+from keepset.features.recorded import Recorder, Sink, hand_factors, products, recorded_forward
 from keepset.model import head
-from keepset.model.linears import Linear, find_linears
-from keepset.model.llama_backward import LlamaPass, Places, lay_out, serves
+from keepset.model.layout import Places, lay_out
+from keepset.model.linears import find_linears
+from keepset.model.llama_backward import LlamaPass
+from keepset.model.llama_blocks import serves
 from keepset.model.pack import Batch, Row, bare, engine, full_span, last_hidden, own_logits, pack, token_nll, vocabulary
+from keepset.model.probes import Probe, probes
 
-log = logging.getLogger(__name__)
 LOGITS = 1 << 22
 """float32 logits formed at once by `head_gradient` (16 MiB: they stay in cache)."""
-
-
-class Sink(Protocol):
-    """Takes each recorded parameter's per-example factors as the backward pass reaches it."""
-
-    def __call__(self, name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
-        """Row i's gradient is scale · left[i's positions]ᵀ · right[i's positions], see `products`; both float32."""
-
-
-@dataclass
-class Recorder:
-    """The layers being recorded, and where their gradients go; `run_rows` sets sink and places.
-
-    A recorded head sees predicting positions only, so it has places of its own. `written` is the pass without autograd,
-    for the models it serves.
-    """
-
-    linears: dict[str, Linear]
-    anchor: Tensor
-    sink: Sink | None = None
-    places: Places | None = None
-    head: Linear | None = None
-    head_places: Places | None = None
-    written: LlamaPass | None = None
-    packed: bool = True
-    span: int | None = None
-    apart: int | None = None
-    linear_head: bool = True
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Parameter name to shape, in the model's order."""
-        return {n: s for linear in self.linears.values() for n, s in zip(linear.names, linear.shapes, strict=True)}
-
-
-class _Recorded(torch.autograd.Function):
-    """A linear layer whose backward hands over per-example factors."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, linear: Linear, recorder: Recorder) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.linear, ctx.recorder = linear, recorder
-        return F.linear(x, linear.weight, linear.bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        hand_over(ctx.linear, x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), ctx.recorder)
-        return (grad @ ctx.linear.weight if ctx.needs_input_grad[0] else None), None, None, None
-
-
-def hand_over(linear: Linear, x: Tensor, grad: Tensor, recorder: Recorder) -> None:
-    """Give the sink one layer's factors, from its input x (B*T, in) and its output's gradient (B*T, out)."""
-    places = recorder.head_places if linear is recorder.head else recorder.places
-    if recorder.sink is None or places is None:
-        raise RuntimeError("a backward pass ran outside run_rows")
-    hand_factors(recorder.sink, linear, x, grad, places)
-
-
-def hand_factors(sink: Sink, linear: Linear, x: Tensor, grad: Tensor, places: Places) -> None:
-    """Give a sink one layer's factors; x is compact, grad wide where rows share a prefix (see `llama_pass`)."""
-    if linear.lora is not None:
-        down, up, scale = linear.lora
-        sink(linear.names[1], grad.float(), (x @ down.T.to(x.dtype)).float(), scale, places)
-        sink(linear.names[0], (grad @ up.to(grad.dtype)).float(), x.float(), scale, places)
-    elif linear.transposed:
-        sink(linear.names[0], x.float(), grad.float(), 1.0, places)
-    else:
-        sink(linear.names[0], grad.float(), x.float(), 1.0, places)
 
 
 @contextmanager
@@ -137,14 +64,14 @@ def recording(
         raise ModelError("the head's own gradients can't be recorded: this model works on its logits in its own code")
     if written and recorder.packed and recorder.head is None and serves(model, linears):
         recorder.written = LlamaPass(model, linears)
-    wanted = _wanted(model, recorder)
+    probe = _probe_of(model, recorder)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
     for linear in recorded.values():
-        linear.module.forward = _forward(linear, recorder)
+        linear.module.forward = recorded_forward(linear, recorder)
     try:
-        _verify(model, recorder, wanted)
+        _verify(model, recorder, probe)
         yield recorder
     finally:
         for linear in recorded.values():
@@ -153,24 +80,24 @@ def recording(
             p.requires_grad_(True)
 
 
-def _wanted(model: nn.Module, recorder: Recorder) -> tuple[list[checks.Probe], dict[str, Tensor]]:
+def _probe_of(model: nn.Module, recorder: Recorder) -> tuple[list[Probe], dict[str, Tensor]]:
     """Two probes and the second one's gradient by plain autograd; nothing if these matrices were verified before."""
     seen: set[Any] = vars(bare(model)).setdefault("keepset_verified", set())
     key = (tuple(recorder.shapes), recorder.packed, recorder.written is not None)
     if key in seen:
         return [], {}
     seen.add(key)
-    rows = checks.probes(model)[-2:]
-    return rows, dict(zip(recorder.shapes, checks.own_gradient(model, rows[-1], list(recorder.shapes)), strict=True))
+    rows = probes(model)[-2:]
+    return rows, dict(zip(recorder.shapes, own_gradient(model, rows[-1], list(recorder.shapes)), strict=True))
 
 
-def _verify(model: nn.Module, recorder: Recorder, wanted: tuple[list[checks.Probe], dict[str, Tensor]]) -> None:
+def _verify(model: nn.Module, recorder: Recorder, probe: tuple[list[Probe], dict[str, Tensor]]) -> None:
     """Hold the engine's gradient of a probe against plain autograd's.
 
     Raises:
         ModelError: they differ, as where a layer sees some tokens only (experts) or runs twice in one pass.
     """
-    rows, want = wanted
+    rows, want = probe
     if not rows:
         return
     got: dict[str, Tensor] = {}
@@ -187,46 +114,14 @@ def _verify(model: nn.Module, recorder: Recorder, wanted: tuple[list[checks.Prob
     except (ModelError, RuntimeError, IndexError) as error:
         trouble = f": {error}"
     dtype = next(model.parameters()).dtype
-    unlike = checks.unlike(got, want, dtype)
-    if unlike:
+    wrong = unlike(got, want, dtype)
+    if wrong:
         vars(bare(model))["keepset_verified"].clear()
-        more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ModelError(
-            f"gradients a row can't be taken of {unlike[0]}{more}: "
+            f"gradients a row can't be taken of {wrong[0]}{more}: "
             f"they are not autograd's{trouble}; name other lora_target_modules"
         )
-
-
-def _forward(linear: Linear, recorder: Recorder) -> Any:
-    own = linear.module.forward
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if linear.lora is not None and linear.module.disable_adapters:
-            return own(x, *args, **kwargs)
-        return _Recorded.apply(x, recorder.anchor, linear, recorder)
-
-    return forward
-
-
-def products(left: Tensor, right: Tensor, places: Places, out: Tensor) -> Tensor:
-    """Form leftᵢᵀ·rightᵢ for every row of a batch.
-
-    Args:
-        left: (positions, a) float32; wide where rows share a prefix of P tokens: n·P, then the rows' own.
-        right: (positions, b) float32; compact: P, then the rows' own.
-        places: where the rows' positions are.
-        out: (n, a, b) float32, overwritten.
-    """
-    n, p = len(places.lengths), places.prefix
-    if p:
-        torch.bmm(left[: n * p].unflatten(0, (n, p)).transpose(1, 2), right[:p].expand(n, p, right.shape[1]), out=out)
-    for i, (offset, length) in enumerate(zip(places.offsets, places.lengths, strict=True)):
-        a, b = left.narrow(0, n * p + offset, length), right.narrow(0, p + offset, length)
-        if p:
-            out[i].addmm_(a.T, b)
-        else:
-            torch.mm(a.T, b, out=out[i])
-    return out
 
 
 class LossWeights(Protocol):
@@ -288,17 +183,17 @@ def _run_apart(
     row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(recorder.anchor.device)
     weights = weigh(row_of, len(rows)).split(counts)
     drawn = [None] * len(rows) if uniform is None else uniform.split(counts)
-    found: dict[str, list[tuple[Tensor, Tensor, float, int]]] = {}
+    factors: dict[str, list[tuple[Tensor, Tensor, float, int]]] = {}
 
     def keep(name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:
-        found.setdefault(name, []).append((left, right, scale, places.lengths[0]))
+        factors.setdefault(name, []).append((left, right, scale, places.lengths[0]))
 
     losses = [
         run_rows(model, recorder, [row], lambda _row_of, _n, own=own: own, keep, u)[0]
         for row, own, u in zip(rows, weights, drawn, strict=True)
     ]
     with torch.no_grad():
-        for name, parts in found.items():
+        for name, parts in factors.items():
             left, right, scales, lengths = zip(*parts, strict=True)
             places = Places(list(lengths), (np.cumsum(lengths) - lengths).tolist())
             sink(name, torch.cat(left), torch.cat(right), scales[0], places)

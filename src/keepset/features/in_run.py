@@ -92,6 +92,6 @@ def in_run_step(
 
 def products_of(g: dict[str, Tensor], v: dict[str, Tensor]) -> np.ndarray:
     """(n, j) float64 inner products of gradients (n, a·b) with vectors (j, a, b), over all parameters."""
-    found = sum((x @ v[n].flatten(1).T).double() for n, x in g.items())
-    assert isinstance(found, Tensor)
-    return found.cpu().numpy()
+    products = sum((x @ v[n].flatten(1).T).double() for n, x in g.items())
+    assert isinstance(products, Tensor)
+    return products.cpu().numpy()

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from keepset.features.adam import AdamState, ParameterMap, check_map, momentum_direction, parameter_map
-from keepset.features.gradients import mean_weights, products, recording, run_rows
+from keepset.features.gradients import mean_weights, recording, run_rows
 from keepset.features.losses import row_losses
+from keepset.features.recorded import products
 from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
 from keepset.memory import in_halves
-from keepset.model.llama_backward import Places
+from keepset.model.layout import Places
 from keepset.model.pack import Row, engine, plan_batches
 from keepset.model.pair_losses import pair_loss
 
@@ -156,7 +157,7 @@ def influence(
     device = next(model.parameters()).device
     with recording(model, matrices=matrices, last_layers=last_layers) as recorder:
         sink = Reducer(recorder.shapes, target, adam, map, device, sketch)
-        found = torch.zeros(len(rows), sink.n_targets + 4, dtype=torch.float64, device=device)
+        table = torch.zeros(len(rows), sink.n_targets + 4, dtype=torch.float64, device=device)
         projected = torch.zeros(len(rows) if sketch else 0, sketch.dim if sketch else 0, device=device)
 
         def score(indices: np.ndarray) -> None:
@@ -165,13 +166,13 @@ def influence(
             nll, row_of = run_rows(model, recorder, [rows[i] for i in indices], mean_weights, sink)
             losses = sink.sums.new_zeros(n).index_add_(0, row_of, (nll * mean_weights(row_of, n)).double())
             where = torch.as_tensor(indices, device=device)
-            found[where] = torch.cat([sink.sums, losses[:, None]], 1)
+            table[where] = torch.cat([sink.sums, losses[:, None]], 1)
             if sink.sketches is not None:
                 projected[where] = sink.sketches
 
         for batch in plan_batches([len(r.input_ids) for r in rows], token_budget, engine(model).apart):
             in_halves(batch, score)
-    return finish(sink, found.cpu().numpy(), None if sketch is None else projected.cpu().numpy())
+    return finish(sink, table.cpu().numpy(), None if sketch is None else projected.cpu().numpy())
 
 
 def finish(sink: Reducer, values: np.ndarray, sketch: np.ndarray | None = None) -> Influence:
@@ -227,18 +228,18 @@ def pair_influence(
     values, slopes = pair_slopes(loss, -measured.nll[1], -measured.nll[0], measured.n_tokens, beta)
     with recording(model, last_layers=last_layers) as recorder:
         sink = Reducer(recorder.shapes, target, adam, map, device, sides=2)
-        found = torch.zeros(len(pairs), sink.n_targets + 4, dtype=torch.float64, device=device)
+        table = torch.zeros(len(pairs), sink.n_targets + 4, dtype=torch.float64, device=device)
 
         def score(indices: np.ndarray) -> None:
             sink.start(len(indices))
             slope = torch.as_tensor(-slopes[indices].reshape(-1), dtype=torch.float32, device=device)
             run_rows(model, recorder, [s for i in indices for s in pairs[i]], lambda row_of, n: slope[row_of], sink)
             where = torch.as_tensor(indices, device=device)
-            found[where] = torch.cat([sink.sums, torch.as_tensor(values[indices, None], device=device)], 1)
+            table[where] = torch.cat([sink.sums, torch.as_tensor(values[indices, None], device=device)], 1)
 
         for batch in plan_batches([len(w.input_ids) + len(l.input_ids) for w, l in pairs], token_budget):
             in_halves(batch, score)
-    return finish(sink, found.cpu().numpy())
+    return finish(sink, table.cpu().numpy())
 
 
 def pair_slopes(

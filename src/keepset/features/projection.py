@@ -75,8 +75,8 @@ def shared_direction(kind: str, adam: AdamState | None, shapes: Mapping[str, tup
         adam: its moments.
         shapes: the parameters' shapes.
     """
-    found = {n: momentum_direction(parameter_map(kind, adam, n, s, "cpu")) for n, s in shapes.items()}
-    blocks = {n: d for n, d in found.items() if d is not None}
+    directions = {n: momentum_direction(parameter_map(kind, adam, n, s, "cpu")) for n, s in shapes.items()}
+    blocks = {n: d for n, d in directions.items() if d is not None}
     length = math.sqrt(sum(float(d.double().square().sum()) for d in blocks.values()))
     return {n: d / length for n, d in blocks.items()} if length > 0 else {}
 

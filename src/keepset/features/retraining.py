@@ -61,8 +61,8 @@ class Retraining:
                 p.copy_(start)
         if len(indices):
             self.train(np.sort(np.asarray(indices)))
-        found = row_losses(self.model, self.target, token_budget=self.token_budget)
-        means = found.nll[0] / found.n_tokens
+        losses = row_losses(self.model, self.target, token_budget=self.token_budget)
+        means = losses.nll[0] / losses.n_tokens
         return -float(np.mean([means[self.tasks == t].mean() for t in np.unique(self.tasks)]))
 
     def train(self, indices: np.ndarray) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from keepset.features.gradients import Recorder, Sink, mean_weights, products, recording, run_rows
-from keepset.model.llama_backward import Places
+from keepset.features.gradients import mean_weights, recording, run_rows
+from keepset.features.recorded import Recorder, Sink, products
+from keepset.model.layout import Places
 from keepset.model.pack import Row, engine, plan_batches
 
 Labels = Literal["sampled", "data"]
@@ -71,8 +72,8 @@ def run_batches(
     """Run every row's mean token loss back, batch by batch, into the sink that `sink_of(positions)` gives."""
     with recording(model, last_layers=last_layers) as recorder:
         for indices in plan_batches([len(r.input_ids) for r in rows], token_budget, engine(model).apart):
-            some = [rows[i] for i in indices]
-            run_rows(model, recorder, some, mean_weights, sink_of(indices), draws(recorder, some, labels, seed))
+            batch = [rows[i] for i in indices]
+            run_rows(model, recorder, batch, mean_weights, sink_of(indices), draws(recorder, batch, labels, seed))
         return recorder.shapes
 
 

@@ -63,12 +63,12 @@ class Sketch:
         """
         stop = start + values.shape[1]
         key = name, start, stop, str(values.device)
-        found = self.kept.get(key)
-        if found is None:
-            found = self.slots(name, start, stop, values.device)
+        slots = self.kept.get(key)
+        if slots is None:
+            slots = self.slots(name, start, stop, values.device)
             if sum(s.numel() for _, s in self.kept.values()) + stop - start <= CACHED:
-                self.kept[key] = found
-        return out.index_add_(1, found[0], values * found[1])
+                self.kept[key] = slots
+        return out.index_add_(1, slots[0], values * slots[1])
 
 
 def _signed(x: int) -> int:

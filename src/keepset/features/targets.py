@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keepset.errors import ModelError, RecipeError, did_you_mean
-from keepset.features.gradients import Recorder, mean_weights, products, recording, run_rows, sum_weights
+from keepset.features.gradients import mean_weights, recording, run_rows, sum_weights
+from keepset.features.recorded import Recorder, products
 from keepset.memory import in_halves
-from keepset.model.llama_backward import Places
-from keepset.model.pack import Row, pack, plan_batches, row_sums, token_nll
+from keepset.model.layout import Places
+from keepset.model.pack import Row, has_adapter, pack, plan_batches, row_sums, token_nll
 
 FACTS = ("tasks", "margin", "log_weight", "norms")
 TargetLoss = Literal["sft", "dpo", "margin", "mean_margin"]
@@ -66,11 +67,6 @@ class GradientTarget:
     def n_targets(self) -> int:
         """Number of vectors, j."""
         return int(next(iter(self.blocks.values())).shape[0])
-
-    @property
-    def zero_pairs(self) -> np.ndarray:
-        """Positions of the pairs without any gradient."""
-        return np.flatnonzero(self.norms == 0)
 
     @property
     def empty(self) -> np.ndarray:
@@ -136,6 +132,39 @@ class _PairSink:
         return torch.stack([g.flatten(1).norm(dim=1).double() for g in self.grads.values()]).norm(dim=0)
 
 
+class _TaskSums:
+    """Each task's Σ weight·gradient / ‖gradient‖ over its pairs, kept relative to the task's largest weight so far.
+
+    Attributes:
+        blocks: parameter name to (n_tasks, a, b) float32.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], n_tasks: int, device: torch.device) -> None:
+        self.blocks = {n: torch.zeros(n_tasks, *shape, device=device) for n, shape in shapes.items()}
+        self.top = np.full(n_tasks, -np.inf)
+
+    def add(self, task: int, grads: dict[str, Tensor], norm: float, log_weight: float | None) -> None:
+        """Add one pair's gradient of length `norm`; without a weight each pair counts alike."""
+        factor = 1.0 / norm
+        if log_weight is not None:
+            if log_weight > self.top[task]:
+                for block in self.blocks.values():
+                    block[task].mul_(math.exp(self.top[task] - log_weight))
+                self.top[task] = log_weight
+            factor = math.exp(log_weight - self.top[task])
+        for name, block in self.blocks.items():
+            block[task].add_(grads[name], alpha=factor)
+
+    def divided(self, n_pairs: np.ndarray | None) -> dict[str, Tensor]:
+        """The sums over the number of each task's pairs (n_tasks,); without it each at length 1. In place."""
+        lengths = torch.stack([b.flatten(1).norm(dim=1).double() for b in self.blocks.values()]).norm(dim=0)
+        divisor = lengths.cpu().numpy() if n_pairs is None else n_pairs
+        divisor = np.where(divisor > 0, divisor, 1)
+        for block in self.blocks.values():
+            block.div_(torch.as_tensor(divisor, dtype=block.dtype, device=block.device)[:, None, None])
+        return self.blocks
+
+
 def target_vectors(
     model: nn.Module,
     pairs: Sequence[tuple[Row, Row | None]],
@@ -174,20 +203,16 @@ def target_vectors(
     """
     _check_options(loss, reference, normalise, beta)
     task = np.asarray(tasks, dtype=np.int64)
-    if len(pairs) == 0 or len(task) != len(pairs):
-        raise RecipeError(f"{len(pairs)} target pairs with {len(task)} task labels: nothing to aim at")
-    if loss != "sft" and any(rejected is None for _, rejected in pairs):
-        raise RecipeError(f"target loss '{loss}' needs chosen and rejected sides; rows with one side take loss 'sft'")
+    _check_pairs(pairs, task, loss)
     j = int(task.max()) + 1 if n_tasks is None else n_tasks
     weighted = loss == "dpo" and normalise == "task"
-    if weighted and reference == "base" and not hasattr(model, "disable_adapter"):
+    if weighted and reference == "base" and not has_adapter(model):
         raise ModelError("reference 'base' is the model with its adapter off, and this model has none; use 'none'")
     device = next(model.parameters()).device
     margin, log_weight, norms = np.full(len(pairs), np.nan), np.zeros(len(pairs)), np.zeros(len(pairs))
-    top = np.full(j, -np.inf)  # largest log weight of each task so far: the sum is kept relative to it
     with recording(model, matrices=matrices, last_layers=last_layers) as recorder:
         shapes = recorder.shapes
-        acc = {n: torch.zeros(j, *shape, device=device) for n, shape in shapes.items()}
+        sums = _TaskSums(shapes, j, device)
 
         def add(indices: np.ndarray) -> None:
             rows = [side for i in indices for side in (pairs[i][:1] if loss == "sft" else pairs[i])]
@@ -203,38 +228,34 @@ def target_vectors(
             if not np.isfinite(norms[indices]).all():
                 raise ModelError(f"target pair {int(indices[~np.isfinite(norms[indices])][0])}: gradient is not finite")
             # from here on nothing takes memory: a batch that is halved has added nothing yet
-            for p, i in enumerate(indices):
-                if norms[i] == 0:
-                    continue
-                t = int(task[i])
-                factor = 1.0 / norms[i]
-                if normalise == "task":
-                    if log_weight[i] > top[t]:
-                        for a in acc.values():
-                            a[t].mul_(math.exp(top[t] - log_weight[i]))
-                        top[t] = log_weight[i]
-                    factor = math.exp(log_weight[i] - top[t])
-                for n, a in acc.items():
-                    a[t].add_(sink.grads[n][p], alpha=factor)
+            for k, i in enumerate(indices):
+                if norms[i] > 0:
+                    weight = float(log_weight[i]) if normalise == "task" else None
+                    sums.add(int(task[i]), {n: g[k] for n, g in sink.grads.items()}, float(norms[i]), weight)
 
         for batch in _plan(pairs, loss, token_budget, sum(a * b for a, b in shapes.values())):
             in_halves(batch, add)
-    used = np.bincount(task[norms > 0], minlength=j)
-    lengths = torch.stack([a.flatten(1).norm(dim=1).double() for a in acc.values()]).norm(dim=0).cpu().numpy()
-    divisor = np.where(used > 0, used, 1) if normalise == "pair" else np.where(lengths > 0, lengths, 1)
-    for a in acc.values():
-        a.div_(torch.as_tensor(divisor, dtype=a.dtype, device=device)[:, None, None])
-    return GradientTarget(acc, task, margin, log_weight, norms)
+    blocks = sums.divided(np.bincount(task[norms > 0], minlength=j) if normalise == "pair" else None)
+    return GradientTarget(blocks, task, margin, log_weight, norms)
+
+
+def _check_pairs(pairs: Sequence[tuple[Row, Row | None]], task: np.ndarray, loss: str) -> None:
+    if len(pairs) == 0 or len(task) != len(pairs):
+        raise RecipeError(f"{len(pairs)} target pairs with {len(task)} task labels: nothing to aim at")
+    if loss != "sft" and any(rejected is None for _, rejected in pairs):
+        raise RecipeError(f"target loss '{loss}' needs chosen and rejected sides; rows with one side take loss 'sft'")
 
 
 def _check_options(loss: str, reference: str, normalise: str, beta: float) -> None:
-    for what, value, known in (
+    for what, value, choices in (
         ("target loss", loss, get_args(TargetLoss)),
         ("reference", reference, get_args(Reference)),
         ("normalise", normalise, ("pair", "task")),
     ):
-        if value not in known:
-            raise RecipeError(f"unknown {what} '{value}'{did_you_mean(value, list(known))}; known: {', '.join(known)}")
+        if value not in choices:
+            raise RecipeError(
+                f"unknown {what} '{value}'{did_you_mean(value, list(choices))}; known: {', '.join(choices)}"
+            )
     if not beta > 0:
         raise RecipeError(f"beta {beta}: must be above 0")
 

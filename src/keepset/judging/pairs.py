@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -31,54 +32,70 @@ class Skipped:
     reason: str
 
 
-def best_against_worst(
-    items: Iterable[ScoredAnswers],
-    *,
-    min_ratio: float = 1.0,
-    min_gap: float = 0.0,
-    min_best: float | None = None,
-    length_share: float | None = None,
-) -> tuple[list[dict[str, str | float]], list[Skipped]]:
-    """Make one `prompt`/`chosen`/`rejected` row a prompt; prompts in = rows + skipped.
+@dataclass(frozen=True)
+class PairRule:
+    """Which two answers of a prompt become a pair.
 
     The ratio is taken of positive scores: a worst score of 0 or less passes any ratio as long as the best is positive.
-    Ties of score are broken by the text itself, so the order of the answers does not matter.
 
-    Args:
-        items: prompts with scored answers.
+    Attributes:
         min_ratio: the best score is at least this many times the worst; SHP's own rule is 2, ROSE's 3.
         min_gap: and at least this much larger.
         min_best: the chosen answer's score is at least this.
         length_share: of the pairs that qualify, take the one with the largest score gap among those whose lengths in
             characters differ by at most this share of the longer one; None takes best against worst.
+    """
+
+    min_ratio: float = 1.0
+    min_gap: float = 0.0
+    min_best: float | None = None
+    length_share: float | None = None
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A row for preference training."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+    task: str
+
+
+def best_against_worst(
+    items: Iterable[ScoredAnswers], rule: PairRule = PairRule()
+) -> tuple[list[PreferencePair], list[Skipped]]:
+    """Make one pair a prompt; prompts in = pairs + skipped.
+
+    Ties of score are broken by the text itself, so the order of the answers does not matter.
+
+    Args:
+        items: prompts with scored answers.
+        rule: which answers qualify.
 
     Returns:
-        Rows with `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`, `task`; and the skipped prompts.
+        The pairs; and the skipped prompts.
     """
-    rows: list[dict[str, str | float]] = []
+    pairs: list[PreferencePair] = []
     skipped: list[Skipped] = []
     for item in items:
-        found = _pair(item, min_ratio, min_gap, min_best, length_share)
-        if isinstance(found, str):
-            skipped.append(Skipped(item.prompt, found))
+        places = _best_and_worst(item, rule)
+        if isinstance(places, str):
+            skipped.append(Skipped(item.prompt, places))
             continue
-        best, worst = found
-        rows.append(
-            {
-                "prompt": item.prompt,
-                "chosen": item.answers[best],
-                "rejected": item.answers[worst],
-                "chosen_score": float(item.scores[best]),
-                "rejected_score": float(item.scores[worst]),
-                "task": item.task,
-            }
+        (best, worst), answers, scores = places, item.answers, item.scores
+        pairs.append(
+            PreferencePair(
+                item.prompt, answers[best], answers[worst], float(scores[best]), float(scores[worst]), item.task
+            )
         )
-    return rows, skipped
+    return pairs, skipped
 
 
-def _pair(
-    item: ScoredAnswers, min_ratio: float, min_gap: float, min_best: float | None, length_share: float | None
-) -> tuple[int, int] | str:
+def _best_and_worst(item: ScoredAnswers, rule: PairRule) -> tuple[int, int] | str:
+    """The places of the chosen and the rejected answer, or why there are none."""
     if len(item.answers) != len(item.scores):
         raise ValueError(f"{len(item.answers)} answers with {len(item.scores)} scores")
     if len(item.answers) < 2:
@@ -87,57 +104,62 @@ def _pair(
     if not np.isfinite(scores).all():
         return "not-finite"
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], item.answers[i]))
-    if length_share is None:
-        candidates = [(order[0], order[-1])]
-    else:
-        # Largest gap first; equal gaps in the order of the ranking.
-        candidates = sorted(
-            ((a, b) for k, a in enumerate(order) for b in order[k + 1 :]), key=lambda p: scores[p[1]] - scores[p[0]]
-        )
-    reason = "no-length-match"
-    for best, worst in candidates:
-        high, low = scores[best], scores[worst]
-        if high == low:
-            reason = "tie" if length_share is None else reason
-        elif (low > 0 and high < min_ratio * low) or high - low < min_gap or (high <= 0 and min_ratio > 1):
-            reason = "ratio" if length_share is None else reason
-        elif min_best is not None and high < min_best:
-            reason = "ratio" if length_share is None else reason
-        elif item.answers[best].strip() == item.answers[worst].strip():
-            reason = "same-text" if length_share is None else reason
-        elif length_share is not None and not _alike(item.answers[best], item.answers[worst], length_share):
-            continue
-        else:
-            return best, worst
-    return reason
+    if rule.length_share is None:
+        return _unfit(item, order[0], order[-1], rule) or (order[0], order[-1])
+    # Largest gap first; equal gaps in the order of the ranking.
+    for a, b in sorted(combinations(order, 2), key=lambda pair: scores[pair[1]] - scores[pair[0]]):
+        if not _unfit(item, a, b, rule) and _alike(item.answers[a], item.answers[b], rule.length_share):
+            return a, b
+    return "no-length-match"
+
+
+def _unfit(item: ScoredAnswers, best: int, worst: int, rule: PairRule) -> str | None:
+    """Why two answers make no pair, lengths aside."""
+    high, low = float(item.scores[best]), float(item.scores[worst])
+    if high == low:
+        return "tie"
+    if (low > 0 and high < rule.min_ratio * low) or (high <= 0 and rule.min_ratio > 1):
+        return "ratio"
+    if high - low < rule.min_gap or (rule.min_best is not None and high < rule.min_best):
+        return "ratio"
+    return "same-text" if item.answers[best].strip() == item.answers[worst].strip() else None
 
 
 def _alike(a: str, b: str, share: float) -> bool:
     return abs(len(a) - len(b)) <= share * max(len(a), len(b))
 
 
+@dataclass(frozen=True)
+class AnswerColumns:
+    """The columns of rows that hold one answer each; without one of the task all are of the task `all`."""
+
+    prompt: str = "prompt"
+    answer: str = "answer"
+    score: str = "score"
+    task: str | None = None
+
+
 def group_answers(
-    rows: Iterable[Mapping[str, Any]], *, prompt: str = "prompt", answer: str = "answer", score: str = "score",
-    task: str | None = None,
-) -> list[ScoredAnswers]:  # fmt: skip
+    rows: Iterable[Mapping[str, Any]], columns: AnswerColumns = AnswerColumns(), *, scored: bool = True
+) -> list[ScoredAnswers]:
     """Collect rows of one answer each (Stack Exchange posts, generated answers) by prompt, in order of appearance.
 
     Args:
         rows: mappings.
-        prompt: column of the prompt.
-        answer: column of the answer.
-        score: column of the score.
-        task: column of the task; None names all `all`.
+        columns: where prompt, answer, score and task stand.
+        scored: False doesn't look at the scores: all are 0, and a judge is to give them.
 
     Raises:
         KeyError: a row without one of the columns.
+        TypeError, ValueError: a score that is no number.
     """
-    found: dict[tuple[str, str], tuple[list[str], list[float]]] = {}
+    grouped: dict[tuple[str, str], tuple[list[str], list[float]]] = {}
     for row in rows:
-        answers, scores = found.setdefault((row[prompt], str(row[task]) if task else "all"), ([], []))
-        answers.append(row[answer])
-        scores.append(float(row[score]))
-    return [ScoredAnswers(p, answers, scores, t) for (p, t), (answers, scores) in found.items()]
+        key = row[columns.prompt], str(row[columns.task]) if columns.task else "all"
+        answers, scores = grouped.setdefault(key, ([], []))
+        answers.append(row[columns.answer])
+        scores.append(float(row[columns.score]) if scored else 0.0)
+    return [ScoredAnswers(p, answers, scores, t) for (p, t), (answers, scores) in grouped.items()]
 
 
 def shp_answers(rows: Iterable[Mapping[str, Any]]) -> list[ScoredAnswers]:
@@ -148,10 +170,10 @@ def shp_answers(rows: Iterable[Mapping[str, Any]]) -> list[ScoredAnswers]:
     Args:
         rows: SHP's own columns: history, human_ref_A, human_ref_B, score_A, score_B, domain.
     """
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    grouped: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
-        answers = found.setdefault((row["history"], str(row.get("domain", "all"))), {})
+        answers = grouped.setdefault((row["history"], str(row.get("domain", "all"))), {})
         for side in ("A", "B"):
             text, value = row[f"human_ref_{side}"], float(row[f"score_{side}"])
             answers[text] = max(value, answers.get(text, value))
-    return [ScoredAnswers(p, list(a), list(a.values()), t) for (p, t), a in found.items()]
+    return [ScoredAnswers(p, list(a), list(a.values()), t) for (p, t), a in grouped.items()]

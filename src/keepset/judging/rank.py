@@ -8,65 +8,50 @@ orders; an answer's score is its mean preference over the others, 0 to 1 (Borda 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
-from keepset.judging.judge import Comparison, Judgements, reward_scores
+from keepset.judging.judge import Comparison, Judgements, RewardJudge
 from keepset.judging.pairs import ScoredAnswers
 
 
-def rank_by_reward(
-    model: Any, encoder: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]], *, batch_size: int = 8
-) -> list[ScoredAnswers]:
-    """Score every answer by a reward model.
+class Judge(Protocol):
+    """Whatever compares answers: `keepset.judging.judge.HttpJudge`, for example."""
 
-    Args:
-        model: see `reward_scores`.
-        encoder: of its tokenizer.
-        prompts: n prompts.
-        answers: n lists of answers.
-        batch_size: answers scored together.
+    def compare(self, items: Sequence[Comparison]) -> Judgements:
+        """Judge n comparisons."""
+
+
+def rank_by_reward(judge: RewardJudge, items: Sequence[ScoredAnswers]) -> list[ScoredAnswers]:
+    """The same answers with a reward model's scores.
 
     Raises:
         keepset.model.encode.RowRefused: the template refuses an answer, or it is too long.
     """
-    rows = [
-        encoder.encode_pair([{"role": "user", "content": p}], [{"role": "assistant", "content": a}]).input_ids
-        for p, some in zip(prompts, answers, strict=True)
-        for a in some
-    ]
-    scores = iter(reward_scores(model, rows, batch_size=batch_size).tolist())
-    return [
-        ScoredAnswers(p, list(some), [next(scores) for _ in some]) for p, some in zip(prompts, answers, strict=True)
-    ]
+    scores = iter(judge.scores([(item.prompt, answer) for item in items for answer in item.answers]).tolist())
+    return [replace(item, scores=[next(scores) for _ in item.answers]) for item in items]
 
 
-def rank_by_comparison(
-    judge: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]]
-) -> tuple[list[ScoredAnswers], Judgements]:
-    """Score every answer by its mean preference over the prompt's other answers.
+def rank_by_comparison(judge: Judge, items: Sequence[ScoredAnswers]) -> tuple[list[ScoredAnswers], Judgements]:
+    """The same answers, each scored by its mean preference over the prompt's other answers.
 
     Comparisons without a readable verdict don't count; an answer without any has the score NaN, and its prompt is left
     out later as `not-finite`. k answers take k·(k − 1) requests.
 
-    Args:
-        judge: has `compare(items) -> Judgements`, as `keepset.judging.judge.HttpJudge`.
-        prompts: n prompts.
-        answers: n lists of answers.
-
     Returns:
         The scored answers, and what the judge said.
     """
-    places = [(i, a, b) for i, some in enumerate(answers) for a, b in combinations(range(len(some)), 2)]
-    found = judge.compare([Comparison(prompts[i], answers[i][a], answers[i][b]) for i, a, b in places])
-    won = [np.zeros(len(some)) for some in answers]
-    met = [np.zeros(len(some)) for some in answers]
-    for (i, a, b), preference in zip(places, found.preference, strict=True):
+    places = [(i, a, b) for i, item in enumerate(items) for a, b in combinations(range(len(item.answers)), 2)]
+    said = judge.compare([Comparison(items[i].prompt, items[i].answers[a], items[i].answers[b]) for i, a, b in places])
+    won = [np.zeros(len(item.answers)) for item in items]
+    met = [np.zeros(len(item.answers)) for item in items]
+    for (i, a, b), preference in zip(places, said.preference, strict=True):
         if np.isfinite(preference):
             won[i][[a, b]] += preference, 1 - preference
             met[i][[a, b]] += 1
     with np.errstate(invalid="ignore"):
         scores = [(w / m).tolist() for w, m in zip(won, met, strict=True)]
-    return [ScoredAnswers(p, list(s), v) for p, s, v in zip(prompts, answers, scores, strict=True)], found
+    return [replace(item, scores=own) for item, own in zip(items, scores, strict=True)], said

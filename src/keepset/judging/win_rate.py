@@ -62,7 +62,6 @@ def win_rate(
     *,
     ridge: float = RIDGE,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> WinRate:
     """Compute both win rates with bootstrap 95 % intervals over prompts.
 
@@ -72,7 +71,6 @@ def win_rate(
         baseline_length: (n,) length of the baseline's, in the same unit.
         ridge: strength of the prior that length has no effect; see the module docstring.
         resamples: bootstrap draws; the regression is fitted again in each.
-        seed: of the draws.
 
     Raises:
         ValueError: different numbers of items, none, or a preference outside [0, 1].
@@ -86,7 +84,7 @@ def win_rate(
     t = np.tanh(d / d.std()) if d.std() > 0 else np.zeros_like(d)
     n = len(p)
     theta, phi = _fit(p, t, np.ones((1, n)), ridge)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draws = []
     for start in range(0, resamples, 100):
         counts = rng.multinomial(n, np.full(n, 1 / n), size=min(100, resamples - start)).astype(np.float64)
@@ -94,7 +92,7 @@ def win_rate(
     low, high = np.percentile(_sigmoid(np.concatenate(draws)), [2.5, 97.5])
     link = correlations(p, d).pearson
     return WinRate(
-        raw=bootstrap_ci(p, resamples=resamples, seed=seed),
+        raw=bootstrap_ci(p, resamples=resamples),
         length_controlled=Interval(float(_sigmoid(theta)[0]), float(low), float(high), n),
         length_effect=float(phi[0]),
         wins=int((p > 0.5).sum()),

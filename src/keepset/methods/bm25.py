@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
@@ -23,6 +24,7 @@ import numpy as np
 from scipy import sparse
 
 from keepset.data.words import chunks, hash_terms
+from keepset.methods.method import Columns, Features, Method, Scores, task_parts
 from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
 
 
@@ -105,3 +107,28 @@ class _TermIds:
     def __iter__(self) -> Iterator[list[int]]:
         for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
             yield self.numbers[start:end].tolist()
+
+
+@dataclass(frozen=True)
+class Bm25(Method):
+    """Lexical similarity to the target's prompts."""
+
+    name = "bm25"
+    paper = "Robertson & Zaragoza 2009"
+    formula = "S = max_j mean_q BM25(q, z)"
+    needs = ("text", "target")
+    cost = "text"
+    query: Literal["prompt", "prompt+chosen"] = "prompt"
+    k1: float = 1.5
+    b: float = 0.75
+    reduce: Literal["max", "mean"] = "max"
+
+    def score(self, features: Features) -> Scores:
+        """Relevance to each task's queries."""
+        names, codes = features.tasks
+        queries = features.target_texts(with_chosen=self.query == "prompt+chosen")
+        score, per_task = bm25(features.texts(), queries, codes, k1=self.k1, b=self.b, reduce=self.reduce)
+        return Scores(score, task_parts(names, per_task))
+
+    def noise(self, columns: Columns, relative: float) -> None:
+        """None: no model runs."""

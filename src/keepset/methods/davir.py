@@ -16,9 +16,21 @@ where.
 
 from __future__ import annotations
 
-from typing import Literal
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from keepset.errors import RecipeError
+from keepset.methods.method import Columns, Features, Method, Scores, difference_noise, signed
+from keepset.stages.losses import Losses, reference_losses
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
+
+TokenLoss = Literal["ce", "label-smoothed", "focal"]
 
 
 def davir(loss_ini: np.ndarray, loss_ref: np.ndarray) -> np.ndarray:
@@ -74,3 +86,124 @@ def _losses(loss_ini: np.ndarray, loss_ref: np.ndarray) -> tuple[np.ndarray, np.
     if ini.shape != ref.shape:
         raise ValueError(f"loss_ini {ini.shape} and loss_ref {ref.shape} must have one shape")
     return ini, ref
+
+
+@dataclass(frozen=True)
+class LossDrop(Method):
+    """What the methods on the losses under base and reference share."""
+
+    paper = "DavIR, arXiv 2310.13008"
+    needs = ("losses", "reference")
+    cost = "reference"
+    prefer: Literal["high", "low"] = "high"
+    token_loss: TokenLoss = "ce"
+    end_of_turn: bool = True
+
+    @property
+    def summed_over(self) -> Literal["chosen", "content"]:
+        """The answers, with or without the tokens that end a turn."""
+        return "chosen" if self.end_of_turn else "content"
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """Losses under base and reference."""
+        of = self.summed_over
+        return {"ini": Losses(token_loss=self.token_loss, of=of), "ref": reference_losses(job, self.token_loss, of)}
+
+    @abstractmethod
+    def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+        """The score (n,) of summed losses (n,) in nats, before its sign is turned."""
+
+    def score(self, features: Features) -> Scores:
+        """The drop, and both losses."""
+        ini, ref = features["ini"], features["ref"]
+        score = self.drop(ini["nll"], ref["nll"], ini["n_tokens"])
+        return Scores(signed(score, self.prefer), {"loss_ini": ini["nll"], "loss_ref": ref["nll"]})
+
+
+@dataclass(frozen=True)
+class Davir(LossDrop):
+    """Share of the loss that fine-tuning on the pool removed; of a pair: of one side, or chosen less rejected."""
+
+    name = "davir"
+    formula = "S = (L_ini − L_ref) / L_ini"
+    side: Literal["chosen", "rejected", "margin"] = "chosen"
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """Losses under base and reference, of both sides where both count."""
+        if self.side == "chosen":
+            return super().stages(job, shots)
+        if not self.end_of_turn:
+            raise RecipeError("davir: `end_of_turn: false` is for `side: chosen`")
+        rejected = Losses(token_loss=self.token_loss, of="rejected")
+        more = {"ini.rejected": rejected, "ref.rejected": reference_losses(job, self.token_loss, "rejected")}
+        return super().stages(job, shots) | more
+
+    def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+        """The relative drop."""
+        return davir(ini, ref)
+
+    def score(self, features: Features) -> Scores:
+        """The relative drop of the side that counts, and all losses."""
+        if self.side == "chosen":
+            return super().score(features)
+        parts = {f"loss_{name}": features[name]["nll"] for name in features.stages}
+        parts["chosen"] = davir(parts["loss_ini"], parts["loss_ref"])
+        parts["rejected"] = davir(parts["loss_ini.rejected"], parts["loss_ref.rejected"])
+        score = parts["rejected"] if self.side == "rejected" else parts["chosen"] - parts["rejected"]
+        return Scores(signed(score, self.prefer), parts)
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """That of the side that is scored; of a margin, both sides' together."""
+        suffixes = {"chosen": ("",), "rejected": (".rejected",), "margin": ("", ".rejected")}[self.side]
+        sides = [
+            difference_noise(columns[f"loss_ini{s}"], columns[f"loss_ref{s}"], relative=relative) for s in suffixes
+        ]
+        return np.sum(sides, axis=0)
+
+
+@dataclass(frozen=True)
+class DavirRef(LossDrop):
+    """DavIR over the reference's loss: the same ranking."""
+
+    name = "davir-ref"
+    formula = "S = (L_ini − L_ref) / L_ref"
+
+    def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+        """The drop over the reference's loss."""
+        return davir_ref(ini, ref)
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """DavIR's, with the losses' places exchanged."""
+        return difference_noise(columns["loss_ref"], columns["loss_ini"], relative=relative)
+
+
+@dataclass(frozen=True)
+class RhoSum(LossDrop):
+    """Plain loss drop, summed over tokens."""
+
+    name = "rho-sum"
+    formula = "S = L_ini − L_ref (summed)"
+
+    def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+        """The drop in nats."""
+        return rho(ini, ref)
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """That of both losses."""
+        return relative * (np.abs(columns["loss_ini"]) + np.abs(columns["loss_ref"]))
+
+
+@dataclass(frozen=True)
+class RhoMean(LossDrop):
+    """Plain loss drop, mean over tokens."""
+
+    name = "rho-mean"
+    formula = "S = (L_ini − L_ref) / T"
+
+    def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+        """The drop in nats a token."""
+        return rho(ini, ref, n_tokens, form="mean")
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """That of both losses, a token."""
+        return relative * (np.abs(columns["loss_ini"]) + np.abs(columns["loss_ref"])) / columns["n_tokens"]

@@ -17,12 +17,15 @@ S sums over a row's n-grams, and with a small target most of them are unseen the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from keepset.data.buckets import Hash, NgramBuckets, Twice
 from keepset.data.ids import gumbel_by_id
+from keepset.methods.method import Columns, Features, Method, Scores, task_parts
 from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
 
 
@@ -88,3 +91,40 @@ def log_ratio(target_counts: np.ndarray, pool_counts: np.ndarray, *, smoothing: 
         raise ValueError("dsir: the pool and every task need at least one word")
     p, q = target_counts / target_counts.sum(), pool_counts / pool_counts.sum()
     return np.log(p + smoothing) - np.log(q + smoothing)
+
+
+@dataclass(frozen=True)
+class Dsir(Method):
+    """Importance weight of the row's n-grams, target against pool."""
+
+    name = "dsir"
+    paper = "DSIR, arXiv 2302.03169"
+    formula = "S = Σ_b c_b(z) log(p_b / q_b) + Gumbel"
+    needs = ("text", "target")
+    cost = "text"
+    query: Literal["prompt", "prompt+chosen"] = "prompt+chosen"
+    gumbel: bool = True
+    seed: int = 0
+    per_token: bool = False
+    by_task: bool = False
+    reduce: Literal["max", "mean"] = "max"
+
+    def score(self, features: Features) -> Scores:
+        """The rows' log weights, with their noise."""
+        names, codes = features.tasks
+        target = features.target_texts(with_chosen=self.query == "prompt+chosen")
+        score, per_task = dsir(
+            features.texts(), target, codes if self.by_task else None, ids=features.ids, gumbel=self.gumbel,
+            seed=self.seed, per_token=self.per_token, reduce=self.reduce,
+        )  # fmt: skip
+        return Scores(score, task_parts(names if self.by_task else ["all"], per_task))
+
+    def noise(self, columns: Columns, relative: float) -> None:
+        """None: no model runs."""
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """`reduce` of one task, and the seed of no draw."""
+        if not self.by_task:
+            yield ("reduce",), "there is one task; set `by_task: true`"
+        if not self.gumbel:
+            yield ("seed",), "nothing is drawn under `gumbel: false`"

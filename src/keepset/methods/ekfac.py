@@ -13,43 +13,36 @@ the paper.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 
-
-def kronecker_bases(inputs: np.ndarray, output_gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the eigenvectors Q_A (in, in) and Q_B (out, out) of the two factors.
-
-    Args:
-        inputs: (t, in) a at all tokens of all rows.
-        output_gradients: (t, out) δ at the same tokens.
-    """
-    factors = [np.asarray(x, dtype=np.float64) for x in (inputs, output_gradients)]
-    q_a, q_b = (eigenvectors(x.T @ x) for x in factors)
-    return q_a, q_b
+from keepset.methods.gradient import InfluenceFunction, Labels
+from keepset.methods.influence import influence
+from keepset.stages.influence import Curvature
 
 
-def eigenvectors(factor: np.ndarray) -> np.ndarray:
-    """Return the eigenvectors (d, d), as columns, of a factor: a sum or mean of outer products (d, d)."""
-    return np.linalg.eigh(factor)[1]
+@dataclass(frozen=True)
+class Ekfac(InfluenceFunction):
+    """Eigenvalue-corrected Kronecker factors of each LoRA matrix; one damping for all of them, or one for each."""
 
+    name = "ekfac"
+    paper = "EK-FAC, arXiv 2308.03296"
+    formula = "influence, eigenvalue-corrected Kronecker factors"
+    curvature_rows: int = 200
+    labels: Labels = "sampled"
+    damping: float = 0.1
+    damping_by: Literal["all", "matrix"] = "all"
+    reduce: Literal["max", "mean"] = "mean"
+    seed: int = 0
 
-def corrected_eigenvalues(gradients: np.ndarray, q_a: np.ndarray, q_b: np.ndarray) -> np.ndarray:
-    """Return Λ (out, in), mean squares of the rows' gradients (n, out, in) in the eigenbasis; shards' means combine."""
-    rotated = q_b.T @ np.asarray(gradients, dtype=np.float64) @ q_a
-    return np.mean(rotated**2, axis=0)
+    @property
+    def solver(self) -> Curvature:
+        """Kronecker factors."""
+        solver = "ekfac-matrix" if self.damping_by == "matrix" else "ekfac"
+        return Curvature(solver, self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
 
-
-def ekfac_solve(
-    targets: np.ndarray, q_a: np.ndarray, q_b: np.ndarray, eigenvalues: np.ndarray, *, damping: float | None = None
-) -> np.ndarray:
-    """Return r (j, out, in) for targets V (j, out, in).
-
-    Args:
-        targets: the target's gradients in this layer.
-        q_a: (in, in) eigenvectors of A.
-        q_b: (out, out) eigenvectors of B.
-        eigenvalues: Λ (out, in).
-        damping: λ; None: 0.1 · mean(Λ).
-    """
-    lam = 0.1 * eigenvalues.mean() if damping is None else damping
-    return q_b @ ((q_b.T @ np.asarray(targets, dtype=np.float64) @ q_a) / (eigenvalues + lam)) @ q_a.T
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `influence`."""
+        return influence(dots[0], reduce=self.reduce)

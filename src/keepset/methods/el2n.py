@@ -11,7 +11,18 @@ averages the lengths of the tokens' errors, GraNd takes the length of their aver
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+from keepset.methods.gradient import GradientMethod, of_store
+from keepset.methods.method import Columns, Features, Method, Scores, score_noise
+from keepset.stages.losses import Losses
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
 
 
 def el2n(error_norms: np.ndarray, n_tokens: np.ndarray | None = None) -> np.ndarray:
@@ -32,3 +43,44 @@ def el2n(error_norms: np.ndarray, n_tokens: np.ndarray | None = None) -> np.ndar
 def grand(norms: np.ndarray) -> np.ndarray:
     """Score rows by their gradient norm (c, n) or (n,), mean over checkpoints: (n,) float64."""
     return np.atleast_2d(np.asarray(norms, dtype=np.float64)).mean(axis=0)
+
+
+@dataclass(frozen=True)
+class El2n(Method):
+    """Mean over the row's supervised tokens of ‖softmax − onehot‖, under the base."""
+
+    name = "el2n"
+    paper = "EL2N, arXiv 2107.07075"
+    formula = "S = (1/T) Σ_t ‖p_t − onehot(y_t)‖"
+    needs = ("error-norms",)
+    cost = "forward"
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """The lengths of the tokens' error vectors, summed, under the base."""
+        return {"errors": Losses(token_loss="error-norm")}
+
+    def score(self, features: Features) -> Scores:
+        """Their means."""
+        errors = features["errors"]
+        return Scores(el2n(errors["nll"], errors["n_tokens"]))
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """A mean of distances of distributions; a probability near 1 has the noise of 1, not of its distance."""
+        return relative * np.maximum(np.abs(columns["score"]), 1.0)
+
+
+@dataclass(frozen=True)
+class GradNorm(GradientMethod):
+    """Norm of the plain gradient of the row's mean token loss, mean over the warm-up's checkpoints."""
+
+    name = "grad-norm"
+    paper = "GraNd, arXiv 2107.07075"
+    formula = "S = mean_c ‖∇ℓ(z)‖"
+
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The norms' mean; no task counts."""
+        return grand(norms), np.zeros((norms.shape[1], 0))
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
+        """A norm's; None from a store."""
+        return None if of_store(columns) else score_noise(columns, relative)

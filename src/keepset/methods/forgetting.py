@@ -11,7 +11,18 @@ still decides first.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+from keepset.methods.method import Columns, Features, Method, Scores
+from keepset.stages.losses import Losses
+from keepset.stages.stage import Stage
+from keepset.stages.trained import checkpoints
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
 
 
 def forgetting(losses: np.ndarray, *, threshold: float | None = None, tie_break: bool = True) -> np.ndarray:
@@ -38,3 +49,27 @@ def forgetting(losses: np.ndarray, *, threshold: float | None = None, tie_break:
     score = np.where(learnt.any(axis=0), events, len(losses))
     rises = np.maximum(np.diff(losses, axis=0), 0).sum(axis=0)
     return np.where(np.isnan(lowest), np.nan, score + (rises / (1 + rises) if tie_break else 0.0))
+
+
+@dataclass(frozen=True)
+class Forgetting(Method):
+    """Forgetting events over the base and the warm-up's checkpoints."""
+
+    name = "forgetting"
+    paper = "arXiv 1812.05159"
+    formula = "S = times learnt and lost again"
+    needs = ("losses", "warmup", "checkpoint-losses")
+    cost = "gradients"
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """Losses under the base and every checkpoint, in order of time."""
+        after = {f"checkpoint {c.at}": Losses("checkpoint", at=c.at) for c in checkpoints(job)}
+        return {"base": Losses(), **after}
+
+    def score(self, features: Features) -> Scores:
+        """Events in the mean losses (c + 1, n)."""
+        losses = [features[name] for name in features.stages]
+        return Scores(forgetting(np.stack([one["nll"] / one["n_tokens"] for one in losses])))
+
+    def noise(self, columns: Columns, relative: float) -> None:
+        """None: it counts events, so noise changes nothing or a whole one."""

@@ -9,7 +9,17 @@ here they rank below every other row, so that no row vanishes. `ceiling=None` ra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+from keepset.methods.method import Columns, Features, Method, Scores, score_noise
+from keepset.stages.losses import Losses
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
 
 
 def ifd(
@@ -39,3 +49,29 @@ def ifd(
             alone = alone / (n_tokens if n_tokens_alone is None else n_tokens_alone)
         ratio = given / alone
         return ratio if ceiling is None else np.where(ratio > ceiling, -ratio, ratio)
+
+
+@dataclass(frozen=True)
+class Ifd(Method):
+    """How little the prompt helps the answer."""
+
+    name = "ifd"
+    paper = "Cherry, arXiv 2308.12032"
+    formula = "S = L(y | x) / L(y), above 1 last"
+    needs = ("losses", "answers")
+    cost = "forward"
+    ceiling: float = 1.0
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """Losses of the answers with and without their prompt."""
+        return {"given": Losses(), "alone": Losses(of="alone")}
+
+    def score(self, features: Features) -> Scores:
+        """The quotient of the two mean losses."""
+        given, alone = features["given"], features["alone"]
+        score = ifd(given["nll"], alone["nll"], given["n_tokens"], alone["n_tokens"], ceiling=self.ceiling)
+        return Scores(score, {"loss_ini": given["nll"], "loss_alone": alone["nll"]})
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """That of a quotient of two losses."""
+        return 2 * score_noise(columns, relative)

@@ -13,9 +13,18 @@ only: others get 0.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
 import numpy as np
 
+from keepset.methods.method import Columns, Features, Method, Scores, task_parts
 from keepset.methods.tasks import Reduce, reduce_tasks
+from keepset.stages.shapley import InRun, step_values
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
 
 
 def in_run_shapley(
@@ -46,11 +55,41 @@ def in_run_shapley(
         raise ValueError(
             f"dots (t, n, j), lr (t,), in_batch (t, n) don't fit: {dots.shape}, {lr.shape}, {in_batch.shape}"
         )
-    rate = lr[:, None, None]
-    values = rate * dots
-    if curvature is not None:
-        if np.shape(curvature) != dots.shape:
-            raise ValueError(f"curvature {np.shape(curvature)} and dots {dots.shape} must have one shape")
-        values = values - rate**2 / 2 * np.asarray(curvature, np.float64)
+    if curvature is not None and np.shape(curvature) != dots.shape:
+        raise ValueError(f"curvature {np.shape(curvature)} and dots {dots.shape} must have one shape")
+    values = step_values(dots, lr[:, None, None], curvature)
     per_task = np.where(in_batch[:, :, None], values, 0.0).sum(axis=0)
     return reduce_tasks(per_task, reduce), per_task
+
+
+@dataclass(frozen=True)
+class InRunShapley(Method):
+    """Each row's share of the target's loss drop in one SGD run over the pool, from the warm-up's last checkpoint."""
+
+    name = "in-run-shapley"
+    paper = "In-Run Data Shapley, arXiv 2406.11011"
+    formula = "S = Σ_t η_t <v_t, g> [− η_t²/2 · gᵀ H_t Σ g]"
+    needs = ("in-run", "warmup", "target")
+    cost = "gradients"
+    order: Literal["first", "second"] = "first"
+    learning_rate: float = 0.05
+    batch_size: int = 32
+    epochs: int = 1
+    reduce: Literal["max", "mean"] = "mean"
+    seed: int = 0
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """The run."""
+        run = InRun(
+            second_order=self.order == "second", learning_rate=float(self.learning_rate),
+            batch_size=int(self.batch_size), epochs=int(self.epochs), seed=int(self.seed), shots=shots,
+        )  # fmt: skip
+        return {"run": run}
+
+    def score(self, features: Features) -> Scores:
+        """The values that the run's steps add up to."""
+        per_task = features["run"]
+        return Scores(reduce_tasks(per_task, self.reduce), task_parts(features.tasks[0], per_task))
+
+    def noise(self, columns: Columns, relative: float) -> None:
+        """Not known: each step of a training passes its noise on."""

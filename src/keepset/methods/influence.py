@@ -7,17 +7,20 @@ the target loss is −S: a large S means that z lowers it. λ (damping) keeps th
 indefinite.
 
 H is symmetric, so the solve is done once per target, never per row: r_j = (H + λ I)⁻¹ v_j goes where v_j went, and
-the scores are the dot products <∇ℓ(z), r_j>. All solvers here (and in `datainf.py`, `ekfac.py`) turn targets (j, p)
-into such r.
+the scores are the dot products <∇ℓ(z), r_j>. `keepset.features.solvers` turns targets (j, p) into such r.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from keepset.methods.gradient import InfluenceFunction, Labels
 from keepset.methods.tasks import Reduce, reduce_tasks
+from keepset.stages.influence import Curvature
 
 
 def influence(dots: np.ndarray, *, reduce: Reduce = "mean") -> tuple[np.ndarray, np.ndarray]:
@@ -31,87 +34,31 @@ def influence(dots: np.ndarray, *, reduce: Reduce = "mean") -> tuple[np.ndarray,
     return reduce_tasks(per_task, reduce), per_task
 
 
-def dense_solve(hessian: np.ndarray, targets: np.ndarray, *, damping: float = 0.0) -> np.ndarray:
-    """Solve (H + λ I) r = v directly; for small p.
+@dataclass(frozen=True)
+class Influence(InfluenceFunction):
+    """Influence function: some rows' damped Fisher matrix inverted exactly, or Gauss-Newton by conjugate gradients."""
 
-    Args:
-        hessian: (p, p) symmetric.
-        targets: (j, p).
-        damping: λ.
+    name = "influence"
+    paper = "arXiv 1703.04730"
+    formula = "S = mean_j v_jᵀ (F + λI)⁻¹ ∇ℓ(z)"
+    curvature: Literal["fisher", "gauss-newton"] = "fisher"
+    curvature_rows: int = 100
+    labels: Labels = "sampled"
+    damping: float = 0.1
+    reduce: Literal["max", "mean"] = "mean"
+    seed: int = 0
 
-    Returns:
-        (j, p) float64.
+    @property
+    def solver(self) -> Curvature:
+        """Fisher by Woodbury's identity, or conjugate gradients."""
+        solver = "cg" if self.curvature == "gauss-newton" else "fisher"
+        return Curvature(solver, self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
 
-    Raises:
-        numpy.linalg.LinAlgError: the damped matrix is singular.
-    """
-    hessian = np.asarray(hessian, dtype=np.float64)
-    return np.linalg.solve(hessian + damping * np.eye(len(hessian)), np.asarray(targets, dtype=np.float64).T).T
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `influence`."""
+        return influence(dots[0], reduce=self.reduce)
 
-
-def fisher_coefficients(gram: np.ndarray, dots: np.ndarray, *, damping: float) -> np.ndarray:
-    """Solve with F = (1/h) Σ g gᵀ of h rows by h × h matrices alone, never a p × p one (Woodbury's identity).
-
-        (F + λI)⁻¹ v = (v − Σ_i c_i g_i) / λ,     c = (G Gᵀ + hλI)⁻¹ G v
-
-    Args:
-        gram: (h, h) G Gᵀ, inner products of the rows' gradients.
-        dots: (h, j) G v of each target.
-        damping: λ, above 0.
-
-    Returns:
-        c (h, j) float64.
-    """
-    h = len(gram)
-    return np.linalg.solve(np.asarray(gram, np.float64) + h * damping * np.eye(h), np.asarray(dots, np.float64))
-
-
-def cg_solve(
-    product: Callable[[np.ndarray], np.ndarray],
-    targets: np.ndarray,
-    *,
-    damping: float = 0.0,
-    tolerance: float = 1e-8,
-    max_steps: int = 1000,
-) -> np.ndarray:
-    """Solve (H + λ I) r = v by conjugate gradients (Hestenes & Stiefel 1952); needs products with H alone.
-
-    Args:
-        product: maps a vector (p,) to H times it, (p,).
-        targets: (j, p).
-        damping: λ.
-        tolerance: stop when the residual's norm is below this share of the target's.
-        max_steps: products spent on a target.
-
-    Returns:
-        (j, p) float64.
-
-    Raises:
-        ValueError: a direction of no or negative curvature was met, or the steps ran out; more damping helps.
-    """
-    solved = []
-    for v in np.asarray(targets, dtype=np.float64):
-        r, residual, direction = np.zeros_like(v), v.copy(), v.copy()
-        size = residual @ residual
-        goal = (tolerance * np.linalg.norm(v)) ** 2
-        steps = 0
-        while size > goal:
-            if steps == max_steps:
-                raise ValueError(
-                    f"conjugate gradients: residual {np.sqrt(size / (v @ v)):.1e} after {steps} steps, wanted "
-                    f"{tolerance:.1e}; raise damping ({damping:g})"
-                )
-            image = product(direction) + damping * direction
-            curvature = direction @ image
-            if not curvature > 0:
-                raise ValueError(
-                    f"conjugate gradients: curvature {curvature:.1e} is not positive at damping {damping:g}"
-                )
-            step = size / curvature
-            r += step * direction
-            residual -= step * image
-            size, previous = residual @ residual, size
-            direction = residual + size / previous * direction
-            steps += 1
-        solved.append(r)
-    return np.array(solved).reshape(np.shape(targets))
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """`labels` of a matrix that has none."""
+        if self.curvature == "gauss-newton":
+            yield ("labels",), "`gauss-newton` takes no labels"

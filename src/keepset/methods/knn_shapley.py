@@ -15,11 +15,19 @@ non-negative ones gets 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from keepset.methods.rds import unit_rows
+from keepset.methods.method import Columns, Features, Method, Scores, cosine_noise, task_parts
+from keepset.methods.rds import Pooling, unit_rows
 from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
+from keepset.stages.representations import Representations, TargetRepresentations
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
 
 
 def knn_shapley(
@@ -71,3 +79,32 @@ def shapley_of_similarities(similarities: np.ndarray, k: int) -> np.ndarray:
     last = ranked[-1] / k * min(k, n) / n
     values[order] = last + np.concatenate([np.cumsum(steps[::-1])[::-1], np.zeros(1)])
     return values
+
+
+@dataclass(frozen=True)
+class KnnShapley(Method):
+    """Exact Shapley value in the nearest-neighbour game on cosine similarity."""
+
+    name = "knn-shapley"
+    paper = "KNN-Shapley, arXiv 1908.08619"
+    formula = "S = mean_q φ_z(U_q), U_q = mean similarity of the K nearest"
+    needs = ("representations", "target")
+    cost = "forward"
+    k: int = 5
+    pooling: Pooling = "weighted_mean"
+    reduce: Literal["max", "mean"] = "mean"
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """States of the pool and of the target."""
+        return {"pool": Representations(self.pooling), "target": TargetRepresentations(self.pooling, shots)}
+
+    def score(self, features: Features) -> Scores:
+        """Values in each task's games."""
+        score, per_task = knn_shapley(
+            features["pool"]["state"], features["target"], features.encoded_tasks, k=self.k, reduce=self.reduce
+        )
+        return Scores(score, task_parts(features.tasks[0], per_task))
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """Its slopes in the similarities sum to 2 / K at most (the recursion above)."""
+        return 2 / self.k * cosine_noise(columns, relative)

@@ -7,9 +7,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from keepset.methods.method import Columns, Features, Method, Scores
 
 
 def length(n_tokens: np.ndarray, *, prefer: Literal["long", "short"] = "long") -> np.ndarray:
@@ -26,3 +29,22 @@ def length(n_tokens: np.ndarray, *, prefer: Literal["long", "short"] = "long") -
         raise ValueError(f"prefer is 'long' or 'short', not {prefer!r}")
     tokens = np.asarray(n_tokens, dtype=np.float64)
     return tokens if prefer == "long" else -tokens
+
+
+@dataclass(frozen=True)
+class Length(Method):
+    """Tokens of the completion (words in the torch-free core)."""
+
+    name = "length"
+    paper = "arXiv 2402.04833"
+    formula = "S = T"
+    needs = ("text",)
+    cost = "free"
+    prefer: Literal["long", "short"] = "long"
+
+    def score(self, features: Features) -> Scores:
+        """The rows' lengths."""
+        return Scores(length(features.n_tokens, prefer=self.prefer))
+
+    def noise(self, columns: Columns, relative: float) -> None:
+        """None: no model runs."""

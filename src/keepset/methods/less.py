@@ -11,10 +11,16 @@ of v_cj. ROSE is the same reduction with v_cj from preference pairs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 
-from keepset.methods.rose import rose
+from keepset.methods.gradient import GradientMethod, checkpoint_columns, cosines_noise, of_store
+from keepset.methods.method import Columns
+from keepset.methods.rose import CosineMethod, rose
 from keepset.methods.tasks import Reduce, reduce_tasks
+from keepset.stages.influence import InfluenceRequest
 
 
 def less(
@@ -54,3 +60,54 @@ def tracin(dots: np.ndarray, lr: np.ndarray | None = None, *, reduce: Reduce = "
         raise ValueError(f"dots (c, n, j) and lr (c,) don't fit: {dots.shape} and {weights.shape}")
     per_task = np.einsum("c,cnj->nj", weights, dots)
     return reduce_tasks(per_task, reduce), per_task
+
+
+@dataclass(frozen=True)
+class Less(CosineMethod):
+    """Influence on the SFT loss of the target's (chosen) rows; `last`: only the last so many checkpoints (0: all)."""
+
+    name = "less"
+    paper = "LESS, arXiv 2402.04333"
+    formula = "S = max_j Σ_c w_c cos(Γ_c(z), ∇ℓ_SFT,j)"
+
+    @property
+    def request(self) -> InfluenceRequest:
+        """Gradients of the SFT loss."""
+        return InfluenceRequest(map=self.map, normalise=self.normalise)
+
+
+@dataclass(frozen=True)
+class TracIn(GradientMethod):
+    """Plain inner products, learning-rate-weighted over checkpoints."""
+
+    name = "tracin"
+    paper = "TracIn, arXiv 2002.08484"
+    formula = "S = mean_j Σ_c η_c <∇ℓ(z), ∇ℓ_j>"
+    reduce: Literal["max", "mean"] = "mean"
+
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `tracin`."""
+        return tracin(dots, lr, reduce=self.reduce)
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
+        """That of dot products with unit targets, weighted by the learning rates; None from a store."""
+        norms, lr = checkpoint_columns(columns)
+        return None if of_store(columns) else relative * (lr * norms).sum(axis=0)
+
+
+@dataclass(frozen=True)
+class GradCosine(GradientMethod):
+    """Cosine of plain gradients."""
+
+    name = "grad-cosine"
+    paper = "–"
+    formula = "S = max_j Σ_c w_c cos(∇ℓ(z), ∇ℓ_j)"
+    reduce: Literal["max", "mean"] = "max"
+
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `less`."""
+        return less(dots, norms, lr, reduce=self.reduce)
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
+        """See `cosines_noise`."""
+        return cosines_noise(columns, relative, cosine=True, map="sgd")

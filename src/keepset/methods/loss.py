@@ -9,9 +9,19 @@ does more than either: the highest base loss is what "hard examples" selection k
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+
+from keepset.methods.method import Columns, Cost, Features, Method, Scores, score_noise
+from keepset.stages.losses import Losses, reference_losses
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
+
+TokenLoss = Literal["ce", "label-smoothed", "focal"]
 
 
 def loss(
@@ -42,3 +52,51 @@ def loss(
         with np.errstate(divide="ignore", invalid="ignore"):
             values = values / np.asarray(n_tokens)
     return values if prefer == "high" else -values
+
+
+@dataclass(frozen=True)
+class Loss(Method):
+    """The base's loss alone."""
+
+    name = "loss"
+    paper = "DavIR, arXiv 2310.13008"
+    formula = "S = ±L_ini / T, or ±L_ini"
+    needs: ClassVar[tuple[str, ...]] = ("losses",)
+    cost: ClassVar[Cost] = "forward"
+    prefer: Literal["high", "low"] = "high"
+    form: Literal["mean", "sum"] = "mean"
+    token_loss: TokenLoss = "ce"
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """Losses under the base."""
+        return {"ini": Losses(token_loss=self.token_loss)}
+
+    def score(self, features: Features) -> Scores:
+        """The losses."""
+        ini = features["ini"]
+        score = loss(ini["nll"], ini["n_tokens"], form=self.form, prefer=self.prefer)
+        return Scores(score, {"loss_ini": ini["nll"]})
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """A loss's."""
+        return score_noise(columns, relative)
+
+
+@dataclass(frozen=True)
+class LossRef(Loss):
+    """The reference's loss alone."""
+
+    name = "loss-ref"
+    formula = "S = ±L_ref / T, or ±L_ref"
+    needs: ClassVar[tuple[str, ...]] = ("losses", "reference")
+    cost: ClassVar[Cost] = "reference"
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """Losses under base and reference."""
+        return {"ini": Losses(token_loss=self.token_loss), "ref": reference_losses(job, self.token_loss)}
+
+    def score(self, features: Features) -> Scores:
+        """The reference's losses, the base's beside them."""
+        ini, ref = features["ini"], features["ref"]
+        score = loss(ref["nll"], ini["n_tokens"], form=self.form, prefer=self.prefer)
+        return Scores(score, {"loss_ini": ini["nll"], "loss_ref": ref["nll"]})

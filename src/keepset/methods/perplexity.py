@@ -9,11 +9,17 @@ alone" and "ref alone" baseline.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from keepset.selection.ranking import percentile
+from keepset.methods.method import Columns, Features, Method, Scores, score_noise
+from keepset.stages.losses import Losses
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
 
 
 def perplexity(
@@ -41,3 +47,42 @@ def perplexity(
     known = ~np.isnan(mean)
     out[known] = -np.abs(percentile(mean[known]) - 0.5)
     return out
+
+
+def percentile(scores: np.ndarray) -> np.ndarray:
+    """Return scores (n,) on [0, 1]: the share of the other rows below, ties counting half; no scale, no outliers."""
+    scores = np.asarray(scores, dtype=np.float64)
+    ordered = np.sort(scores)
+    below, up_to = np.searchsorted(ordered, scores, "left"), np.searchsorted(ordered, scores, "right")
+    return (below + up_to - 1) / (2.0 * max(1, len(scores) - 1))
+
+
+@dataclass(frozen=True)
+class Perplexity(Method):
+    """Low, middle or high mean NLL under the base."""
+
+    name = "perplexity"
+    paper = "arXiv 2309.04564"
+    formula = "S = ±L_ini / T, or its middle"
+    needs = ("losses",)
+    cost = "forward"
+    prefer: Literal["low", "mid", "high"] = "mid"
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """Losses under the base."""
+        return {"ini": Losses()}
+
+    def score(self, features: Features) -> Scores:
+        """The mean losses, or how near they are to the middle."""
+        ini = features["ini"]
+        return Scores(perplexity(ini["nll"], ini["n_tokens"], prefer=self.prefer), {"loss_ini": ini["nll"]})
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """A loss's; under `prefer: mid`, a place among the others, the rows that it may pass."""
+        if self.prefer != "mid":
+            return score_noise(columns, relative)
+        mean = columns["loss_ini"] / columns["n_tokens"]
+        ordered = np.sort(mean)
+        near = 1 + 2 * relative
+        within = np.searchsorted(ordered, mean * near, "right") - np.searchsorted(ordered, mean / near, "left") - 1
+        return within / max(1, len(mean) - 1)

@@ -8,10 +8,12 @@ The draw belongs to the row's content id and the seed: shuffling or splitting th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from keepset.data.ids import uniform_by_id
+from keepset.methods.method import Columns, Features, Method, Scores
 
 
 def random_(ids: int | Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:
@@ -25,3 +27,22 @@ def random_(ids: int | Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:
         (n,) float64 in (0, 1).
     """
     return uniform_by_id([str(i) for i in range(ids)] if isinstance(ids, int) else ids, seed)
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Uniform numbers by content id."""
+
+    name = "random"
+    paper = "–"
+    formula = "S = u(id, seed)"
+    needs = ("text",)
+    cost = "free"
+    seed: int = 0
+
+    def score(self, features: Features) -> Scores:
+        """The draw of `seed`."""
+        return Scores(random_(features.ids, self.seed))
+
+    def noise(self, columns: Columns, relative: float) -> None:
+        """None: no model runs."""

@@ -9,12 +9,21 @@ caller's `representations`, and so is an embedding model. RDS+ chooses by round-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from keepset.methods.method import Columns, Features, Method, Scores, cosine_noise, task_parts
 from keepset.methods.tasks import Reduce, reduce_queries, reduce_tasks
+from keepset.stages.representations import Embeddings, Representations, TargetEmbeddings, TargetRepresentations
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
+
+Pooling = Literal["last", "weighted_mean"]
 
 
 def rds(
@@ -61,3 +70,73 @@ def unit_rows(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Rds(Method):
+    """Cosine of pooled hidden states, or of an embedding model's vectors, with the target's prompt + chosen rows."""
+
+    name = "rds"
+    paper = "arXiv 2402.04333"
+    formula = "S = max_j mean_q cos(h(z), h(q))"
+    needs = ("representations", "target")
+    cost = "forward"
+    pooling: Pooling = "last"
+    reduce: Literal["max", "mean"] = "max"
+    per: Literal["task", "query"] = "task"
+    embedding_model: str = ""
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """States of the pool and of the target, or vectors of their texts."""
+        if self.embedding_model:
+            model = self.embedding_model
+            return {"pool": Embeddings(model), "target": TargetEmbeddings(model, shots)}
+        return {"pool": Representations(self.pooling), "target": TargetRepresentations(self.pooling, shots)}
+
+    def score(self, features: Features) -> Scores:
+        """Similarity to each task's rows, or to each row."""
+        codes = features.tasks[1] if self.embedding_model else features.encoded_tasks
+        return by_similarity(features, codes, self.reduce, self.per)
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """A cosine's."""
+        return cosine_noise(columns, relative)
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """`pooling` of an embedding model."""
+        if self.embedding_model:
+            yield ("pooling",), "an embedding model pools in its own way"
+
+
+@dataclass(frozen=True)
+class RdsPlus(Method):
+    """RDS with the position-weighted mean of all tokens."""
+
+    name = "rds+"
+    paper = "arXiv 2503.01807"
+    formula = "rds, position-weighted mean"
+    needs = ("representations", "target")
+    cost = "forward"
+    reduce: Literal["max", "mean"] = "max"
+    per: Literal["task", "query"] = "task"
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """States of the pool and of the target."""
+        return {"pool": Representations("weighted_mean"), "target": TargetRepresentations("weighted_mean", shots)}
+
+    def score(self, features: Features) -> Scores:
+        """Similarity to each task's rows, or to each row."""
+        return by_similarity(features, features.encoded_tasks, self.reduce, self.per)
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray:
+        """A cosine's."""
+        return cosine_noise(columns, relative)
+
+
+def by_similarity(features: Features, codes: np.ndarray, reduce: Reduce, per: Literal["task", "query"]) -> Scores:
+    """RDS on the features' states; `codes` (m,) are the tasks of the target's rows."""
+    names = features.tasks[0]
+    score, per_column = rds(features["pool"]["state"], features["target"], codes, reduce=reduce, per=per)
+    if per == "query":
+        names = [f"{names[code]}.{k}" for k, code in enumerate(codes)]
+    return Scores(score, task_parts(names, per_column))

@@ -13,9 +13,21 @@ Followed: the official code (sum over checkpoints, then mean over shots, then ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
 import numpy as np
 
+from keepset.errors import RecipeError
+from keepset.methods.gradient import AdamMap, GradientMethod, cosines_noise
+from keepset.methods.method import Columns
 from keepset.methods.tasks import Reduce, reduce_tasks
+from keepset.stages.influence import InfluenceRequest
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
 
 
 def rose(
@@ -63,3 +75,60 @@ def checkpoint_parts(dots: np.ndarray, norms: np.ndarray, *, cosine: bool = True
         return dots
     with np.errstate(divide="ignore", invalid="ignore"):
         return dots / norms[:, :, None]
+
+
+@dataclass(frozen=True)
+class CosineMethod(GradientMethod):
+    """A weighted sum over checkpoints of cosines (or dots) of mapped gradients; of the last `last` ones, 0: of all."""
+
+    map: AdamMap = "adam"
+    normalise: Literal["pair", "task"] = "pair"
+    cosine: bool = True
+    reduce: Literal["max", "mean"] = "max"
+    last: int = 0
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """The dots at the checkpoints that count, in order of time."""
+        stages = super().stages(job, shots)
+        return dict(list(stages.items())[-self.last :])
+
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `rose`."""
+        return rose(dots, norms, lr, cosine=self.cosine, reduce=self.reduce)
+
+    def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
+        """See `cosines_noise`."""
+        return cosines_noise(columns, relative, cosine=self.cosine, map=self.map)
+
+
+@dataclass(frozen=True)
+class Rose(CosineMethod):
+    """Influence on the DPO loss of the target's pairs; `last`: only the last so many checkpoints (0: all)."""
+
+    name = "rose"
+    paper = "ROSE, arXiv 2412.00631"
+    formula = "S = max_j Σ_c w_c cos(Γ_c(z), ∇ℓ_DPO,j)"
+    needs: ClassVar[tuple[str, ...]] = ("warmup", "gradients", "target", "pairs")
+    loss: Literal["dpo", "margin", "mean_margin"] = "dpo"
+    reference: Literal["base", "checkpoint", "none"] = "base"
+    beta: float = 0.1
+
+    @property
+    def request(self) -> InfluenceRequest:
+        """Gradients of a preference loss."""
+        return InfluenceRequest(self.loss, self.map, self.reference, float(self.beta), self.normalise)
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """The dots at the checkpoints that count, in order of time.
+
+        Raises:
+            RecipeError: the target is not of pairs.
+        """
+        if not job.target.has_pairs:
+            raise RecipeError("rose needs pairs: the target has no `rejected`; use less, or give chosen and rejected")
+        return super().stages(job, shots)
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """`beta` and `reference`, where they cancel."""
+        if (self.loss, self.normalise) != ("dpo", "task"):
+            yield ("beta", "reference"), "it cancels unless `loss: dpo` and `normalise: task`"

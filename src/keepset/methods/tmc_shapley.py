@@ -10,10 +10,18 @@ halves the variance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from keepset.methods.method import Columns, Features, Method, Scores
+from keepset.stages.shapley import Retraining, orders
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
 
 
 @dataclass(frozen=True)
@@ -50,13 +58,11 @@ def tmc_shapley(
     rounds = permutations // 2 if antithetic else permutations
     if rounds < 2:
         raise ValueError(f"tmc_shapley needs at least {4 if antithetic else 2} permutations, not {permutations}")
-    rng = np.random.default_rng(seed)
     nothing, everything = utility(np.zeros(0, np.int64)), utility(np.arange(n))
     evaluations = 2
     samples = np.zeros((rounds, n))
-    for sample in samples:
-        order = rng.permutation(n)
-        for walk in (order, order[::-1]) if antithetic else (order,):
+    for sample, walks in zip(samples, orders(n, rounds, seed, antithetic=antithetic), strict=True):
+        for walk in walks:
             before = nothing
             for place in range(n):
                 if tolerance > 0 and abs(everything - before) <= tolerance:
@@ -67,3 +73,42 @@ def tmc_shapley(
                 before = after
     errors = samples.std(axis=0, ddof=1) / np.sqrt(rounds)
     return ShapleyEstimate(samples.mean(axis=0), errors, evaluations)
+
+
+@dataclass(frozen=True)
+class TmcShapley(Method):
+    """Truncated Monte-Carlo Shapley of real trainings; few players: rows of a tiny pool, or whole sources."""
+
+    name = "tmc-shapley"
+    paper = "Data Shapley, arXiv 1904.02868"
+    formula = "S = E_π[U(before + z) − U(before)], U = −loss after training"
+    needs = ("retraining", "target")
+    cost = "retraining"
+    players: Literal["row", "source", "category"] = "row"
+    permutations: int = 20
+    rows_per_player: int = 16
+    tolerance: float = 0.0
+    seed: int = 0
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        """The game."""
+        game = Retraining(self.players, int(self.rows_per_player), int(self.permutations), int(self.seed), shots)
+        return {"game": game}
+
+    def score(self, features: Features) -> Scores:
+        """Each row's part of its player's value, and of its standard error."""
+        game = features["game"]
+        estimate = game.play(
+            lambda n, utility: tmc_shapley(
+                n, utility, permutations=int(self.permutations), tolerance=float(self.tolerance), seed=int(self.seed)
+            )
+        )
+        return Scores(game.of_rows(estimate.values), {"standard_error": game.of_rows(estimate.standard_errors)})
+
+    def noise(self, columns: Columns, relative: float) -> None:
+        """Not known: each step of a training passes its noise on."""
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """`rows_per_player` of players that are rows."""
+        if self.players == "row":
+            yield ("rows_per_player",), "each row is a player"

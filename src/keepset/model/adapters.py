@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from keepset.model.load import load_adapter
+
 
 @contextmanager
 def attached(model: Any, path: Path) -> Iterator[Any]:
@@ -15,8 +17,6 @@ def attached(model: Any, path: Path) -> Iterator[Any]:
     Raises:
         ModelError: the folder holds no safetensors adapter.
     """
-    from keepset.model.load import load_adapter
-
     adapted = load_adapter(model, path, trainable=True)
     try:
         yield adapted

@@ -16,6 +16,7 @@ Elsewhere (untested on GPU) the same views go through `scaled_dot_product_attent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "keepset"
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+Run = tuple[int, int, int]
+"""(start, rows, length) of adjacent rows of equal length, which share one call of the kernel."""
+
+
+def runs_of(lengths: Sequence[int], start: int = 0) -> list[Run]:
+    """Group adjacent rows of equal length; the first one starts at position `start`."""
+    runs: list[Run] = []
+    for length in lengths:
+        if runs and runs[-1][2] == length:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
+        else:
+            runs.append((start, 1, length))
+        start += length
+    return runs
 
 
 @dataclass(frozen=True)
@@ -40,22 +56,14 @@ class Segments:
         prefix: the first `prefix` positions are a common beginning that every row attends to (0: none).
     """
 
-    groups: tuple[tuple[int, int, int], ...]
+    groups: tuple[Run, ...]
     prefix: int = 0
     masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(lengths: list[int], prefix: int = 0) -> Segments:
         """Group adjacent equal lengths; `lengths` do not count the prefix."""
-        groups: list[tuple[int, int, int]] = []
-        start = prefix
-        for length in lengths:
-            if groups and groups[-1][2] == length:
-                groups[-1] = (groups[-1][0], groups[-1][1] + 1, length)
-            else:
-                groups.append((start, 1, length))
-            start += length
-        return Segments(tuple(groups), prefix)
+        return Segments(tuple(runs_of(lengths, prefix)), prefix)
 
     def window_mask(self, length: int, window: int | None, like: Tensor) -> Tensor | None:
         """Return the additive (length, length) mask of a window shorter than the row, else None (plain causal)."""
@@ -71,7 +79,7 @@ class Segments:
         return self.masks[key]
 
 
-def _rows(x: Tensor, group: tuple[int, int, int]) -> Tensor:
+def _rows(x: Tensor, group: Run) -> Tensor:
     """View the positions of a group of x (1, H, T, D) as (rows, H, length, D), without a copy."""
     start, rows, length = group
     return x[0].narrow(1, start, rows * length).unflatten(1, (rows, length)).transpose(0, 1)
@@ -92,7 +100,7 @@ class _PackedCpu(torch.autograd.Function):
         outs, saved = [], []
         for group in segments.groups:
             mask = segments.window_mask(group[2], window, q)
-            out, lse = _flash(
+            out, lse = flash(
                 _rows(q, group), _rows(k, group), _rows(v, group), 0.0, mask is None, attn_mask=mask, scale=scale
             )
             outs.append(_flat(out))
@@ -110,7 +118,7 @@ class _PackedCpu(torch.autograd.Function):
         grad, result = grad.transpose(1, 2), result.transpose(1, 2)
         for group, lse in zip(ctx.segments.groups, saved, strict=True):
             mask = ctx.segments.window_mask(group[2], ctx.window, q)
-            parts = _flash_backward(
+            parts = flash_backward(
                 *(_rows(x, group) for x in (grad, q, k, v, result)),
                 lse,
                 0.0,
@@ -126,7 +134,7 @@ class _PackedCpu(torch.autograd.Function):
 def _packed_with_prefix(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
     """Attention when all rows share a prefix whose keys and values stand once at the front (CPU, no gradient)."""
     p = segments.prefix
-    head, _ = _flash(q[:, :, :p], k[:, :, :p], v[:, :, :p], 0.0, True, scale=scale)
+    head, _ = flash(q[:, :, :p], k[:, :, :p], v[:, :, :p], 0.0, True, scale=scale)
     own, beginning = [x[:, :, p:] for x in (q, k, v)], (k[:, :, :p], v[:, :, :p])
     return torch.cat([_flat(head), beside_prefix(own[0], own[1], own[2], beginning, segments, scale=scale)])[None]
 
@@ -149,12 +157,12 @@ def beside_prefix(
     Returns:
         (T, H, D).
     """
-    out, lse = _flash(q, *beginning, 0.0, False, scale=scale)
+    out, lse = flash(q, *beginning, 0.0, False, scale=scale)
     from_prefix = out[0].transpose(0, 1)
     outs, lses = [], []
     for start, rows, length in segments.groups:
         group = (start - segments.prefix, rows, length)
-        out, own = _flash(_rows(q, group), _rows(k, group), _rows(v, group), 0.0, True, scale=scale)
+        out, own = flash(_rows(q, group), _rows(k, group), _rows(v, group), 0.0, True, scale=scale)
         outs.append(_flat(out))
         lses.append(own.transpose(1, 2).flatten(0, 1))
     weight = torch.sigmoid(lse[0].transpose(0, 1) - torch.cat(lses))[..., None].to(q.dtype)

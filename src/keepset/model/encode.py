@@ -106,9 +106,9 @@ def content_only(row: Encoded) -> Encoded:
 
 def what_is_lost(rows: Iterable[Encoded]) -> list[str]:
     """A line each for the rows of which the template drops text, whole messages or the end of turn; else none."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for row in rows:
-        found.update(
+        counts.update(
             [
                 row.lost,
                 f"no {row.left_out}" if row.left_out else "",
@@ -117,17 +117,17 @@ def what_is_lost(rows: Iterable[Encoded]) -> list[str]:
             ]
         )
     names = {"earlier": "earlier answers", "last": "the last answer"}
-    told = {
+    words_of = {
         **{k: f"drops text (thinking) of {name}; what it leaves is supervised" for k, name in names.items()},
         **{
             k: f"does not write a {k[3:]} message; they are scored without it"
-            for k in sorted(found)
+            for k in sorted(counts)
             if k.startswith("no ")
         },
         "twice": "writes a thinking block of its own before the answer's; both are supervised",
         "endless": "writes no end of turn after the answer; a model trained on them does not learn to stop",
     }
-    return [f"{found[kind]} rows: the chat template {words}" for kind, words in told.items() if found[kind]]
+    return [f"{counts[kind]} rows: the chat template {words}" for kind, words in words_of.items() if counts[kind]]
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ class Encoder:
         context = context or getattr(tokenizer, "keepset_context", None)
         self.max_length = min(spec.max_length, context or spec.max_length)
         automatic = tokenizer("", add_special_tokens=True)["input_ids"]
-        self._adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in automatic[:1]
+        self.adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in automatic[:1]
         self.template = self._read_template()
-        self._turns = Template(self.template, tokenizer, start=tokenizer.bos_token if self._adds_bos else "")
+        self._turns = Template(self.template, tokenizer, start=tokenizer.bos_token if self.adds_bos else "")
         self._control_ids = tokenizer.convert_tokens_to_ids(sorted(self._turns.tokens))
         self._check_vocabulary(self._control_ids, ModelError)
 
@@ -205,7 +205,7 @@ class Encoder:
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        options = [self.template, DATE, self.spec.supervise, self.max_length, self.spec.overlong, self._adds_bos, 1]
+        options = [self.template, DATE, self.spec.supervise, self.max_length, self.spec.overlong, self.adds_bos, 1]
         turns = self._turns
         if turns.dissects or turns.header or len(turns.ends) != 1 or turns.tells_date:
             options.append(2)  # earlier versions gave other dates, refusals or masks
@@ -234,20 +234,20 @@ class Encoder:
                 raise RowRefused(
                     "special-token-in-text", f"message {i + 1} ({message['role']}) holds the special token {fake[0]}"
                 )
-        wanted = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= n_prompt]
-        wanted = [i for i in wanted if messages[i].get("train", True)]
+        asked = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= n_prompt]
+        asked = [i for i in asked if messages[i].get("train", True)]
         if self.spec.supervise == "last":
-            wanted = wanted[-1:]
-        if not any(messages[i]["content"].strip() for i in wanted):
+            asked = asked[-1:]
+        if not any(messages[i]["content"].strip() for i in asked):
             raise RowRefused("no-supervised-token", "no assistant message with text to supervise")
         text = self._turns.render(messages)
         places, lost = self._turns.places(text, messages)
         spans, twice = [], False
-        for i in wanted:
-            found = [n for n, place in enumerate(places) if place[0] == i]
-            if len(found) != 1:
-                raise RowRefused("template-refused", f"the chat template writes message {i + 1} {len(found)} times")
-            n = found[0]
+        for i in asked:
+            spots = [n for n, place in enumerate(places) if place[0] == i]
+            if len(spots) != 1:
+                raise RowRefused("template-refused", f"the chat template writes message {i + 1} {len(spots)} times")
+            n = spots[0]
             _, start, end = places[n]
             literal = text[places[n - 1][2] if n else 0 : start]
             written = self._turns.written_before(literal) or 0
@@ -271,7 +271,7 @@ class Encoder:
         if not content.strip():
             raise RowRefused("no-supervised-token", "the text is empty")
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token or ""
-        text = content if not self._adds_bos or content.startswith(bos) else bos + content
+        text = content if not self.adds_bos or content.startswith(bos) else bos + content
         return Rendered(text if text.rstrip().endswith(eos) else text + eos, [], every_token=True)
 
     def _finish(self, rendered: Rendered, tokens: Any) -> Encoded:

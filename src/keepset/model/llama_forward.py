@@ -1,6 +1,6 @@
 """A forward pass written out for Llama-like blocks, without gradient: hidden states where something is predicted.
 
-It serves what `llama_pass` serves, with the same blocks, and gives the model's own numbers to rounding with less work:
+It serves what `llama_backward` serves, with the same blocks, and gives the model's own numbers with less work:
 
 * A beginning that rows share runs once a call, not once a batch: its keys and values are kept.
 * The last block's output projection and MLP, and the final norm, run at predicting positions only.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from keepset.model.attention import beside_prefix, packed_attention
 from keepset.model.linears import Linear
-from keepset.model.llama_backward import Block, read_blocks, read_norm, rope_
+from keepset.model.llama_blocks import Block, read_blocks, read_norm, rope_
 from keepset.model.pack import Batch, decoder_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -34,7 +34,7 @@ class Beginning:
 
 
 class LlamaForward:
-    """The pass over one model with given weights; `llama_pass.serves` says for which models."""
+    """The pass over one model with given weights; `llama_blocks.serves` says for which models."""
 
     def __init__(self, model: nn.Module, linears: dict[str, Linear]) -> None:
         """Read the blocks; `linears` holds the layers whose weights are not the module's own."""

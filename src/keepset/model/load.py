@@ -5,7 +5,7 @@ Weights are read from safetensors only: a pickle (`.bin`, `.pt`) can run any pro
 has nothing else is refused. Code from a model's repository runs only with `trust_remote_code` and a pinned
 `model_revision`.
 
-Every model is checked against transformers' own forward pass before it is used (`keepset.features.checks`): rows run
+Every model is checked against transformers' own forward pass before it is used (`keepset.model.check`): rows run
 packed under keepset's attention where that gives the same numbers, else padded under the model's own, else not at all.
 """
 
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from keepset.errors import ModelError
+from keepset.model import weights
 from keepset.model.encode import Encoder
 from keepset.model.gguf import DEMO_MODELS, demo_folder, gguf_folder
 from keepset.model.kind import check_config, fit_tokenizer
-from keepset.model.weights import weight_files
+from keepset.model.weights import put_adapter, weight_files
 from keepset.recipe import LoraSpec, ModelSpec
 from keepset.runfolder.files import file_digest
 
@@ -216,8 +217,8 @@ def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from keepset.features.checks import check
-    from keepset.model import attention, weights
+    from keepset.model import attention
+    from keepset.model.check import check
 
     source = resolve(spec)
     tokenizer = load_tokenizer(spec)
@@ -262,8 +263,6 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) ->
     Raises:
         ModelError: no adapter there, a pickled one, or one made for another model.
     """
-    from keepset.model.weights import put_adapter
-
     folder = Path(adapter)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{adapter}: no adapter_config.json, so not an adapter folder")
@@ -283,12 +282,12 @@ def linear_names(model: Any) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
 
 
-def lora_targets(names: list[str], wanted: list[str]) -> list[str]:
+def lora_targets(names: list[str], targets: list[str]) -> list[str]:
     """Map LoRA targets to the modules a model has; fused projections stand in for q, k, v and o.
 
     Args:
         names: `linear_names(model)`.
-        wanted: the spec's `lora_target_modules`.
+        targets: the spec's `lora_target_modules`.
 
     Raises:
         ModelError: a target the model does not have, with those it has.
@@ -298,16 +297,38 @@ def lora_targets(names: list[str], wanted: list[str]) -> list[str]:
         return any(n == target or n.endswith(f".{target}") for n in names)
 
     chosen: list[str] = []
-    for target in wanted:
-        found = target if there(target) else next((c for c in FUSED.get(target, ()) if there(c)), None)
-        if found is None:
+    for target in targets:
+        name = target if there(target) else next((c for c in FUSED.get(target, ()) if there(c)), None)
+        if name is None:
             kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
             raise ModelError(f"lora_target_modules: the model has no '{target}'; its linear modules are: {kinds}")
-        if found not in chosen:
-            chosen.append(found)
-    if chosen != wanted:
-        log.warning("LoRA targets %s are called %s in this model", ", ".join(wanted), ", ".join(chosen))
+        if name not in chosen:
+            chosen.append(name)
+    if chosen != targets:
+        log.warning("LoRA targets %s are called %s in this model", ", ".join(targets), ", ".join(chosen))
     return chosen
+
+
+def lora_config(lora: LoraSpec, model: Any) -> Any:
+    """Build PEFT's LoraConfig for a model.
+
+    Raises:
+        ModelError: the model has none of the target modules; the message names those it has.
+    """
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    asked = lora.lora_target_modules
+    targets: Any = asked if isinstance(asked, str) else lora_targets(linear_names(model), list(asked))
+    return LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float works
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
 
 
 def apply_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
@@ -322,20 +343,9 @@ def apply_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
         ModelError: a target module the model does not have.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
+    from peft import get_peft_model
 
-    wanted = lora.lora_target_modules
-    targets: Any = wanted if isinstance(wanted, str) else lora_targets(linear_names(model), list(wanted))
-    config = LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float works
-        lora_dropout=lora.lora_dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    config = lora_config(lora, model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)

@@ -7,7 +7,7 @@ every row and attention stays inside it (`keepset.model.attention`). The output 
 
 A model whose attention can't be served that way takes the padded path: right padding, an attention mask made from the
 lengths (never from a pad id: for many models pad = eos), the same numbers to rounding. Which path a model takes is no
-list of names: `keepset.features.checks` runs it both ways when it is loaded and compares with the model's own forward
+list of names: `keepset.model.check` runs it both ways when it is loaded and compares with the model's own forward
 pass (`Engine`).
 """
 
@@ -159,55 +159,61 @@ def pack(
         trim: leave out what predicts nothing: a row's last supervised token and all after it (see `needed`).
         apart: rows of more tokens are not trimmed.
     """
+    if prefix and not packed:
+        raise ValueError("a shared prefix needs a packed batch")
     index = np.asarray(indices, dtype=np.int64)
     chosen = [rows[int(i)] for i in index]
     full = [needed(row, apart) if trim else len(row.input_ids) for row in chosen]
     lengths = [n - prefix for n in full]
-    ids = np.concatenate(
-        [np.asarray(row.input_ids[prefix:n], dtype=np.int64) for row, n in zip(chosen, full, strict=True)]
-    )
-    places = np.concatenate([np.arange(prefix, n) for n in full])
-    predict, labels, row_of = [], [], []
+    own = [np.asarray(row.input_ids[prefix:n], dtype=np.int64) for row, n in zip(chosen, full, strict=True)]
+    mask = None
     if packed:
-        if prefix:
-            ids = np.concatenate([np.asarray(chosen[0].input_ids[:prefix], dtype=np.int64), ids])
-            places = np.concatenate([np.arange(prefix), places])
+        beginning = [np.asarray(chosen[0].input_ids[:prefix], dtype=np.int64)] if prefix else []
+        ids = np.concatenate([*beginning, *own])[None]
+        places = np.concatenate([np.arange(prefix), *(np.arange(prefix, n) for n in full)])[None]
         offsets = (prefix + np.concatenate([[0], np.cumsum(lengths[:-1])])).astype(np.int64).tolist()
-        shape, mask = (1, len(ids)), None
     else:
-        if prefix:
-            raise ValueError("a shared prefix needs a packed batch")
         width = max(full)
-        offsets = (np.arange(len(full)) * width).tolist()
-        shape = (len(full), width)
         real = np.arange(width)[None, :] < np.asarray(full)[:, None]
-        flat_ids = np.full(shape, pad_token_id, dtype=np.int64)
-        flat_ids[real] = ids
-        ids, places = flat_ids, np.broadcast_to(np.arange(width), shape)
-        mask = real.astype(np.int64)
-    for r, (row, offset) in enumerate(zip(chosen, offsets, strict=True)):
-        t = np.flatnonzero(row.supervised)
-        # The token at t is predicted from t - 1; just after a shared prefix that is the prefix's own last position.
-        predict.append(np.where(t == prefix, prefix - 1, offset + t - prefix - 1) if prefix else offset + t - 1)
-        labels.append(np.asarray(row.input_ids)[t])
-        row_of.append(np.full(len(t), r))
+        ids = np.full(real.shape, pad_token_id, dtype=np.int64)
+        ids[real] = np.concatenate(own)
+        places, mask = np.broadcast_to(np.arange(width), real.shape), real.astype(np.int64)
+        offsets = (np.arange(len(full)) * width).tolist()
+    predict, labels, row_of = _predictions(chosen, offsets, prefix)
 
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(x, dtype=np.int64, order="C")).to(device, non_blocking=True)
 
     return Batch(
         rows=index,
-        input_ids=tensor(ids.reshape(shape)),
-        position_ids=tensor(places.reshape(shape)),
+        input_ids=tensor(ids),
+        position_ids=tensor(places),
         attention_mask=None if mask is None else tensor(mask),
         lengths=lengths,
         offsets=offsets,
-        predict=tensor(np.concatenate(predict)),
-        labels=tensor(np.concatenate(labels)),
-        row_of=tensor(np.concatenate(row_of)),
+        predict=tensor(predict),
+        labels=tensor(labels),
+        row_of=tensor(row_of),
         full=[len(row.input_ids) for row in chosen],
         segments=attention.Segments.of(lengths, prefix) if packed else None,
     )
+
+
+def _predictions(rows: Sequence[Row], offsets: Sequence[int], prefix: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`predict`, `labels` and `row_of` of `Batch`, each (S,)."""
+    predict, labels, row_of = [], [], []
+    for r, (row, offset) in enumerate(zip(rows, offsets, strict=True)):
+        t = np.flatnonzero(row.supervised)
+        # The token at t is predicted from t - 1; just after a shared prefix that is the prefix's own last position.
+        predict.append(np.where(t == prefix, prefix - 1, offset + t - prefix - 1) if prefix else offset + t - 1)
+        labels.append(np.asarray(row.input_ids)[t])
+        row_of.append(np.full(len(t), r))
+    return np.concatenate(predict), np.concatenate(labels), np.concatenate(row_of)
+
+
+def has_adapter(model: Any) -> bool:
+    """Say whether a model is a PeftModel, whose adapter can be switched off."""
+    return hasattr(model, "disable_adapter")
 
 
 def bare(model: Any) -> Any:
@@ -227,14 +233,14 @@ def engine(model: Any) -> Engine:
     """Return how the model's rows are run; a model that was never checked is checked now.
 
     Raises:
-        ModelError: keepset can't give this architecture's own numbers (see `keepset.features.checks`).
+        ModelError: keepset can't give this architecture's own numbers (see `keepset.model.check`).
     """
-    found: Engine | None = getattr(bare(model), "keepset_engine", None)
-    if found is None:
-        from keepset.features.checks import check
+    noted: Engine | None = getattr(bare(model), "keepset_engine", None)
+    if noted is None:
+        from keepset.model.check import check  # which runs this module's functions
 
-        found = check(model)
-    return found
+        noted = check(model)
+    return noted
 
 
 def supports_packing(model: Any) -> bool:
@@ -242,10 +248,14 @@ def supports_packing(model: Any) -> bool:
     return engine(model).packed
 
 
+def sliding_window(config: Any) -> int | None:
+    """Return how many last tokens a sliding layer of a text model sees; None: there is no window."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
 def full_span(model: Any) -> int | None:
     """Return the longest row of which every layer sees all, in positions that no other row changes; None: any row."""
-    text = bare(model).config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = sliding_window(bare(model).config.get_text_config())
     limits = [int(n) for n in (window, engine(model).apart) if n is not None]
     return min(limits, default=None)
 

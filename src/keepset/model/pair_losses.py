@@ -10,7 +10,6 @@ DavIR-DPO is after arXiv 2310.13008v2; the others are arXiv 2305.18290 (DPO), 23
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -155,17 +154,3 @@ def pair_loss(
     if name == "simpo":
         return simpo_loss(*policy, *n_tokens, beta=beta, gamma=gamma)
     raise ValueError(f"no pair loss '{name}'; there are {', '.join(NAMES)}")
-
-
-def pair_margin(
-    name: str, policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], n_tokens: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Return the margin that the loss called `name` pushes up (its logit without β), (m,), no gradient."""
-    with torch.no_grad():
-        if name == "dpo":
-            return dpo_logit(*policy, *reference)
-        if name == "davir":
-            return davir_logit(*policy, *reference)
-        if name in ("dpo_mean", "ipo"):
-            return mean_logit(*policy, *reference, *n_tokens)
-        return simpo_logit(*policy, *n_tokens)

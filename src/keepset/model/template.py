@@ -188,7 +188,7 @@ class Template:
 
     def _own_tags(self) -> set[str]:
         """Tags and tokens of the template's text that belong into answers."""
-        literals = [literal for found, _ in self._probes for literal in found]
+        literals = [literal for around, _ in self._probes for literal in around]
         tags = {t for literal in literals for t in TAG.findall(literal)} | {t for t in self._added if self._count(t)}
         never = {self.tokenizer.bos_token, self.tokenizer.eos_token}
         own = set()
@@ -277,15 +277,15 @@ class Template:
             RowRefused: template-refused: a place can't be found for certain.
         """
         skeleton = self.skeleton(tuple(m["role"] for m in messages))
-        found = None if skeleton is None else _walk(text, [m["content"] for m in messages], *skeleton)
-        if found is None and skeleton is not None and self.dissects:
-            found = self._walk_turns(text, messages, *skeleton)
-        found = found or self._walk_marked(text, messages)
-        if found is None:
+        walked = None if skeleton is None else _walk(text, [m["content"] for m in messages], *skeleton)
+        if walked is None and skeleton is not None and self.dissects:
+            walked = self._walk_turns(text, messages, *skeleton)
+        walked = walked or self._walk_marked(text, messages)
+        if walked is None:
             raise RowRefused("template-refused", "the chat template changes the messages' text: no span can be found")
-        answers = [(i, text[a:b], messages[i]["content"]) for i, a, b in found if messages[i]["role"] == "assistant"]
+        answers = [(i, text[a:b], messages[i]["content"]) for i, a, b in walked if messages[i]["role"] == "assistant"]
         changed = [(i, left, whole) for i, left, whole in answers if left.strip() != whole.strip()]
-        return found, [i for i, left, whole in changed if self._bare(left) != self._bare(whole)]
+        return walked, [i for i, left, whole in changed if self._bare(left) != self._bare(whole)]
 
     def _walk_marked(self, text: str, messages: Sequence[Mapping[str, Any]]) -> list[Place] | None:
         """Find contents whose text steers the template: render them between markers and take the markers out again."""

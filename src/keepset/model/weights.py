@@ -171,20 +171,20 @@ def settle_dtype(model: Any, dtype: Any, source: str) -> None:
             f"{source}: {tensors(packed)} of 8 bits without a scale, or of a quantisation that config.json does not "
             "name: get the whole checkpoint again"
         )
-    kept = (getattr(model, f"_keep_in_fp32_modules{suffix}", None) for suffix in ("", "_strict"))
-    if dtype.itemsize == 4 or not any(kept):
+    kept = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    if dtype.itemsize == 4 or not kept:
         model.to(dtype)
 
 
 def faults_of(missing: Iterable[str], shapes: Iterable[str], left: Iterable[str], name: str) -> str:
     """What is wrong with a folder's tensors, in one line; empty if nothing is."""
     parts = []
-    for what, found in (
+    for what, faulty in (
         (f"lacks {{}} of {name}", missing),
         (f"holds {{}} in another shape than {name}", shapes),
         (f"holds {{}} that {name} has no place for", left),
     ):
-        names = sorted(found, key=natural)
+        names = sorted(faulty, key=natural)
         if names:
             parts.append(what.format(tensors(names)))
     return " and ".join(parts)
@@ -243,10 +243,10 @@ def fingerprint(source: str, revision: str | None = None, *, code: bool = False)
         from transformers.utils.hub import cached_file, extract_commit_hash
 
         try:
-            found = cached_file(source, "config.json", revision=revision)
+            file = cached_file(source, "config.json", revision=revision)
         except OSError as error:
             raise ModelError(f"{source}: {first_line(error, 300)}") from None
-        commit = extract_commit_hash(found, None)
+        commit = extract_commit_hash(file, None)
         if commit is None:
             raise ModelError(f"{source}: its commit can't be told; download it and give the folder")
         return f"{source}@{commit}"
@@ -267,7 +267,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def config_digests(folder: Path) -> list[str]:
     """Checksums of a folder's adapter_config.json and config.json, wherever its base lies and whoever wrote them."""
-    found = []
+    digests = []
     for file in (folder / "adapter_config.json", folder / "config.json"):
         if not file.is_file():
             continue
@@ -277,5 +277,5 @@ def config_digests(folder: Path) -> list[str]:
             config = {"file": file_digest(file)}
         if file.name == "adapter_config.json":  # PEFT writes sets as lists, in any order
             config = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in config.items()}
-        found.append(digest(config))
-    return found
+        digests.append(digest(config))
+    return digests

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from keepset.budget_text import parse_budget
 from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
-from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label, parse_budget
+from keepset.methods.method import NOISE
+from keepset.methods.table import METHODS, method_of
+from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label
+from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
-from keepset.selection.edge import BANDS, COARSE_NOISE, NOISE, Stability, score_noise, stability
+from keepset.runfolder.records import Kind, StoredEdge, StoredSubset, read_json
+from keepset.selection.edge import COARSE_NOISE, Stability, stability
 from keepset.selection.select import select
 
 if TYPE_CHECKING:
+    from keepset.runfolder.run import Run
     from keepset.stages.job import Job
 
 MOST_NAMED = 100  # rows left out in doubt that are named; the chosen ones all are
-Kind = Literal["method", "random", "longest", "full", "mix", "base", "dpo-direct"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
         KeepsetError: `label` has not been scored in this run folder.
         RecipeError: the budget can't be met by the policy.
     """
-    table = job.run.load_table(f"scores/{check_label(label)}.parquet")
+    table = job.run.load_table(layout.scores(check_label(label)))
     if overrides is not None:
         table = apply_overrides(table, overrides)
     indices = select_rows(job, table, budget, job.recipe.select)
@@ -85,18 +90,18 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
 def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stability | None:
     """The chosen rows that numerical noise might have left out, and the other way round.
 
-    None where the noise isn't known or can't decide (`stability.BANDS`), or the score alone doesn't: other policies
-    than top-k, dropped duplicates.
+    None where the noise isn't known or can't decide (`Method.noise`), or the score alone doesn't: other policies than
+    top-k, dropped duplicates.
     """
     spec = next((m for m in job.recipe.methods if m.label == label), None)
     plain = job.recipe.select.policy == "top_k" and job.recipe.select.dedup == "none"
-    if spec is None or not plain or BANDS[spec.name] is None:
+    if spec is None or not plain or "text" in METHODS[spec.name].needs:
         return None
     columns = {name: table[name].to_numpy() for name in table.column_names if pa.types.is_floating(table[name].type)}
     relative = NOISE if job.recipe.model.dtype == "float32" else COARSE_NOISE
     with np.errstate(divide="ignore", invalid="ignore"):  # rows without a score, which don't count
         columns["n_tokens"] = scored_tokens(job, spec)
-        noise = score_noise(spec.name, spec.options, columns, relative=relative)
+        noise = method_of(spec).noise(columns, relative)
     if noise is None:
         return None
     chosen = pc.is_in(table["id"], pa.array(job.ids[indices].astype(str))).to_numpy()
@@ -105,10 +110,8 @@ def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stabi
 
 def scored_tokens(job: Job, spec: MethodSpec) -> np.ndarray:
     """(n,) tokens that a method's losses are summed over: of a pair the chosen side's, ends of turns as it wants."""
-    from keepset.stages.losses import SubJob
-
-    rows = SubJob(job, np.arange(len(job.ids)), end_of_turn=spec.options.get("end_of_turn", True)).rows
-    return np.array([int(row.supervised.sum()) for row in rows])
+    rows = job.rows_of(method_of(spec).summed_over)
+    return np.array([int(row.supervised.sum()) for row in rows.tokens])
 
 
 def apply_overrides(table: pa.Table, path: Path) -> pa.Table:
@@ -178,7 +181,7 @@ def choose_mix(job: Job, mix: MixSpec) -> Subset:
         if part.method == "full":
             parts.append(np.flatnonzero(np.asarray(job.pool.sources())[job.usable].astype(str) == part.source))
         else:
-            table = job.run.load_table(f"scores/{part.method}.parquet")
+            table = job.run.load_table(layout.scores(part.method))
             parts.append(select_rows(job, table, part.budget, job.recipe.select, source=part.source))
     indices = np.concatenate(parts)
     return finish(job, Subset(mix.label, mix.label, "mix", "mix", indices, int(job.n_tokens()[indices].sum())))
@@ -215,19 +218,23 @@ def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
 
 def finish(job: Job, subset: Subset) -> Subset:
     """Write `subsets/<name>` in the input's own dialect, mark the rows in the scores, and note the subset."""
-    path = job.run.path / "subsets" / f"{subset.name}.jsonl"
-    index = job.run.load_json("subsets.json", {})
-    ids = [str(i) for i in subset.ids(job)]
-    old = index.get(subset.name, {})
-    if path.exists() and old.get("ids") == ids and old.get("sha256") not in (None, file_digest(path)):
+    path = job.run.path / layout.subset(subset.name)
+    chosen_before = stored_subsets(job.run)
+    ids = tuple(str(i) for i in subset.ids(job))
+    before = chosen_before.get(subset.name)
+    if path.exists() and before is not None and before.ids == ids and before.sha256 != file_digest(path):
         job.say(f"{path}: damaged or edited; written again")
     write_subset(job.pool, job.usable[subset.indices], path)
-    entry = {k: v for k, v in asdict(subset).items() if k not in ("indices", "edge")}
+    edge = None
     if subset.edge is not None:
-        entry["edge"] = {**asdict(subset.edge), "left_out": subset.edge.left_out[:MOST_NAMED]}
-    index[subset.name] = {**entry, "n_rows": subset.n_rows, "file": f"subsets/{path.name}",
-                          "sha256": file_digest(path), "ids": ids}  # fmt: skip
-    job.run.save_json("subsets.json", index)
+        left_out = tuple(subset.edge.left_out[:MOST_NAMED])
+        edge = StoredEdge(tuple(subset.edge.chosen), left_out, subset.edge.gap, subset.edge.share)
+    stored = StoredSubset(
+        subset.name, subset.label, subset.kind, subset.budget, subset.n_tokens, subset.pairs, subset.n_rows,
+        layout.subset(subset.name), file_digest(path), ids, edge,
+    )  # fmt: skip
+    index = {**chosen_before, subset.name: stored}
+    job.run.save_json(layout.SUBSETS, {name: one.to_json() for name, one in index.items()})
     mark_selected(job, subset)
     job.say(f"{subset.name}: keeps {subset.n_rows} of {len(job.ids)} rows ({subset.n_tokens} {job.length_unit})")
     return subset
@@ -235,7 +242,7 @@ def finish(job: Job, subset: Subset) -> Subset:
 
 def mark_selected(job: Job, subset: Subset) -> None:
     """Set the `selected` column of the label's scores, for the first budget only."""
-    name = f"scores/{subset.label}.parquet"
+    name = layout.scores(subset.label)
     first = subset_name(subset.label, job.recipe.budget[0], len(job.recipe.budget))
     if subset.name != first or not (job.run.path / name).exists():
         return
@@ -243,6 +250,14 @@ def mark_selected(job: Job, subset: Subset) -> None:
     chosen = pc.is_in(table["id"], pa.array(subset.ids(job).astype(str)))
     place = table.column_names.index("selected")
     job.run.save_table(name, table.set_column(place, "selected", chosen))
+
+
+def stored_subsets(run: Run) -> dict[str, StoredSubset]:
+    """Every subset that was chosen in the folder, by its name."""
+    stored: dict[str, StoredSubset] = read_json(
+        dict[str, StoredSubset], run.load_json(layout.SUBSETS, {}), str(run.path / layout.SUBSETS)
+    )
+    return stored
 
 
 def stored_ids(job: Job, name: str) -> list[str]:
@@ -253,12 +268,20 @@ def stored_ids(job: Job, name: str) -> list[str]:
     """
     if name == "full":
         return [str(i) for i in job.ids]
-    index: dict[str, Any] = job.run.load_json("subsets.json", {})
+    return list(find_subset(job.run, name).ids)
+
+
+def find_subset(run: Run, name: str) -> StoredSubset:
+    """The subset of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    index = stored_subsets(run)
     if name not in index:
         hint = did_you_mean(name, list(index)) or f"; there are: {', '.join(index) or 'none, run `keepset select`'}"
-        raise RecipeError(f"no subset '{name}' in {job.run.path}{hint}")
-    ids: list[str] = index[name]["ids"]
-    return ids
+        raise RecipeError(f"no subset '{name}' in {run.path}{hint}")
+    return index[name]
 
 
 def stored_subset(job: Job, name: str) -> Subset:
@@ -271,8 +294,7 @@ def stored_subset(job: Job, name: str) -> Subset:
         return full_subset(job)
     if name == "dpo-direct":
         return direct_subset(job)
-    ids = stored_ids(job, name)
-    entry = job.run.load_json("subsets.json")[name]
+    stored = find_subset(job.run, name)
     place = {row_id: i for i, row_id in enumerate(job.ids)}
-    indices = np.array([place[i] for i in ids], dtype=np.int64)
-    return Subset(name, entry["label"], entry["kind"], entry["budget"], indices, entry["n_tokens"])
+    indices = np.array([place[i] for i in stored.ids], dtype=np.int64)
+    return Subset(name, stored.label, stored.kind, stored.budget, indices, stored.n_tokens)

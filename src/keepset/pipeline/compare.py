@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -13,36 +13,41 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, win_tie_loss
-from keepset.pipeline.learn import Items, epoch_points, item_metrics
+from keepset.pipeline.learn import epoch_points, item_metrics
+from keepset.pipeline.metrics import Metric, headlines
+from keepset.pipeline.price import cost_of, full_training_flops, selection_cost
 from keepset.pipeline.verdict import loss_against_performance, means_of, pareto, qualities
-from keepset.stages.counts import selection_work, training
+from keepset.runfolder import layout
+from keepset.runfolder.records import (
+    Comparison,
+    Entry,
+    Items,
+    Links,
+    Mean,
+    MeanOverSeeds,
+    ModelRow,
+    SelectionCost,
+    TrainingSet,
+    Versus,
+)
 
 if TYPE_CHECKING:
     from keepset.pipeline.choose import Subset
     from keepset.stages.job import Job
 
-Cell = tuple["Subset | None", int | None, Items]  # subset (None: base), training seed, evaluated items
-
-# What is printed, in this order: metric, heading, decimals, and the sign that makes larger better.
-HEADLINES: tuple[tuple[str, str, int, int], ...] = (
-    ("accuracy.policy_mean.matched", "accuracy\nmatched", 2, 1),
-    ("accuracy.policy_mean", "accuracy\nall", 2, 1),
-    ("margin.implicit_mean.matched", "implicit\nmargin", 3, 1),
-    ("loss.chosen", "loss of\nchosen", 3, -1),
-    ("loss.heldout", "held-out\nloss", 3, -1),
-    ("gsm8k.accuracy", "GSM8K\nexact", 2, 1),
-)
+Metrics = dict[str, np.ndarray]  # metric -> (n,) its items
 
 
-def headlines(measured: Collection[str]) -> list[tuple[str, str, int, int]]:
-    """The headlines, with the held-out loss by source where there are several."""
-    sources = sorted(m for m in measured if m.startswith("loss.heldout."))
-    more = [(m, "loss of\n" + m.removeprefix("loss.heldout."), 3, -1) for m in sources]
-    place = 1 + next(i for i, h in enumerate(HEADLINES) if h[0] == "loss.heldout")
-    return [*HEADLINES[:place], *more, *HEADLINES[place:]]
+@dataclass(frozen=True)
+class Cell:
+    """An evaluated model: what it was trained on (None: the base), the training seed, its items."""
+
+    subset: Subset | None
+    seed: int | None
+    items: Items
 
 
-def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
+def compare(job: Job, cells: list[Cell]) -> Comparison:
     """Compare evaluated cells and write `comparison.json`.
 
     Returns:
@@ -52,70 +57,74 @@ def compare(job: Job, cells: list[Cell]) -> dict[str, Any]:
         methods), wins / ties / losses by item against Random, and cost. A mix's Random is the mean of the mixes that
         take a part by `random-*`. `pareto` and `loss_vs_performance`: see `keepset.pipeline.verdict`.
     """
-    base = next((items for subset, _, items in cells if subset is None), None)
-    share, resamples, seed = job.recipe.evaluate.length_match, job.recipe.evaluate.bootstrap, job.recipe.seed
-    per_item = [item_metrics(items, base, share) for _, _, items in cells]
+    base = next((cell.items for cell in cells if cell.subset is None), None)
+    resamples, seed = job.recipe.evaluate.bootstrap, job.recipe.seed
     rows, groups = [], defaultdict(list)
-    for (subset, train_seed, _), metrics in zip(cells, per_item, strict=True):
-        rows.append(
-            {
-                **describe(subset),
-                "seed": train_seed,
-                "metrics": {k: bootstrap_ci(v, resamples=resamples, seed=seed).as_dict() for k, v in metrics.items()},
-            }
-        )
-        groups[group_of(subset)].append((subset, metrics))
-    budgets = {s.budget for s, _, _ in cells if s is not None and s.kind == "random"}
-    random_means = {b: mean_items([m for _, m in groups[f"random ({b})"]]) for b in budgets}
-    # A mix is held against the mixes that draw a part at random.
-    random_mixes = {m.label for m in job.recipe.mix if any(p.method.startswith("random") for p in m.parts)}
-    mixed = mean_items([m for subset, m in sum(groups.values(), []) if subset and subset.label in random_mixes])
-    summary = []
-    for name, members in groups.items():
-        subset = members[0][0]
-        averaged = mean_items([m for _, m in members])
-        entry = {
-            **describe(subset),
-            "label": name.split(" (")[0],
-            "seeds": len(members),
-            "metrics": {},
-            "vs_random": {},
-        }
-        for metric, values in averaged.items():
-            over_seeds = [float(np.mean(m[metric])) for _, m in members]
-            spread = float(np.std(over_seeds, ddof=1)) if len(over_seeds) > 1 else None
-            interval = bootstrap_ci(values, resamples=resamples, seed=seed).as_dict()
-            entry["metrics"][metric] = {**interval, "spread": spread}
-        rival = random_means.get(subset.budget) if subset is not None else None
-        if subset is not None and subset.kind == "mix" and subset.label not in random_mixes:
-            rival = mixed
-        if rival and subset is not None and subset.kind != "random":
-            for metric, _, _, sign in headlines(averaged):
-                if metric in averaged:
-                    test = paired_test(averaged[metric], rival[metric], resamples=resamples, seed=seed)
-                    wins = win_tie_loss(sign * averaged[metric], sign * rival[metric])
-                    entry["vs_random"][metric] = {**test.as_dict(), "win_tie_loss": list(wins)}
-        entry["cost"] = cost_of(job, subset)
-        summary.append(entry)
-    adjust(summary)
-    full, points = full_training_flops(job), epoch_points(job)
-    result = {
-        "rows": rows, "summary": summary, "full_training_flops": full, "selection": selection_cost(job, full),
-        "pareto": {metric: pareto(summary, metric, sign) for metric, sign in qualities(summary)},
-        "loss_vs_performance": {
-            "models": loss_against_performance(means_of(rows)), "epochs": loss_against_performance(points),
-        },
-    }  # fmt: skip
-    job.run.save_json("comparison.json", result)
+    for cell in cells:
+        metrics = item_metrics(cell.items, base, job.recipe.evaluate.length_match)
+        means = {k: Mean(**vars(bootstrap_ci(v, resamples=resamples, seed=seed))) for k, v in metrics.items()}
+        rows.append(ModelRow(**vars(describe(cell.subset)), seed=cell.seed, metrics=means))
+        groups[group_of(cell.subset)].append((cell.subset, metrics))
+    rivals = Rivals(job, groups)
+    summary = adjusted([entry_of(job, name, members, rivals) for name, members in groups.items()])
+    full = full_training_flops(job)
+    result = Comparison(
+        rows=tuple(rows), summary=tuple(summary), full_training_flops=full,
+        selection=selection_cost(job, full),
+        pareto={m.name: tuple(pareto(summary, m.name, m.sign)) for m in qualities(summary)},
+        loss_vs_performance=Links(
+            tuple(loss_against_performance(means_of(rows))), tuple(loss_against_performance(epoch_points(job)))
+        ),
+    )  # fmt: skip
+    job.run.save_json(layout.COMPARISON, result.to_json())
     return result
 
 
-def describe(subset: Subset | None) -> dict[str, Any]:
-    """Name, kind and size of a subset, for JSON."""
+class Rivals:
+    """What a subset is held against: Random of the same budget; for a mix, the mixes that draw a part at random."""
+
+    def __init__(self, job: Job, groups: dict[str, list[tuple[Subset | None, Metrics]]]) -> None:
+        members = [member for group in groups.values() for member in group]
+        budgets = {s.budget for s, _ in members if s is not None and s.kind == "random"}
+        self.random = {b: mean_items([m for _, m in groups[f"random ({b})"]]) for b in budgets}
+        self.random_mixes = {m.label for m in job.recipe.mix if any(p.method.startswith("random") for p in m.parts)}
+        self.mix = mean_items([m for subset, m in members if subset and subset.label in self.random_mixes])
+
+    def of(self, subset: Subset | None) -> Metrics:
+        """Its rival's items; empty where it has none, as Random and the base have."""
+        if subset is None or subset.kind == "random":
+            return {}
+        drawn_mix = subset.label in self.random_mixes
+        return self.mix if subset.kind == "mix" and not drawn_mix else self.random.get(subset.budget, {})
+
+
+def entry_of(job: Job, group: str, members: list[tuple[Subset | None, Metrics]], rivals: Rivals) -> Entry:
+    """The summary of one group of cells, its p-values not yet adjusted."""
+    subset = members[0][0]
+    resamples, seed = job.recipe.evaluate.bootstrap, job.recipe.seed
+    averaged, rival = mean_items([m for _, m in members]), rivals.of(subset)
+    means, versus = {}, {}
+    for name, values in averaged.items():
+        over_seeds = [float(np.mean(m[name])) for _, m in members]
+        spread = float(np.std(over_seeds, ddof=1)) if len(over_seeds) > 1 else None
+        interval = bootstrap_ci(values, resamples=resamples, seed=seed)
+        means[name] = MeanOverSeeds(**vars(interval), spread=spread)
+    for metric in headlines(averaged) if rival else []:
+        if metric.name in averaged:
+            ours, theirs = averaged[metric.name], rival[metric.name]
+            test = paired_test(ours, theirs, resamples=resamples, seed=seed)
+            counts = win_tie_loss(metric.sign * ours, metric.sign * theirs)
+            versus[metric.name] = Versus(**vars(test), win_tie_loss=counts)
+    described = replace(describe(subset), label=group.split(" (")[0])
+    return Entry(**vars(described), seeds=len(members), metrics=means, vs_random=versus,
+                 cost=cost_of(job, subset))  # fmt: skip
+
+
+def describe(subset: Subset | None) -> TrainingSet:
+    """Name, kind and size of a subset."""
     if subset is None:
-        return {"label": "base", "kind": "base", "budget": None, "n_rows": 0, "n_tokens": 0}
-    return {"label": subset.name, "kind": subset.kind, "budget": subset.budget, "n_rows": subset.n_rows,
-            "n_tokens": subset.n_tokens}  # fmt: skip
+        return TrainingSet("base", "base", None, 0, 0)
+    return TrainingSet(subset.name, subset.kind, subset.budget, subset.n_rows, subset.n_tokens)
 
 
 def group_of(subset: Subset | None) -> str:
@@ -125,89 +134,42 @@ def group_of(subset: Subset | None) -> str:
     return f"random ({subset.budget})" if subset.kind == "random" else subset.name
 
 
-def mean_items(members: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def mean_items(members: Sequence[Metrics]) -> Metrics:
     """Each metric's items averaged over seeds (the items are the same held-out pairs and rows)."""
     return {k: np.mean([m[k] for m in members], axis=0) for k in members[0]} if members else {}
 
 
-def adjust(summary: list[dict[str, Any]]) -> None:
-    """Add Holm-adjusted p-values over the methods, metric by metric."""
-    for metric, _, _, _ in headlines({m for entry in summary for m in entry["vs_random"]}):
-        tested = {e["label"]: e["vs_random"][metric]["p"] for e in summary if metric in e["vs_random"]}
-        for label, p in (holm_by_label(tested) if tested else {}).items():
-            next(e for e in summary if e["label"] == label and e["vs_random"])["vs_random"][metric]["p_holm"] = p
+def adjusted(summary: Sequence[Entry]) -> list[Entry]:
+    """The entries with Holm-adjusted p-values over the methods, metric by metric."""
+    adjusted_p: dict[str, dict[str, float]] = {}
+    for metric in {metric for entry in summary for metric in entry.vs_random}:
+        tested = {entry.label: entry.vs_random[metric].p for entry in summary if metric in entry.vs_random}
+        adjusted_p[metric] = holm_by_label(tested)
+    return [
+        replace(entry, vs_random={m: replace(v, p_holm=adjusted_p[m][entry.label]) for m, v in entry.vs_random.items()})
+        for entry in summary
+    ]
 
 
-def cost_of(job: Job, subset: Subset | None) -> dict[str, float]:
-    """What choosing and training cost: FLOPs by count, as if the method ran alone, and the seconds that were logged.
-
-    Seconds sum every entry of a stage, so that a resumed run counts its first part too; a pass that several methods
-    shared counts in full for each of them.
-    """
-    if subset is None:
-        return {"select_seconds": 0.0, "select_flops": 0.0, "train_seconds": 0.0, "train_flops": 0.0}
-    spec = next((m for m in job.recipe.methods if m.label == subset.label), None)
-    work = selection_work(job, [spec]) if spec else []
-    patterns = [w.logged for w in work if w.logged] or [re.escape(f"score {subset.label}")]
-    costs = job.run.costs()
-    chosen = [e for e in costs if any(re.fullmatch(p, e["stage"]) for p in patterns)]
-    trained = [e for e in costs if e["stage"].startswith(f"train models/{subset.name}-seed")]
-    seeds = len({e["stage"] for e in trained}) or 1
-    return {
-        "select_seconds": round(sum(e["seconds"] for e in chosen), 2),
-        "select_flops": sum(w.flops for w in work),
-        "train_seconds": round(sum(e["seconds"] for e in trained) / seeds, 2),
-        "train_flops": sum({e["stage"]: e.get("flops", 0.0) for e in trained}.values()) / seeds,
-    }
-
-
-def selection_cost(job: Job, full: float) -> dict[str, Any]:
-    """What choosing by all the recipe's methods took, stages they share counted once.
-
-    Returns:
-        `flops`, `tokens`, logged `seconds`, the `share` of `full` (FLOPs of one training on the full pool), and the
-        same for each stage in `stages`.
-    """
-    costs, works, stages = job.run.costs(), selection_work(job, job.recipe.methods), []
-    for work in works:
-        logged = [e["seconds"] for e in costs if work.logged and re.fullmatch(work.logged, e["stage"])]
-        stages.append({"stage": work.stage, "methods": work.methods, "rows": work.rows, "tokens": work.tokens,
-                       "flops": work.flops, "seconds": round(sum(logged), 2)})  # fmt: skip
-    flops = sum(s["flops"] for s in stages)
-    # A sweep of two losses is logged once and stands under both its stages.
-    seconds = sum(e["seconds"] for e in costs if any(w.logged and re.fullmatch(w.logged, e["stage"]) for w in works))
-    return {"flops": flops, "tokens": sum(s["tokens"] for s in stages), "seconds": round(seconds, 2),
-            "share": flops / full if full else None, "stages": stages}  # fmt: skip
-
-
-def tell_selection_cost(found: dict[str, Any]) -> str:
+def tell_selection_cost(cost: SelectionCost) -> str:
     """One line for the end of a run."""
-    share = f", {100 * found['share']:.0f} % of one training on the full pool" if found["share"] is not None else ""
-    return (f"choosing by all methods: {found['tokens']} tokens, {found['flops']:.2g} FLOPs{share}; "
-            f"{found['seconds']:.0f} s")  # fmt: skip
+    share = f", {100 * cost.share:.0f} % of one training on the full pool" if cost.share is not None else ""
+    return f"choosing by all methods: {cost.tokens} tokens, {cost.flops:.2g} FLOPs{share}; {cost.seconds:.0f} s"
 
 
-def full_training_flops(job: Job) -> float:
-    """FLOPs of training on the whole usable pool with the recipe's `train`."""
-    return training(job, "", "", job.sides[1], job.recipe.train).flops
-
-
-def print_comparison(result: dict[str, Any], console: Console) -> None:
+def print_comparison(result: Comparison, console: Console) -> None:
     """Print the summary as one table: value, half-width of its interval or spread over seeds, `*` where p < 0.05."""
     shown = distinct_columns(result)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("trained on", no_wrap=True)
-    table.add_column("rows", justify="right", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    for _, heading, _, _ in shown:
+    for heading in ("rows", "tokens", *(metric.heading for metric in shown), "price"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("price", justify="right", no_wrap=True)
-    full = result["full_training_flops"]
-    for entry in result["summary"]:
-        cells = [cell_text(entry, metric, decimals) for metric, _, decimals, _ in shown]
-        share = f"{100 * entry['cost']['select_flops'] / full:.0f} %" if full and entry["kind"] == "method" else "–"
-        name = f"{entry['label']} x{entry['seeds']}" if entry["seeds"] > 1 else entry["label"]
-        table.add_row(name, str(entry["n_rows"] or "–"), str(entry["n_tokens"] or "–"), *cells, share)
+    full = result.full_training_flops
+    for entry in result.summary:
+        cells = [cell_text(entry, metric) for metric in shown]
+        share = f"{100 * entry.cost.select_flops / full:.0f} %" if full and entry.kind == "method" else "–"
+        name = f"{entry.label} x{entry.seeds}" if entry.seeds > 1 else entry.label
+        table.add_row(name, str(entry.n_rows or "–"), str(entry.n_tokens or "–"), *cells, share)
     console.print(table)
     console.print(
         "±: half of the 95 % interval over held-out items; for Random, its standard\ndeviation over seeds. "
@@ -218,26 +180,27 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
     )
 
 
-def distinct_columns(result: dict[str, Any]) -> list[tuple[str, str, int, int]]:
+def distinct_columns(result: Comparison) -> list[Metric]:
     """The headlines that were measured, without those that repeat another one in every row (all pairs matched)."""
-    shown: list[tuple[str, str, int, int]] = []
-    seen: set[tuple[Any, ...]] = set()
-    for headline in headlines({m for entry in result["summary"] for m in entry["metrics"]}):
-        values = tuple(entry["metrics"].get(headline[0], {}).get("value") for entry in result["summary"])
+    shown: list[Metric] = []
+    seen: set[tuple[float | None, ...]] = set()
+    for metric in headlines({m for entry in result.summary for m in entry.metrics}):
+        means = [entry.metrics.get(metric.name) for entry in result.summary]
+        values = tuple(None if mean is None else mean.value for mean in means)
         if any(v is not None for v in values) and values not in seen:
             seen.add(values)
-            shown.append(headline)
+            shown.append(metric)
     return shown
 
 
-def cell_text(entry: dict[str, Any], metric: str, decimals: int) -> str:
+def cell_text(entry: Entry, metric: Metric) -> str:
     """`0.61 ±0.08*`; losses without the ±, since their spread over items says nothing about differences."""
-    found = entry["metrics"].get(metric)
-    if found is None:
+    mean = entry.metrics.get(metric.name)
+    if mean is None:
         return "–"
-    width = found["spread"] if entry["kind"] == "random" else (found["high"] - found["low"]) / 2
-    text = f"{found['value']:.{decimals}f}"
-    if width is not None and not metric.startswith("loss."):
-        text += f" ±{width:.{decimals}f}"
-    significant = entry["vs_random"].get(metric, {}).get("p_holm", 1.0) < 0.05
-    return text + ("*" if significant else "")
+    width = mean.spread if entry.kind == "random" else (mean.high - mean.low) / 2
+    text = f"{mean.value:.{metric.decimals}f}"
+    if width is not None and not metric.is_loss:
+        text += f" ±{width:.{metric.decimals}f}"
+    versus = entry.vs_random.get(metric.name)
+    return text + ("*" if versus is not None and versus.p_holm is not None and versus.p_holm < 0.05 else "")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,9 @@ import pyarrow.compute as pc
 from keepset.data import Pool, Target
 from keepset.data.leakage import find_leaks
 from keepset.evaluate.statistics import correlations
+from keepset.pipeline.metrics import is_loss
+from keepset.runfolder import layout
+from keepset.runfolder.records import Comparison, Finding, Level, read_json
 
 if TYPE_CHECKING:
     from keepset.pipeline.choose import Subset
@@ -41,18 +43,6 @@ MOST_SHARES = 12  # sources or categories that a finding names
 SWAMPED = 0.5  # median cosine of the mapped gradient with the momentum that all rows share
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing worth knowing."""
-
-    name: str
-    level: str  # info | warning
-    method: str
-    figure: float | None
-    text: str
-    advice: str
-
-
 def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Finding]:
     """Findings from one method's scores table.
 
@@ -66,24 +56,24 @@ def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Find
         return []
     score = scored["score"].to_numpy()
     n_tokens = scored["n_tokens"].to_numpy()
-    found: list[Finding] = []
+    findings: list[Finding] = []
 
-    def add(name: str, level: str, figure: float | None, text: str, advice: str) -> None:
-        found.append(Finding(name, level, label, None if figure is None else round(float(figure), 4), text, advice))
+    def add(name: str, level: Level, figure: float | None, text: str, advice: str) -> None:
+        findings.append(Finding(name, level, label, None if figure is None else round(float(figure), 4), text, advice))
 
     if np.ptp(score) == 0:
         add("constant-scores", "warning", score[0], f"every row has the score {score[0]:g}",
             "the method has no signal here: check the target, the reference or the warm-up")  # fmt: skip
-        return found
+        return findings
     if np.ptp(n_tokens) > 0:
         link = correlations(score, n_tokens)
-        level = "warning" if abs(link.spearman) >= STRONG_LENGTH else "info"
+        level: Level = "warning" if abs(link.spearman) >= STRONG_LENGTH else "info"
         add("length-correlation", level, link.spearman,
             f"score and length: Spearman {link.spearman:+.2f}, Pearson {link.pearson:+.2f}",
             "no strong tie to length" if level == "info" else FOLLOWS_LENGTH if link.spearman > 0 else FLEES_LENGTH
         )  # fmt: skip
     if {"loss_ini", "loss_ref"} <= set(scored.column_names):
-        found += loss_findings(scored, label, n_tokens, folds)
+        findings += loss_findings(scored, label, n_tokens, folds)
     momentum = [name for name in scored.column_names if name.endswith(".momentum")]
     if momentum:
         share = float(np.median(np.abs(np.stack([scored[name].to_numpy() for name in momentum]))))
@@ -108,7 +98,7 @@ def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Find
     if repeats:
         add("duplicates", "warning", repeats, f"{repeats} rows are exact copies of others and score alike",
             "set select.dedup: exact, or near")  # fmt: skip
-    return found
+    return findings
 
 
 def loss_findings(scored: pa.Table, label: str, n_tokens: np.ndarray, folds: int) -> list[Finding]:
@@ -121,37 +111,38 @@ def loss_findings(scored: pa.Table, label: str, n_tokens: np.ndarray, folds: int
     if len(ini) < 3:
         return []
     relative = (ini - ref) / ini
-    found: list[Finding] = []
+    findings: list[Finding] = []
     middle = float(np.median(np.abs(relative)))
     if middle < NEAR_ZERO_SCORE:
-        found.append(Finding("scores-near-zero", "warning", label, round(middle, 4),
+        findings.append(Finding("scores-near-zero", "warning", label, round(middle, 4),
             f"median |DavIR| is {middle:.4f}: the reference hardly differs from the base",
             "train the reference longer or with a larger learning rate"))  # fmt: skip
     small = int((ini / n_tokens < NEAR_ZERO_LOSS).sum())
     if small:
-        found.append(Finding("base-loss-near-zero", "warning", label, small,
+        findings.append(Finding("base-loss-near-zero", "warning", label, small,
             f"{small} rows have a base loss below {NEAR_ZERO_LOSS} nats a token, by which DavIR divides",
             "look at them: memorised or trivial answers; their scores are unstable"))  # fmt: skip
     if folds >= 2:
         where = f"the pool's rows, each scored by the reference that was not trained on it ({folds} folds),"
-        found.append(held_out_finding(ini, ref, n_tokens, where, label))
+        findings.append(held_out_finding(ini, ref, n_tokens, where, label))
     else:
         drop = float((ini - ref).sum() / n_tokens.sum())
-        level, advice = ("info", "in-sample: cross-fit with reference.folds to see what is memory") if drop > 0 else (
-            "warning", "the reference did not learn the pool: check its learning rate and epochs")  # fmt: skip
-        found.append(Finding("reference-gain", level, label, round(drop, 4),
+        learnt = drop > 0
+        advice = ("in-sample: cross-fit with reference.folds to see what is memory" if learnt else
+                  "the reference did not learn the pool: check its learning rate and epochs")  # fmt: skip
+        findings.append(Finding("reference-gain", "info" if learnt else "warning", label, round(drop, 4),
             f"the reference lowers the pool's loss by {drop:.3f} nats a token", advice))  # fmt: skip
     if np.ptp(n_tokens) == 0 or np.ptp(relative) == 0:
-        return found
+        return findings
     plain, mean, normalised = (correlations(x, n_tokens) for x in (ini - ref, (ini - ref) / n_tokens, relative))
     weaker = abs(normalised.spearman) < abs(plain.spearman)
-    found.append(Finding("length-before-after", "info", label, round(plain.spearman, 4),
+    findings.append(Finding("length-before-after", "info", label, round(plain.spearman, 4),
         f"length: summed drop (RHO) Spearman {plain.spearman:+.2f}, Pearson {plain.pearson:+.2f}; a token "
         f"{mean.spearman:+.2f}, {mean.pearson:+.2f}; normalised (DavIR) {normalised.spearman:+.2f}, "
         f"{normalised.pearson:+.2f}",
         "dividing by the base loss weakened the tie to length, as the paper claims" if weaker else
         "dividing by the base loss did not weaken the tie to length here, as the paper claims it does"))  # fmt: skip
-    return found
+    return findings
 
 
 def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = None) -> list[Finding]:
@@ -165,7 +156,7 @@ def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = Non
     kept = table.filter(table["selected"] if chosen is None else pc.is_in(table["id"], pa.array(chosen.astype(str))))
     if not kept.num_rows:
         return []
-    found = []
+    findings = []
     for column, plural in (("source", "sources"), ("category", "categories")):
         before, after = (Counter("–" if v is None else v for v in t[column].to_pylist()) for t in (table, kept))
         if len(before) < 2:
@@ -174,18 +165,18 @@ def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = Non
         text = ", ".join(f"{name} {a:.0%} -> {b:.0%}" for name, (a, b) in list(shares.items())[:MOST_SHARES])
         more = f" and {len(shares) - MOST_SHARES} more" if len(shares) > MOST_SHARES else ""
         lost = [name for name, (_, b) in shares.items() if b == 0]
-        level = "warning" if lost else "info"
+        level: Level = "warning" if lost else "info"
         advice = (f"none of {', '.join(lost[:3])} is left: " if lost else "") + "select.quota keeps shares, if wanted"
-        found.append(Finding(f"{column}-shares", level, label, round(max(b for _, b in shares.values()), 4),
+        findings.append(Finding(f"{column}-shares", level, label, round(max(b for _, b in shares.values()), 4),
                              f"{plural} before -> after: {text}{more}", advice))  # fmt: skip
     lengths = [float(np.mean(t["n_tokens"].to_numpy())) for t in (table, kept)]
     unit = (table.schema.metadata or {}).get(b"length_unit", b"tokens").decode()
     skewed = not 1 / SKEWED_LENGTH < lengths[1] / lengths[0] < SKEWED_LENGTH
-    found.append(Finding("kept-length", "warning" if skewed else "info", label, round(lengths[1], 2),
+    findings.append(Finding("kept-length", "warning" if skewed else "info", label, round(lengths[1], 2),
         f"mean answer before -> after: {lengths[0]:.1f} -> {lengths[1]:.1f} {unit}",
         "the choice is largely one of length: give the budget in tokens, and look at the rows" if skewed else
         "the choice keeps answers of about the pool's length"))  # fmt: skip
-    return found
+    return findings
 
 
 def diagnose_edge(subset: Subset) -> list[Finding]:
@@ -204,27 +195,25 @@ def diagnose_edge(subset: Subset) -> list[Finding]:
         "another batch size or machine may exchange them; subsets.json names all")]  # fmt: skip
 
 
-def diagnose_comparison(result: dict[str, Any]) -> list[Finding]:
+def diagnose_comparison(result: Comparison) -> list[Finding]:
     """Methods that Random of the same size matches on the headline, the first metric compared."""
-    found = []
-    for entry in result["summary"]:
-        if entry["kind"] != "method" or not entry["vs_random"]:
+    findings = []
+    for entry in result.summary:
+        if entry.kind != "method" or not entry.vs_random:
             continue
-        metric, test = next(iter(entry["vs_random"].items()))
-        smaller_is_better = metric.startswith("loss.")
-        if test["high"] < 0 if smaller_is_better else test["low"] > 0:
+        metric, versus = next(iter(entry.vs_random.items()))
+        if versus.high < 0 if is_loss(metric) else versus.low > 0:
             continue
-        if test["low"] > 0 or test["high"] < 0:
-            found.append(Finding("worse-than-random", "warning", entry["label"], round(test["difference"], 4),
-                f"{metric}: {test['difference']:+.3f} against Random, 95 % interval {test['low']:+.3f} to "
-                f"{test['high']:+.3f}: worse",
-                "this choice harms here: take Random, another method or another budget"))  # fmt: skip
+        text = (f"{metric}: {versus.difference:+.3f} against Random, 95 % interval {versus.low:+.3f} to "
+                f"{versus.high:+.3f}: ")  # fmt: skip
+        if versus.low > 0 or versus.high < 0:
+            name, verdict = "worse-than-random", "worse"
+            advice = "this choice harms here: take Random, another method or another budget"
         else:
-            found.append(Finding("no-better-than-random", "warning", entry["label"], round(test["difference"], 4),
-                f"{metric}: {test['difference']:+.3f} against Random, 95 % interval {test['low']:+.3f} to "
-                f"{test['high']:+.3f}: not told apart",
-                "more held-out items, more seeds or a larger budget; or Random is enough here"))  # fmt: skip
-    return found
+            name, verdict = "no-better-than-random", "not told apart"
+            advice = "more held-out items, more seeds or a larger budget; or Random is enough here"
+        findings.append(Finding(name, "warning", entry.label, round(versus.difference, 4), text + verdict, advice))
+    return findings
 
 
 def diagnose_leaks(pool: Pool, target: Target, what: str) -> list[Finding]:
@@ -251,10 +240,10 @@ def record(job: Job, findings: list[Finding], *, anew: Collection[str] = ()) -> 
         findings: what was found.
         anew: names whose older findings all go: what they were about was looked at again.
     """
-    old = job.run.load_json("findings.json", [])
+    old = read_json(tuple[Finding, ...], job.run.load_json(layout.FINDINGS, []), str(job.run.path / layout.FINDINGS))
     fresh = {(f.name, f.method) for f in findings}
-    kept = [entry for entry in old if (entry["name"], entry["method"]) not in fresh and entry["name"] not in anew]
-    job.run.save_json("findings.json", kept + [asdict(f) for f in findings])
+    kept = [f for f in old if (f.name, f.method) not in fresh and f.name not in anew]
+    job.run.save_json(layout.FINDINGS, [f.to_json() for f in (*kept, *findings)])
     for finding in findings:
         if finding.level == "warning":
             job.say(f"  ! {finding.method + ': ' if finding.method else ''}{finding.text}; {finding.advice}")

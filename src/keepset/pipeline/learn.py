@@ -16,20 +16,19 @@ from keepset.evaluate.preference import PairLogps, correct, length_matched, marg
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.pipeline.choose import Subset
+from keepset.pipeline.metrics import BY_TASK, HELD_OUT
 from keepset.recipe import TrainSpec
+from keepset.runfolder import layout
 from keepset.runfolder.files import digest, file_digest
-from keepset.stages.job import encode_pairs, encode_pool
-from keepset.stages.losses import VERSION, id_order
+from keepset.runfolder.records import Items, Point, read_json
+from keepset.stages.encoded import encode_pairs, encode_pool
+from keepset.stages.stage import VERSION
+from keepset.stages.trained import id_order
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded, Encoder
     from keepset.model.load import Loaded
     from keepset.stages.job import Job
-
-Items = dict[str, np.ndarray]
-
-TASK_METRICS = ("accuracy.policy_mean", "loss.chosen")
-"""What is also told for each task of the held-out pairs, as `<metric>.of.<task>`."""
 
 
 class Learner:
@@ -108,11 +107,6 @@ class Learner:
         return [rows[i] for i in usable], np.asarray(pool.sources(), dtype=str)[usable], pool  # type: ignore[misc]
 
 
-def model_folder(name: str, seed: int) -> str:
-    """Where the model trained on a subset lies in the run folder."""
-    return f"models/{name}-seed{seed}"
-
-
 def direct_args(job: Job) -> TrainSpec:
     """How the target's pairs are trained on: `train`, with DPO where that says SFT."""
     args = job.recipe.train
@@ -125,7 +119,7 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
 
     direct = subset.kind == "dpo-direct"
     args, rows = (direct_args(job), learner.target_pairs) if direct else (job.recipe.train, learner.rows(subset))
-    folder = model_folder(subset.name, seed)
+    folder = layout.model(subset.name, seed)
     key = {
         "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
@@ -156,17 +150,18 @@ def in_order(data: Pool | Target, group: str) -> str:
     return digest([data.table["id"].to_pylist(), data.table[group].to_pylist()])
 
 
-def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base: Items | None) -> tuple[dict, Items]:
+def evaluate_final(
+    job: Job, learner: Learner, name: str, seed: int | None, base: Items | None
+) -> tuple[dict[str, Any], Items]:
     """Evaluate a trained model (or the untrained base: seed None), unless that was done.
 
     Returns:
-        The summary, and the per-item arrays: `pair.*` (m,) and `row.*` (n,); `pair.of.<task>` and `row.of.<source>`
-        are 1 for their items.
+        The summary (tables with intervals, as `summary.json` has them), and the items.
     """
-    weights = None if seed is None else job.run.path / model_folder(name, seed)
-    folder = "evaluation/base" if weights is None else f"evaluation/{name}-seed{seed}"
+    weights = None if seed is None else job.run.path / layout.model(name, seed)
+    folder = layout.evaluation(name, seed)
     if seed is not None:
-        job.run.require_whole(model_folder(name, seed))
+        job.run.require_whole(layout.model(name, seed))
     pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
     key = {
         "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
@@ -177,50 +172,56 @@ def evaluate_final(job: Job, learner: Learner, name: str, seed: int | None, base
     }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
-        with job.run.timed(f"evaluate {folder.removeprefix('evaluation/')}"):
+        with job.run.timed(f"evaluate {name if seed is None else layout.seeded(name, seed)}"):
             items, gsm8k = measure(job, learner, weights)
-        save_file(items, str(path / "items.safetensors"))
+        save_file(items.to_arrays(), str(path / layout.ITEMS))
         summary = summarise(job, learner, items, base)
-        if gsm8k is not None:  # the answers' texts apart: they are most of the bytes
-            answers, right = gsm8k.pop("answers"), items["gsm8k.correct"]
+        if gsm8k is not None and items.gsm8k is not None:  # the answers' texts apart: they are most of the bytes
+            answers = zip(items.gsm8k, gsm8k.pop("answers"), strict=True)
             job.run.save_json(
-                f"{folder}/gsm8k-answers.json",
-                [{"correct": bool(c), "answer": a} for c, a in zip(right, answers, strict=True)],
+                f"{folder}/{layout.GSM8K_ANSWERS}", [{"correct": bool(c), "answer": a} for c, a in answers]
             )
             summary["gsm8k"] = gsm8k
-        job.run.save_json(f"{folder}/summary.json", summary)
+        job.run.save_json(f"{folder}/{layout.SUMMARY}", summary)
         return {}
 
     job.run.step(folder, key, work)
-    return job.run.load_json(f"{folder}/summary.json"), load_file(str(job.run.path / folder / "items.safetensors"))
+    return job.run.load_json(f"{folder}/{layout.SUMMARY}"), load_items(job.run.path / folder)
+
+
+def load_items(folder: Path) -> Items:
+    """The items of an evaluation's folder."""
+    return Items.from_arrays(load_file(str(folder / layout.ITEMS)))
 
 
 def evaluate_epochs(job: Job, learner: Learner, name: str, seed: int, base: Items | None, final: Items) -> None:
     """Evaluate a trained model at each epoch's end into `epochs/<name>-seed<k>`; the last one is the final model."""
-    model = job.run.path / model_folder(name, seed)
+    model = job.run.path / layout.model(name, seed)
     checkpoints = sorted(model.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     share = job.recipe.evaluate.length_match
+    arrays = [array.tobytes() for _, array in sorted(final.to_arrays().items())]
     key = {"version": VERSION, "weights": [file_digest(p / "adapter_model.safetensors") for p in checkpoints],
-           "final": digest([digest(v.tobytes()) for _, v in sorted(final.items())]), "match": share}  # fmt: skip
-    folder = f"epochs/{name}-seed{seed}"
+           "final": digest([digest(array) for array in arrays]), "match": share}  # fmt: skip
+    folder = layout.epochs(name, seed)
 
     def work(path: Path) -> dict[str, Any]:
-        points = []
+        points: list[Point] = []
         for k, checkpoint in enumerate(checkpoints, start=1):
-            with job.run.timed(f"evaluate {name}-seed{seed} after epoch {k}"):
+            with job.run.timed(f"evaluate {layout.seeded(name, seed)} after epoch {k}"):
                 items = final if checkpoint == checkpoints[-1] else measure(job, learner, checkpoint)[0]
             means = {m: float(np.mean(v)) for m, v in item_metrics(items, base, share).items()}
-            points.append({"model": f"{name}-seed{seed}", "epoch": k, "metrics": means})
-        job.run.save_json(f"{folder}/points.json", points)
+            points.append(Point(layout.seeded(name, seed), k, means))
+        job.run.save_json(f"{folder}/{layout.POINTS}", [point.to_json() for point in points])
         return {}
 
     job.run.step(folder, key, work)
 
 
-def epoch_points(job: Job) -> list[dict[str, Any]]:
+def epoch_points(job: Job) -> list[Point]:
     """What `evaluate_epochs` has measured, all models together."""
-    files = sorted((job.run.path / "epochs").glob("*/points.json"))
-    return [point for file in files for point in job.run.load_json(str(file.relative_to(job.run.path)))]
+    files = sorted((job.run.path / layout.EPOCHS_FOLDER).glob(f"*/{layout.POINTS}"))
+    names = [str(file.relative_to(job.run.path)) for file in files]
+    return [p for name in names for p in read_json(tuple[Point, ...], job.run.load_json(name), name)]
 
 
 def measure(job: Job, learner: Learner, weights: Path | None) -> tuple[Items, dict[str, Any] | None]:
@@ -235,36 +236,36 @@ def measure(job: Job, learner: Learner, weights: Path | None) -> tuple[Items, di
 
 
 def measure_model(job: Job, learner: Learner, model: Any) -> tuple[Items, dict[str, Any] | None]:
-    """Log-probabilities of the held-out pairs, losses of the held-out rows, GSM8K answers."""
-    items: Items = {}
+    """Log-probabilities of the held-out pairs, losses of the held-out rows; GSM8K's answers and figures beside them."""
+    pairs, tasks, rows, sources = {}, {}, {}, {}
     budget = job.recipe.batching.token_budget
     if learner.eval_pairs:
         logps = pair_logps(model, learner.eval_pairs[0], token_budget=budget)
-        items |= {f"pair.{k}": np.asarray(v) for k, v in vars(logps).items()} | parts("pair", learner.eval_pairs[1])
+        pairs, tasks = {k: np.asarray(v) for k, v in vars(logps).items()}, members(learner.eval_pairs[1])
     if learner.eval_rows:
         heldout = heldout_losses(model, learner.eval_rows[0], token_budget=budget)
-        items |= {"row.nll": heldout.nll, "row.n_tokens": heldout.n_tokens} | parts("row", learner.eval_rows[1])
-    gsm8k = None
+        rows, sources = {"nll": heldout.nll, "n_tokens": heldout.n_tokens}, members(learner.eval_rows[1])
+    gsm8k, right = None, None
     if job.recipe.evaluate.gsm8k:
         from keepset.evaluate.gsm8k import evaluate_gsm8k
 
         gsm8k = evaluate_gsm8k(
-            model, learner.loaded.tokenizer, learner.encoder, job.recipe.evaluate.gsm8k,
+            model, learner.encoder, job.recipe.evaluate.gsm8k,
             limit=job.recipe.evaluate.gsm8k_limit, max_new_tokens=job.recipe.evaluate.max_new_tokens,
         )  # fmt: skip
-        items["gsm8k.correct"] = np.asarray(gsm8k.pop("correct"), dtype=np.float64)
-    return items, gsm8k
+        right = np.asarray(gsm8k.pop("correct"), dtype=np.float64)
+    return Items(pairs, tasks, rows, sources, right), gsm8k
 
 
-def parts(of: str, names: np.ndarray) -> Items:
-    """`<of>.of.<name>` (n,) for each of several tasks or sources: 1 for its items, else 0."""
+def members(names: np.ndarray) -> dict[str, np.ndarray]:
+    """For each of several tasks or sources (n,) 1 for its items, else 0; empty where there is but one."""
     several = np.unique(names)
-    return {f"{of}.of.{name}": (names == name).astype(np.float64) for name in several} if len(several) > 1 else {}
+    return {str(name): (names == name).astype(np.float64) for name in several} if len(several) > 1 else {}
 
 
 def logps_of(items: Items) -> PairLogps:
-    """The pair columns of stored items."""
-    return PairLogps(**{k: items[f"pair.{k}"] for k in ("chosen", "rejected", "n_chosen", "n_rejected")})
+    """The pairs' log-probabilities."""
+    return PairLogps(**items.pairs)
 
 
 def summarise(job: Job, learner: Learner, items: Items, base: Items | None) -> dict[str, Any]:
@@ -278,7 +279,7 @@ def summarise(job: Job, learner: Learner, items: Items, base: Items | None) -> d
         )  # fmt: skip
     if learner.eval_rows:
         summary["heldout"] = heldout_table(
-            Heldout(items["row.nll"], items["row.n_tokens"]), learner.eval_rows[1],
+            Heldout(**items.rows), learner.eval_rows[1],
             resamples=spec.bootstrap, seed=job.recipe.seed,
         )  # fmt: skip
     return summary
@@ -292,25 +293,25 @@ def item_metrics(items: Items, base: Items | None, share: float) -> dict[str, np
         base: the untrained base's.
         share: what counts as length-matched.
     """
-    found: dict[str, np.ndarray] = {}
-    if "pair.chosen" in items:
+    metrics: dict[str, np.ndarray] = {}
+    if items.pairs:
         logps = logps_of(items)
         matched = length_matched(logps.n_chosen, logps.n_rejected, share)
         for form, margin in margins(logps, logps_of(base) if base else None).items():
-            found[f"accuracy.{form}"] = correct(margin)
-            found[f"margin.{form}"] = margin
+            metrics[f"accuracy.{form}"] = correct(margin)
+            metrics[f"margin.{form}"] = margin
             if matched.any():
-                found[f"accuracy.{form}.matched"] = correct(margin[matched])
-                found[f"margin.{form}.matched"] = margin[matched]
-        found["loss.chosen"] = -logps.chosen / logps.n_chosen
-        found["loss.rejected"] = -logps.rejected / logps.n_rejected
-        for name in (k for k in items if k.startswith("pair.of.")):
-            for metric in TASK_METRICS:
-                found[f"{metric}.of.{name.removeprefix('pair.of.')}"] = found[metric][items[name] > 0]
-    if "row.nll" in items:
-        found["loss.heldout"] = items["row.nll"] / items["row.n_tokens"]
-        for name in (k for k in items if k.startswith("row.of.")):
-            found[f"loss.heldout.{name.removeprefix('row.of.')}"] = found["loss.heldout"][items[name] > 0]
-    if "gsm8k.correct" in items:
-        found["gsm8k.accuracy"] = items["gsm8k.correct"]
-    return found
+                metrics[f"accuracy.{form}.matched"] = correct(margin[matched])
+                metrics[f"margin.{form}.matched"] = margin[matched]
+        metrics["loss.chosen"] = -logps.chosen / logps.n_chosen
+        metrics["loss.rejected"] = -logps.rejected / logps.n_rejected
+        for task, member in items.tasks.items():
+            for metric in BY_TASK:
+                metrics[f"{metric}.of.{task}"] = metrics[metric][member > 0]
+    if items.rows:
+        metrics[HELD_OUT] = items.rows["nll"] / items.rows["n_tokens"]
+        for source, member in items.sources.items():
+            metrics[f"{HELD_OUT}.{source}"] = metrics[HELD_OUT][member > 0]
+    if items.gsm8k is not None:
+        metrics["gsm8k.accuracy"] = items.gsm8k
+    return metrics

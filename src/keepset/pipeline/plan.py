@@ -1,6 +1,6 @@
 """`keepset plan`: what a recipe would cost on this machine, from counts and a short probe, before anything is spent.
 
-Every model stage's operations are counted (see `counts.py`); the probe measures how many operations a second this
+Every model stage's operations are counted (see `price.py`); the probe measures how many operations a second this
 machine does forward, forward + backward and in training, on rows of this very pool. Seconds = operations / measured
 rate. What has no operations to count is done and timed: imports, loading, reading and tokenising the pool, a text
 method on some of the rows, starting a trainer. How far off the sum is: docs/seeing.md. Times on named GPUs come from
@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.evaluate.statistics import accuracy_power, bootstrap_ci
-from keepset.methods.table import METHODS, needs_model
+from keepset.methods.table import method_of, needs_model
 from keepset.model.flops import count_tokens, flops
+from keepset.pipeline.price import Final, final_work, selection_work
+from keepset.pipeline.score import text_features
 from keepset.recipe import MethodSpec, Recipe
-from keepset.stages.counts import Work, final_work, selection_work
 from keepset.stages.job import Job
-from keepset.stages.losses import SubJob
+from keepset.stages.stage import Work
 
 PROBE_ROWS = {"forward": 24, "backward": 12, "train": 8}
 TEXT_ROWS = 2_000
@@ -41,7 +42,7 @@ UTILISATION = 0.35
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: its rows, tokens, operations, and seconds here."""
+    """One stage: its rows, tokens, operations, and seconds here; `kind` and `need` as of `Work`."""
 
     stage: str
     methods: str
@@ -49,6 +50,8 @@ class Step:
     tokens: int
     flops: float
     seconds: float
+    kind: str = ""
+    need: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def probe(job: Job, kinds: set[str]) -> Rates:
     from keepset.features.targets import target_vectors
     from keepset.model.load import apply_lora
     from keepset.train.sft import train_sft
+    from keepset.train.training import Training
 
     model, budget = job.loaded.model, job.recipe.batching.token_budget
     order = np.argsort([len(r.input_ids) for r in job.rows], kind="stable")
@@ -109,7 +113,7 @@ def probe(job: Job, kinds: set[str]) -> Rates:
         job.release()  # as a run does
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            told = train_sft(job.recipe.model, job.recipe.lora, rows, Path(folder) / "probe", args, seed=0)
+            told = train_sft(Training(job.recipe.model, job.recipe.lora, args), rows, Path(folder) / "probe")
             overhead = time.perf_counter() - start - told.seconds
         train = work / told.seconds
     return Rates(forward, backward, train, overhead)
@@ -131,7 +135,8 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     start = clock(lambda: job.encoder)
     read = clock(lambda: job.tokens)
     load = clock(lambda: job.loaded)
-    counted = [*selection_work(job, recipe.methods), *final_work(job)]
+    final = final_work(job)
+    counted = [*selection_work(job, recipe.methods), *final.works]
     kinds = {str(work.kind) for work in counted}
     if "train" in kinds:
         start += clock(lambda: [importlib.import_module(name) for name in ("datasets", "peft", "trl")])
@@ -143,7 +148,7 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
         Step("read and tokenise", "all", n, n_tokens, 0.0, read),
         *(text_step(job, spec) for spec in recipe.methods if not needs_model(spec.name)),
         *(priced(work, rates) for work in counted if rates is not None),
-        Step("select, compare, report", "all", n, 0, 0.0, REPORT_SHARE * read + comparing(job, counted, pairs)),
+        Step("select, compare, report", "all", n, 0, 0.0, REPORT_SHARE * read + comparing(job, final, pairs)),
     ]
     total = sum(step.seconds for step in steps)
     work = sum(step.flops for step in steps)
@@ -163,31 +168,13 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     }
 
 
-class TextPart(SubJob):
-    """A job seen through some of its rows by a text method."""
-
-    def __init__(self, job: Job, indices: np.ndarray) -> None:
-        """Take these rows' texts and lengths."""
-        super().__init__(job, indices)
-        texts, lengths = job.texts(), job.n_tokens()
-        self._texts, self._lengths = [texts[i] for i in indices], lengths[indices]
-
-    def texts(self) -> list[str]:
-        """The rows' texts."""
-        return self._texts
-
-    def n_tokens(self) -> np.ndarray:
-        """The rows' supervised tokens."""
-        return self._lengths
-
-
 def text_step(job: Job, spec: MethodSpec) -> Step:
     """A text method, timed on some of the rows and scaled to all."""
     n = len(job.ids)
-    METHODS[spec.name].score(TextPart(job, np.arange(min(n, 20))), **spec.options)  # imports
-    some = TextPart(job, np.arange(min(n, TEXT_ROWS)))
-    seconds = clock(lambda: METHODS[spec.name].score(some, **spec.options))
-    return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, len(some.ids)))
+    method, some = method_of(spec), min(n, TEXT_ROWS)
+    method.score(text_features(job, np.arange(min(n, 20))))  # imports
+    seconds = clock(lambda: method.score(text_features(job, np.arange(some))))
+    return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, some))
 
 
 def heldout_pairs(job: Job) -> int:
@@ -198,20 +185,21 @@ def heldout_pairs(job: Job) -> int:
     return len(pairs[0]) if pairs else 0
 
 
-def comparing(job: Job, counted: list[Work], pairs: int) -> float:
+def comparing(job: Job, final: Final, pairs: int) -> float:
     """Seconds for the intervals and tests of every evaluated model: resampling the held-out items."""
-    models = sum(int(w.stage.split()[1]) for w in counted if w.stage.startswith("evaluate "))
-    if not models or not pairs:
+    if not final.models or not pairs:
         return 0.0
     items = np.random.default_rng(0).random(pairs)
-    return models * BOOTSTRAPS * clock(lambda: bootstrap_ci(items, resamples=job.recipe.evaluate.bootstrap, seed=0))
+    return (
+        final.models * BOOTSTRAPS * clock(lambda: bootstrap_ci(items, resamples=job.recipe.evaluate.bootstrap, seed=0))
+    )
 
 
 def priced(work: Work, rates: Rates) -> Step:
     """A stage with its seconds here; every training starts a trainer with its own copy of the model."""
     rate = {"forward": rates.forward, "backward": rates.backward, "train": rates.train}[work.kind]
     seconds = work.flops / rate + (rates.train_seconds * work.trainings if work.kind == "train" else 0.0)
-    return Step(work.stage, work.methods, work.rows, work.tokens, work.flops, seconds)
+    return Step(work.stage, work.methods, work.rows, work.tokens, work.flops, seconds, work.kind, work.need)
 
 
 def disk_bytes(job: Job, steps: list[Step]) -> float:
@@ -219,26 +207,26 @@ def disk_bytes(job: Job, steps: list[Step]) -> float:
     config = job.loaded.model.config.get_text_config()
     lora = sum(2 * job.recipe.lora.lora_r * 2 * config.hidden_size for _ in range(4))
     adapter = 4 * lora * config.num_hidden_layers
-    models = sum(1 for s in steps if s.stage.startswith(("train", "warm-up"))) * (len(job.recipe.methods) + 4)
+    models = sum(1 for s in steps if s.kind == "train") * (len(job.recipe.methods) + 4)
     return float(adapter * models + len(job.rows) * 200 * (len(job.recipe.methods) + 4))
 
 
 def cheaper(job: Job, steps: list[Step]) -> list[str]:
     """What would cut the bill, with the seconds it would save."""
     found = []
-    gradients = sum(s.seconds for s in steps if s.stage.startswith("gradients"))
+    gradients = sum(s.seconds for s in steps if s.need == "gradients")
     spec = job.recipe.warmup
     if gradients and spec.checkpoints == "all" and spec.num_train_epochs > 1:
         share = 1 - 1 / np.ceil(spec.num_train_epochs)
         found.append(
             f"warmup.checkpoints: last saves {gradients * share:.0f} s: scores at one checkpoint instead of all"
         )
-    maps = [s for s in steps if s.stage.startswith("gradients")]
+    maps = [s for s in steps if s.need == "gradients"]
     if len(maps) > 1:
         found.append(
             f"one map instead of {len(maps)} saves {sum(s.seconds for s in maps[1:]):.0f} s: a pass over the pool each"
         )
-    reference = sum(s.seconds for s in steps if s.stage == "train the reference")
+    reference = sum(s.seconds for s in steps if s.need == "reference")
     if reference and job.recipe.reference.num_train_epochs > 1:
         found.append(
             f"reference.num_train_epochs: 1 saves {reference * (1 - 1 / job.recipe.reference.num_train_epochs):.0f} s"

@@ -7,14 +7,15 @@ reference needs none: there every row of the pool was held out from the model th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keepset.evaluate.statistics import bootstrap_ratio
 from keepset.methods.table import METHODS
-from keepset.pipeline.findings import Finding
-from keepset.runfolder.files import digest
+from keepset.runfolder.records import Finding
+from keepset.stages.losses import held_out_losses
+from keepset.stages.rows import rows_outside
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
@@ -24,24 +25,6 @@ if TYPE_CHECKING:
 MOST_ROWS = 64
 
 
-class OtherRows:
-    """A job seen with rows that are not in its pool."""
-
-    def __init__(self, job: Job, rows: list[Encoded]) -> None:
-        """Name the rows by their tokens; equal ones by a number too."""
-        names = [digest(row.input_ids.tobytes() + row.supervised.tobytes())[:32] for row in rows]
-        self.job, self.rows = job, rows
-        self.ids = np.array([f"{name}-{names[:i].count(name)}" for i, name in enumerate(names)])
-
-    def data_key(self) -> dict[str, Any]:
-        """What the losses depend on: the model, the template and these rows."""
-        return {**self.job.data_key(), "pool": digest(sorted(self.ids.tolist()))}
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever isn't about rows is the job's."""
-        return getattr(self.job, name)
-
-
 def check_reference(job: Job, learner: Learner) -> list[Finding]:
     """Hold the reference against the base on the evaluation's rows, if a method of the recipe has a reference."""
     labels, rows = rows_to_check(job, learner)
@@ -49,7 +32,7 @@ def check_reference(job: Job, learner: Learner) -> list[Finding]:
         return []
     if not rows:
         return [not_checked()]
-    ini, ref, n_tokens = held_out_losses(job, rows)
+    ini, ref, n_tokens = held_out_losses(job, rows_outside(rows))
     return [held_out_finding(ini, ref, n_tokens, f"{len(rows)} held-out rows")]
 
 
@@ -62,23 +45,6 @@ def rows_to_check(job: Job, learner: Learner) -> tuple[list[str], list[Encoded]]
     rows += [chosen for chosen, _ in learner.eval_pairs[0]] if learner.eval_pairs else []
     places = np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows))).astype(int)  # of every file, not the first only
     return labels, [rows[i] for i in places]
-
-
-def held_out_losses(job: Job, rows: list[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Summed losses (n,) in nats under base and reference, and supervised tokens (n,), of rows outside the pool."""
-    from keepset.stages.losses import base_key, full_reference_losses, loss_sweep, reference_model
-
-    part: Any = OtherRows(job, rows)
-    path, fingerprint, full = reference_model(job)
-    stages: dict[str, dict[str, Any]] = {"losses-heldout-base": base_key(part, "ce")}
-    key = {**base_key(part, "ce"), "reference": fingerprint}
-    if full:
-        base = loss_sweep(part, stages, None, "ce")["losses-heldout-base"]
-        found = full_reference_losses(part, path, {"losses-heldout-reference": key}, "ce")
-        return base["nll"], found["losses-heldout-reference"]["nll"], base["n_tokens"]
-    found = loss_sweep(part, {**stages, "losses-heldout-reference": key}, path, "ce")
-    base = found["losses-heldout-base"]
-    return base["nll"], found["losses-heldout-reference"]["nll"], base["n_tokens"]
 
 
 def held_out_finding(ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray, where: str, label: str = "") -> Finding:

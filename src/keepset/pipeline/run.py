@@ -1,20 +1,11 @@
-"""`keepset run`: score, select, train, evaluate and compare, each step skipped where its result is already there."""
+"""The steps of a run, each skipped where its result is already there: score, select, train, evaluate."""
 
 from __future__ import annotations
 
-import platform
-import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rich.console import Console
-from safetensors.numpy import load_file
-
-from keepset import __version__
 from keepset.errors import KeepsetError
-from keepset.methods.table import check_options, score
 from keepset.pipeline.choose import (
-    Kind,
     Subset,
     choose,
     choose_mix,
@@ -23,69 +14,21 @@ from keepset.pipeline.choose import (
     full_subset,
     stored_subset,
 )
-from keepset.pipeline.compare import Cell, compare, print_comparison, tell_selection_cost
+from keepset.pipeline.compare import Cell
 from keepset.pipeline.findings import (
-    COMPARED,
-    diagnose_comparison,
     diagnose_edge,
     diagnose_leaks,
     diagnose_scores,
     diagnose_shares,
     record,
 )
-from keepset.pipeline.learn import Items, Learner, evaluate_epochs, evaluate_final, train_final
+from keepset.pipeline.learn import Learner, evaluate_epochs, evaluate_final, load_items, train_final
 from keepset.pipeline.reference_check import check_reference
-from keepset.pipeline.score_key import score_key
-from keepset.pipeline.variants import run_variants
+from keepset.pipeline.score import scored
 from keepset.recipe import MethodSpec, Recipe
-from keepset.report import write_report
-from keepset.runfolder.files import file_digest
+from keepset.runfolder import layout
+from keepset.runfolder.records import Items, Kind
 from keepset.stages.job import Job
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow", "bm25s")
-
-
-def run_recipe(
-    recipe: Recipe, *, console: Console | None = None, out: Console | None = None, force: bool = False
-) -> Job:
-    """Do the whole job and print the comparison.
-
-    Args:
-        recipe: what to do.
-        console: where progress goes (default: standard error).
-        out: where the table goes (default: standard output).
-        force: see `Run.adopt`.
-
-    Raises:
-        KeepsetError: anything a user can mend.
-    """
-    for spec in recipe.methods:
-        check_options(spec)
-    job = Job(recipe, console=console, force=force)
-    with job.run.lock():
-        start = time.perf_counter()
-        subsets = choose_all(job)
-        cells = train_and_evaluate(job, subsets)
-        result = compare(job, cells)
-        record(job, diagnose_comparison(result), anew=COMPARED)
-        if recipe.variants:
-            run_variants(job, out, force=force)
-        finish_folder(job, subsets, time.perf_counter() - start)
-        write_report(job.run.path)
-        if cells:
-            print_comparison(result, out or Console())
-        job.say(tell_selection_cost(result["selection"]))
-        job.say(f"report: {job.run.path / 'report.html'}")
-        job.say(f"run folder: {job.run.path}")
-    return job
-
-
-def scored(job: Job, spec: MethodSpec) -> None:
-    """Score by a method unless this folder has its whole scores, made of the same rows, models and options."""
-    if job.run.saved_key(f"scores/{spec.label}.parquet") == score_key(job, spec):
-        job.say(f"{spec.label}: scored before, kept")
-        return
-    score(job, spec)
 
 
 def choose_all(job: Job) -> list[Subset]:
@@ -99,7 +42,7 @@ def choose_all(job: Job) -> list[Subset]:
         chosen = [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
         subsets += chosen
         if kind == "method":
-            table = job.run.load_table(f"scores/{spec.label}.parquet")
+            table = job.run.load_table(layout.scores(spec.label))
             record(job, diagnose_scores(table, spec.label, folds=job.recipe.reference.folds))
             for subset in chosen:
                 record(job, diagnose_edge(subset) + diagnose_shares(table, subset.name, subset.ids(job)))
@@ -128,7 +71,7 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
     cells: list[Cell] = []
     if job.recipe.controls.base or evaluation.pairs:
         _, base = evaluate_final(job, learner, "base", None, None)
-        cells.append((None, None, base))
+        cells.append(Cell(None, None, base))
     plan = [(s, seed) for s in subsets for seed in seeds_for(job, s)]
     for number, (subset, seed) in enumerate(plan, start=1):
         job.say(f"model {number} of {len(plan)}: {subset.name}, seed {seed}")
@@ -138,7 +81,7 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
         _, items = evaluate_final(job, learner, subset.name, seed, base)
         if evaluation.each_epoch and not job.recipe.train.full:
             evaluate_epochs(job, learner, subset.name, seed, base, items)
-        cells.append((subset, seed, items))
+        cells.append(Cell(subset, seed, items))
     return cells
 
 
@@ -148,13 +91,13 @@ def evaluated_cells(job: Job) -> list[Cell]:
     Raises:
         KeepsetError: nothing is evaluated yet.
     """
-    folder = job.run.path / "evaluation"
+    folder = job.run.path / layout.EVALUATION_FOLDER
     cells: list[Cell] = []
-    for path in sorted(folder.glob("*/done.json")):
-        name, _, seed = path.parent.name.rpartition("-seed")
-        job.run.require_whole(f"evaluation/{path.parent.name}")
-        items = load_file(str(path.parent / "items.safetensors"))
-        cells.append((stored_subset(job, name), int(seed), items) if name else (None, None, items))
+    for path in sorted(folder.glob(f"*/{layout.DONE}")):
+        named = layout.name_and_seed(path.parent.name)
+        job.run.require_whole(layout.evaluation(path.parent.name, None))
+        subset, seed = (stored_subset(job, named[0]), named[1]) if named else (None, None)
+        cells.append(Cell(subset, seed, load_items(path.parent)))
     if not cells:
         raise KeepsetError(f"{folder}: nothing evaluated yet; `keepset run`, or `train` and then `evaluate`")
     return sorted(cells, key=lambda cell: table_order(job.recipe, cell))
@@ -162,7 +105,7 @@ def evaluated_cells(job: Job) -> list[Cell]:
 
 def table_order(recipe: Recipe, cell: Cell) -> tuple[Any, ...]:
     """Where a cell stands in the table, the order in which `run` makes them: the base, methods, controls, mixes."""
-    subset, seed, _ = cell
+    subset, seed = cell.subset, cell.seed
     if subset is None:
         return (-1,)
     labels = [m.label for m in recipe.methods] + [f"random-{k}" for k in recipe.controls.random_seeds]
@@ -179,56 +122,3 @@ def seeds_for(job: Job, subset: Subset) -> list[int]:
         return seeds
     draws = [f"random-{seed}" for seed in job.recipe.controls.random_seeds]
     return [seeds[draws.index(subset.label) % len(seeds)]]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, keepset and what it stands on."""
-    found = {"python": platform.python_version(), "keepset": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def finish_folder(job: Job, subsets: list[Subset], seconds: float) -> None:
-    """Write what makes the folder a record: manifest, the dataset of the first method's rows, its card."""
-    from keepset.deliver.card import write_dataset
-    from keepset.deliver.trainers import write_trainers
-
-    primary = next((s for s in subsets if s.kind == "method"), None)
-    if primary is not None:
-        write_dataset(job, primary)
-        write_trainers(job, primary)
-    manifest: dict[str, Any] = {
-        "recipe": job.recipe.model_dump(mode="json", exclude={"run_dir"}),
-        "versions": versions(),
-        "model": None if job.text_only else {"fingerprint": job.fingerprint, "encoder": job.encoder.fingerprint},
-        "pool": {
-            "rows_in": len(job.pool) + len(job.pool.quarantine),
-            "usable": len(job.ids),
-            "quarantined": len(job.pool) + len(job.pool.quarantine) - len(job.ids),
-            "duplicates": job.pool.duplicates,
-            "fingerprint": job.pool.fingerprint(),
-        },
-        "files": made_files(job),
-        "subsets": job.run.load_json("subsets.json", {}),
-        "costs": job.run.costs(),
-        "selection_cost": job.run.load_json("comparison.json", {}).get("selection"),
-        "seconds": round(seconds, 1),
-    }
-    job.run.save_json("manifest.json", manifest)
-
-
-def made_files(job: Job) -> dict[str, str]:
-    """sha256 of what the run made and would make again: scores, subsets, weights, per-item results; by file name."""
-    run = job.run
-    files = {f"scores/{p.name}": file_digest(p) for p in sorted((run.path / "scores").glob("*.parquet"))}
-    files |= {entry["file"]: entry["sha256"] for entry in run.load_json("subsets.json", {}).values()}
-    for done in sorted(p for kind in ("models", "evaluation", "epochs") for p in run.path.glob(f"{kind}/*/done.json")):
-        folder = str(done.parent.relative_to(run.path))
-        made = (run.done(folder) or {"files": {}})["files"]
-        kept = (".safetensors", "points.json")  # others hold seconds
-        files |= {f"{folder}/{name}": sha for name, sha in sorted(made.items()) if name.endswith(kept)}
-    return files

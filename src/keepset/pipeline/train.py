@@ -17,8 +17,9 @@ from rich.console import Console
 from keepset.data import load_pool
 from keepset.errors import DataError, RecipeError, did_you_mean
 from keepset.recipe import DataSpec, LoraSpec, ModelSpec, TrainSpec
+from keepset.runfolder import layout
 from keepset.runfolder.files import canonical, json_text, write_atomic
-from keepset.stages.job import encode_pool
+from keepset.stages.encoded import encode_pool
 from keepset.train.arguments import OURS
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def read_rows(paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs:
         raise DataError(f"{paths[0]}: no usable row; the first: {bad[0]['reason']}: {bad[0]['detail']}")
     if bad and out is not None and is_main():
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "quarantine.jsonl", "".join(canonical(b) + "\n" for b in bad).encode("utf-8", "replace"))
+        write_atomic(out / layout.QUARANTINE, "".join(canonical(b) + "\n" for b in bad).encode("utf-8", "replace"))
     prompts = [pool.messages(i)[: pool.table["n_prompt"][int(i)].as_py() if pairs else -1] for i in used]
     return Rows([found[i] for i in used], [canonical(p) for p in prompts])
 
@@ -191,10 +192,12 @@ def run_sft(
     from keepset.evaluate.heldout import heldout_losses, heldout_table
     from keepset.model.load import load
     from keepset.train.sft import train_sft
+    from keepset.train.training import Training
 
     said = sections(given, SFTConfig)
     rows = [row[0] for row in read_rows(data, said.model, console, pairs=False, out=out).sides]
-    result = train_sft(said.model, said.lora, rows, out, said.train, seed=seed, resume=resume, console=console)
+    training = Training(said.model, said.lora, said.train, seed, resume=resume, console=console)
+    result = train_sft(training, rows, out)
     facts = training_facts(result)
     if evaluation and is_main():
         held = [row[0] for row in read_rows(evaluation, said.model, console, pairs=False).sides]
@@ -213,16 +216,15 @@ def run_dpo(
 
     from keepset.evaluate.preference import pair_logps, preference_table
     from keepset.model.load import load
-    from keepset.model.pair_losses import pair_beta
-    from keepset.train.preference import check_loss, train_dpo
+    from keepset.train.preference import PairLoss, train_dpo
+    from keepset.train.training import Training
 
-    check_loss(loss)
+    objective = PairLoss.of(loss, beta)
     said = sections(given, DPOConfig)
     pairs = as_pairs(read_rows(data, said.model, console, pairs=True, out=out))
-    result = train_dpo(
-        said.model, said.lora, pairs, out, said.train, loss=loss, beta=beta, seed=seed, resume=resume, console=console
-    )  # fmt: skip
-    facts = {**training_facts(result), "loss": loss, "beta": pair_beta(loss, beta)}
+    training = Training(said.model, said.lora, said.train, seed, resume=resume, console=console)
+    result = train_dpo(training, pairs, out, objective)
+    facts = {**training_facts(result), "loss": objective.name, "beta": objective.beta}
     if evaluation and is_main():
         held = as_pairs(read_rows(evaluation, said.model, console, pairs=True))
         base = pair_logps(load(said.model).model, held)
@@ -240,6 +242,7 @@ def run_reward(
     from trl import RewardConfig
 
     from keepset.train.reward import train_reward
+    from keepset.train.training import Training
 
     said = sections(given, RewardConfig)
     rows = read_rows(data, said.model, console, pairs=True, out=out)
@@ -248,9 +251,8 @@ def run_reward(
     else:
         pairs, held = hold_out(rows, share, seed)
         console.print(f"held out: {len(held)} pairs ({share:.0%} of the prompts)", highlight=False)
-    result = train_reward(
-        said.model, said.lora, pairs, out, said.train, heldout=held, seed=seed, resume=resume, console=console
-    )  # fmt: skip
+    training = Training(said.model, said.lora, said.train, seed, resume=resume, console=console)
+    result = train_reward(training, pairs, out, heldout=held)
     return save_facts(out, {**training_facts(result.train), "heldout": result.heldout})
 
 
@@ -263,5 +265,5 @@ def training_facts(result: Any) -> dict[str, Any]:
 def save_facts(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write `evaluation.json` beside the weights."""
     if is_main():
-        write_atomic(out / "evaluation.json", json_text(facts, indent=1).encode())
+        write_atomic(out / layout.TRAIN_EVALUATION, json_text(facts, indent=1).encode())
     return facts

@@ -2,61 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from rich.console import Console
-
-from keepset.errors import RecipeError
-from keepset.pipeline.idle import idle
-from keepset.recipe import Recipe, VariantSpec, parse_recipe, set_key
-from keepset.report.overlap import agreement, print_agreement
+from keepset.pipeline.run import choose_all
+from keepset.recipe import variant_recipe
+from keepset.runfolder import layout
+from keepset.runfolder.records import Agreement
+from keepset.selection.agreement import agreement
 from keepset.stages.job import Job
 
 OWN = "recipe"  # what the recipe's own scoring is called
 
 
-def variant_recipe(recipe: Recipe, variant: VariantSpec) -> Recipe:
-    """The recipe with the variant's keys, in a folder of its own; it scores, and trains no model on what it chooses.
-
-    Raises:
-        RecipeError: an unknown key, or a value that doesn't fit it.
-    """
-    data = recipe.model_dump(mode="json", exclude={"variants", "mix", "evaluate"})
-    data["run_dir"] = f"{recipe.run_dir}/variants/{variant.label}"
-    data["controls"] = {"random_seeds": [], "longest": False, "base": False}
-    for key, value in variant.set.items():
-        set_key(data, key, value)
-    where = f"variants.{variant.label}"
-    found = parse_recipe(data, where=where, stored=True)  # what it changes may idle what is left
-    for key, why in idle(found):
-        if key in variant.set:
-            raise RecipeError(f"{where}: {key}: {why}")
-    return found
-
-
-def run_variants(job: Job, out: Console | None, *, force: bool = False) -> dict[str, Any]:
-    """Score by every variant, and write and print each method's agreement over all of them (`overlap.json`).
+def run_variants(job: Job, *, force: bool = False) -> dict[str, Agreement]:
+    """Score by every variant, and write each method's agreement over all of them (`overlap.json`), which is returned.
 
     What a variant shares with the recipe (the base's losses, a reference trained alike) comes from the recipe's folder.
     """
-    from keepset.pipeline.run import choose_all
-
     recipe = job.recipe
     jobs = {OWN: job}
     for variant in recipe.variants:
         changed = ", ".join(f"{k}: {v}" for k, v in variant.set.items())
         job.say(f"variant {variant.label}: {changed}")
-        sub = Job(variant_recipe(recipe, variant), console=job.console, force=force)
+        folder = f"{recipe.run_dir}/{layout.variant(variant.label)}"
+        own = variant_recipe(recipe, variant).model_copy(update={"run_dir": folder})
+        sub = Job(own, console=job.console, force=force)
         sub.run.lenders = [job.run.path]
         with sub.run.lock():
             choose_all(sub)
         jobs[variant.label] = sub
     result = {}
     for method in recipe.methods:
-        tables = {name: one.run.load_table(f"scores/{method.label}.parquet") for name, one in jobs.items()}
+        tables = {name: one.run.load_table(layout.scores(method.label)) for name, one in jobs.items()}
         result[method.label] = agreement(tables, recipe.budget)
-    job.run.save_json("overlap.json", result)
-    for label, found in result.items():
-        job.say(f"{label}: agreement over variants")
-        print_agreement(found, out or Console())
+    job.run.save_json(layout.OVERLAP, {label: one.to_json() for label, one in result.items()})
     return result

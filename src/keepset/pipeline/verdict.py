@@ -5,8 +5,8 @@ All of it is read off `comparison.json`'s own numbers; nothing is run here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -14,22 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.evaluate.statistics import correlations
-
-# What a comparison is summed up by, the first that was measured; the sign makes larger better.
-QUALITY = (("accuracy.policy_mean.matched", 1), ("gsm8k.accuracy", 1), ("accuracy.policy_mean", 1),
-           ("loss.chosen", -1), ("loss.heldout", -1))  # fmt: skip
-LOSSES = ("loss.heldout", "loss.chosen")
-PERFORMANCE = ("accuracy.policy_mean.matched", "accuracy.policy_mean", "accuracy.implicit_mean.matched",
-               "margin.implicit_mean.matched", "margin.implicit_mean", "gsm8k.accuracy")  # fmt: skip
+from keepset.pipeline.metrics import LOSSES, PERFORMANCE, QUALITY, Metric
+from keepset.runfolder import layout
+from keepset.runfolder.records import Comparison, Entry, Link, ModelRow, ParetoPoint, Point
 
 
-def qualities(summary: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
+def qualities(summary: Sequence[Entry]) -> list[Metric]:
     """The metrics of `QUALITY` that were measured for every entry."""
-    return [(m, sign) for m, sign in QUALITY if summary and all(m in entry["metrics"] for entry in summary)]
+    return [metric for metric in QUALITY if summary and all(metric.name in entry.metrics for entry in summary)]
 
 
-def pareto(summary: Sequence[dict[str, Any]], metric: str, sign: int = 1) -> list[dict[str, Any]]:
-    """Entries by cost, with what no cheaper-or-equal entry does better marked as `front`.
+def pareto(summary: Sequence[Entry], metric: str, sign: int = 1) -> list[ParetoPoint]:
+    """Entries by cost (choosing + one training), with what no cheaper-or-equal entry does better marked as `front`.
 
     Args:
         summary: the comparison's.
@@ -37,115 +33,118 @@ def pareto(summary: Sequence[dict[str, Any]], metric: str, sign: int = 1) -> lis
         sign: −1 if smaller is better.
 
     Returns:
-        `label`, `value`, `flops` (choosing + one training), `seconds` (as logged), `front`; cheapest first.
+        The points, cheapest first.
     """
-    rows = [
-        {
-            "label": entry["label"], "value": entry["metrics"][metric]["value"],
-            "flops": entry["cost"]["select_flops"] + entry["cost"]["train_flops"],
-            "seconds": entry["cost"]["select_seconds"] + entry["cost"]["train_seconds"],
-        }
-        for entry in summary
-    ]  # fmt: skip
-    for row in rows:
-        better = [o for o in rows if o is not row and o["flops"] <= row["flops"]]
-        row["front"] = not any(
-            sign * o["value"] > sign * row["value"] or (o["value"] == row["value"] and o["flops"] < row["flops"])
-            for o in better
+
+    def beats(other: Entry, entry: Entry) -> bool:
+        if other is entry or other.cost.flops > entry.cost.flops:
+            return False
+        better, same = sign * other.metrics[metric].value, sign * entry.metrics[metric].value
+        return better > same or (better == same and other.cost.flops < entry.cost.flops)
+
+    points = []
+    for entry in summary:
+        front = not any(beats(other, entry) for other in summary)
+        points.append(
+            ParetoPoint(entry.label, entry.metrics[metric].value, entry.cost.flops, entry.cost.seconds, front)
         )
-    return sorted(rows, key=lambda row: (row["flops"], row["label"]))
+    return sorted(points, key=lambda point: (point.flops, point.label))
 
 
-def budget_curves(summary: Sequence[dict[str, Any]], metric: str) -> dict[str, list[dict[str, Any]]]:
-    """Each method's points over budgets, by rows kept; methods with one budget have no curve.
+def budget_curves(summary: Sequence[Entry], metric: str) -> dict[str, list[Entry]]:
+    """Each method's entries over budgets, by rows kept; methods with one budget have no curve.
 
     Top-k subsets of one score are nested, so a curve is not sampling noise of its own.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    curves: dict[str, list[Entry]] = defaultdict(list)
     for entry in summary:
-        if metric in entry["metrics"] and entry["budget"] is not None:
-            name = "random" if entry["kind"] == "random" else str(entry["label"]).rpartition("@")[0] or entry["label"]
-            found.setdefault(name, []).append(
-                {"budget": entry["budget"], "n_rows": entry["n_rows"], **entry["metrics"][metric]}
-            )
-    return {k: sorted(v, key=lambda p: p["n_rows"]) for k, v in found.items() if len({p["n_rows"] for p in v}) > 1}
+        if metric in entry.metrics and entry.budget is not None:
+            curves["random" if entry.kind == "random" else entry.label.rpartition("@")[0] or entry.label].append(entry)
+    return {
+        name: sorted(entries, key=lambda entry: entry.n_rows)
+        for name, entries in curves.items()
+        if len({entry.n_rows for entry in entries}) > 1
+    }
 
 
-def loss_against_performance(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def loss_against_performance(points: Sequence[Point]) -> list[Link]:
     """How well a validation loss tells performance, over models or over models and their epochs.
 
     The papers argue for a reward-oriented target because it doesn't. Expected with a useful loss: a Spearman
     correlation near −1.
 
-    Args:
-        points: each `{"model": name, "metrics": {name: mean}}`.
-
     Returns:
-        `loss`, `metric`, `n`, `spearman` and `pearson` over all points, and `within` = the mean Spearman correlation
-        inside a model (over its epochs; None with fewer than three each). Pairs with fewer than three points are left
-        out, as are metrics that don't vary.
+        A link for each loss and metric that at least three points have and that vary.
     """
-    out = []
+    links = []
     for loss in LOSSES:
         for metric in PERFORMANCE:
-            some = [p for p in points if loss in p["metrics"] and metric in p["metrics"]]
-            if len(some) < 3:
+            both = [p for p in points if loss in p.metrics and metric in p.metrics]
+            if len(both) < 3:
                 continue
-            x, y = (np.array([p["metrics"][k] for p in some], dtype=np.float64) for k in (loss, metric))
-            link = correlations(x, y)
-            if np.isnan(link.spearman):
+            x, y = (np.array([p.metrics[k] for p in both], dtype=np.float64) for k in (loss, metric))
+            whole = correlations(x, y)
+            if np.isnan(whole.spearman):
                 continue
-            names = np.array([p["model"] for p in some])
+            names = np.array([p.model for p in both])
             inside = [correlations(x[names == n], y[names == n]).spearman for n in set(names) if (names == n).sum() > 2]
             inside = [r for r in inside if not np.isnan(r)]
-            out.append({"loss": loss, "metric": metric, "n": len(some), "spearman": link.spearman,
-                        "pearson": link.pearson, "within": float(np.mean(inside)) if inside else None})  # fmt: skip
-    return out
+            within = float(np.mean(inside)) if inside else None
+            links.append(Link(loss, metric, len(both), whole.spearman, whole.pearson, within))
+    return links
 
 
-def means_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def means_of(rows: Sequence[ModelRow]) -> list[Point]:
     """The comparison's rows as points: the base and every trained model, by its means."""
-    return [{"model": f"{row['label']}-seed{row['seed']}",
-             "metrics": {k: v["value"] for k, v in row["metrics"].items()}} for row in rows]  # fmt: skip
+    return [
+        Point(
+            row.label if row.seed is None else layout.seeded(row.label, row.seed), None,
+            {name: mean.value for name, mean in row.metrics.items()},
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
-def print_tasks(result: dict[str, Any], console: Console, metric: str = "accuracy.policy_mean") -> None:
+def print_tasks(result: Comparison, console: Console, metric: str = "accuracy.policy_mean") -> None:
     """Print a metric of each task with its 95 % interval over items, where there are several tasks."""
-    summary, start = result["summary"], f"{metric}.of."
-    names = sorted({m for entry in summary for m in entry["metrics"] if m.startswith(start)})
+    start = f"{metric}.of."
+    names = sorted({m for entry in result.summary for m in entry.metrics if m.startswith(start)})
     if not names:
         return
     table = Table("trained on", *(n.removeprefix(start) for n in names), box=SIMPLE_HEAD, pad_edge=False)
-    for entry in summary:
-        found = [entry["metrics"].get(n) for n in names]
-        cells = ["–" if f is None else f"{f['value']:.2f} ({f['low']:.2f} to {f['high']:.2f})" for f in found]
-        table.add_row(entry["label"], *cells)
+    for entry in result.summary:
+        means = [entry.metrics.get(n) for n in names]
+        cells = ["–" if m is None else f"{m.value:.2f} ({m.low:.2f} to {m.high:.2f})" for m in means]
+        table.add_row(entry.label, *cells)
     console.print(f"{metric} by task, 95 % interval over pairs:", highlight=False)
     console.print(table)
 
 
-def print_verdict(result: dict[str, Any], console: Console) -> None:
+def print_links(links: Sequence[Link], over: str, console: Console) -> None:
+    """Print how well validation losses tell performance, if that was found out."""
+    if not links:
+        return
+    table = Table("loss", "performance", "points", "Spearman", "inside a model", box=SIMPLE_HEAD, pad_edge=False)
+    for link in links:
+        within = "–" if link.within is None else f"{link.within:+.2f}"
+        table.add_row(link.loss, link.metric, str(link.n), f"{link.spearman:+.2f}", within)
+    console.print(f"validation loss against performance over {over}:", highlight=False)
+    console.print(table)
+
+
+def print_verdict(result: Comparison, console: Console) -> None:
     """Print accuracy by task, quality against cost, curves over budgets, and validation loss against performance."""
     print_tasks(result, console)
-    for metric, sign in qualities(result["summary"])[:2]:
+    for metric in [quality.name for quality in qualities(result.summary)[:2]]:
         table = Table("trained on", "total FLOPs", "logged s", metric, "", box=SIMPLE_HEAD, pad_edge=False)
-        for row in pareto(result["summary"], metric, sign):
-            mark = "front" if row["front"] else ""
-            table.add_row(row["label"], f"{row['flops']:.2e}", f"{row['seconds']:.0f}", f"{row['value']:.3f}", mark)
+        for point in result.pareto[metric]:
+            mark = "front" if point.front else ""
+            table.add_row(point.label, f"{point.flops:.2e}", f"{point.seconds:.0f}", f"{point.value:.3f}", mark)
         console.print(table)
-        for name, points in budget_curves(result["summary"], metric).items():
-            shown = "   ".join(f"{p['n_rows']} rows {p['value']:.3f}" for p in points)
+        for name, entries in budget_curves(result.summary, metric).items():
+            shown = "   ".join(f"{entry.n_rows} rows {entry.metrics[metric].value:.3f}" for entry in entries)
             console.print(f"{name}: {shown}", highlight=False)
-    if result["summary"]:
+    if result.summary:
         console.print("front: nothing at that cost or less is better (choosing + one training).", highlight=False)
-    for name, what in (("models", "trained models and the base"), ("epochs", "models and their epochs")):
-        found = result.get("loss_vs_performance", {}).get(name) or []
-        if found:
-            table = Table(
-                "loss", "performance", "points", "Spearman", "inside a model", box=SIMPLE_HEAD, pad_edge=False
-            )
-            for r in found:
-                within = "–" if r["within"] is None else f"{r['within']:+.2f}"
-                table.add_row(r["loss"], r["metric"], str(r["n"]), f"{r['spearman']:+.2f}", within)
-            console.print(f"validation loss against performance over {what}:", highlight=False)
-            console.print(table)
+    print_links(result.loss_vs_performance.models, "trained models and the base", console)
+    print_links(result.loss_vs_performance.epochs, "models and their epochs", console)

@@ -7,6 +7,7 @@ from pathlib import Path
 from keepset.report.page import render
 from keepset.report.payload import build_payload
 from keepset.report.read import read_run
+from keepset.runfolder import layout
 from keepset.runfolder.files import write_atomic
 
 __all__ = ["write_report"]
@@ -26,7 +27,7 @@ def write_report(run_dir: Path, out: Path | None = None, *, max_rows: int = 20_0
     Raises:
         KeepsetError: `run_dir` holds no scores, or a file of it is damaged.
     """
-    path = Path(out) if out is not None else Path(run_dir) / "report.html"
+    path = Path(out) if out is not None else Path(run_dir) / layout.REPORT
     html = render(build_payload(read_run(Path(run_dir)), max_rows=max_rows))
     write_atomic(path, html.encode("utf-8"))
     return path

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from keepset.errors import KeepsetError
-from keepset.pipeline.run import versions
+from keepset.pipeline.manifest import versions
 from keepset.recipe import ModelSpec
 
 

@@ -14,9 +14,16 @@ from rich.text import Text
 from keepset.data.turns import is_learnt
 from keepset.data.words import ngram_vectors
 from keepset.errors import KeepsetError, did_you_mean
-from keepset.report.read import RunData, read_run
+from keepset.report.explain_pairs import COSINES, pair_pulls, tell_without
+from keepset.report.explain_tokens import tokens_of_rows
+from keepset.report.read import RunData, find_row, read_run
+from keepset.runfolder import layout
+from keepset.runfolder.run import Run
 
 NEIGHBOURS = 3
+WHY_FILE = layout.WHY
+EACH = 3  # validation rows kept for each direction
+ROWS = 2_000  # most rows a method
 
 
 def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, Any]:
@@ -82,25 +89,6 @@ def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, A
 def finite(value: float) -> float | None:
     """A number, or None for NaN and infinities."""
     return float(value) if math.isfinite(value) else None
-
-
-def find_row(data: RunData, row_id: str) -> int:
-    """Index of the row whose id is, or begins with, `row_id`.
-
-    Raises:
-        KeepsetError: none, or several that differ in more than a copy's number.
-    """
-    ids = [str(i) for i in data.ids]
-    if row_id in ids:
-        return ids.index(row_id)
-    found = [i for i, id_ in enumerate(ids) if id_.startswith(row_id)] if row_id else []
-    if len(found) == 1:
-        return found[0]
-    if found:
-        some = ", ".join(ids[i][:12] for i in found[:4])
-        raise KeepsetError(f"{data.path}: '{row_id}' begins {len(found)} ids ({some} ...); give more of it")
-    quarantined = f"; {len(data.quarantine)} rows are in quarantine.jsonl" if data.quarantine else ""
-    raise KeepsetError(f"{data.path}: no scored row '{row_id}'{quarantined}; ids stand in scores/*.parquet")
 
 
 def tasks(columns: dict[str, np.ndarray], at: int) -> list[dict[str, Any]]:
@@ -235,3 +223,44 @@ def number(value: float | None) -> str:
 def clip(text: str, room: int) -> str:
     """A text's beginning, saying how much is left out."""
     return text if len(text) <= room else f"{text[:room]}… ({len(text) - room:,} more characters)"
+
+
+def write_why(run_dir: Path, *, console: Console | None = None) -> Path:
+    """Explain every kept row of every method that a model can explain, into `why.json`.
+
+    Args:
+        run_dir: a run folder with its models.
+        console: where progress goes.
+
+    Raises:
+        KeepsetError: no method here has anything to say, or what it needs is gone.
+    """
+    data = read_run(Path(run_dir))
+    say = (console or Console(stderr=True)).print
+    found: dict[str, dict[str, Any]] = {}
+    for label, columns in data.columns.items():
+        kept = [str(i) for i in data.ids[columns["selected"] > 0] if str(i) in data.messages][:ROWS]
+        if not kept:
+            continue
+        if {"loss_ini", "loss_ref"} <= set(columns):
+            say(f"{label}: the tokens of {len(kept)} kept rows, before and after", highlight=False)
+            told = tokens_of_rows(run_dir, kept)
+            found[label] = {
+                id_: {"tokens": [[t["text"], round(t["before"], 3), round(t["after"], 3)] for t in facts["tokens"]]}
+                for id_, facts in told.items()
+            }
+        elif data.method_names.get(label) in COSINES:
+            say(f"{label}: the validation rows behind {len(kept)} kept rows", highlight=False)
+            found[label] = {id_: strongest(facts) for id_, facts in pair_pulls(run_dir, kept, label).items()}
+    if not found:
+        raise KeepsetError(f"{run_dir}: no method here keeps rows that a model explains (davir, rose, less and kin)")
+    return Run(Path(run_dir)).save_json(WHY_FILE, found)
+
+
+def strongest(facts: dict[str, Any]) -> dict[str, Any]:
+    """The ends of a row's list of validation rows, and the sentence about doing without them."""
+    pairs = facts["pairs"]
+    ends = pairs if len(pairs) <= 2 * EACH else [*pairs[:EACH], *pairs[-EACH:]]
+    short = [{**p, "value": round(p["value"], 4), "checkpoints": [round(v, 4) for v in p["checkpoints"]]} for p in ends]
+    return {"pairs": short, "left_out": len(pairs) - len(ends), "weights": [round(w, 4) for w in facts["weights"]],
+            "without": tell_without(facts["without"])}  # fmt: skip

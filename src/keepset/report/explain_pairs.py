@@ -23,19 +23,22 @@ from rich.table import Table
 from rich.text import Text
 
 from keepset.errors import KeepsetError
-from keepset.methods.rose import checkpoint_weights
-from keepset.report.explain import find_row
-from keepset.report.read import RunData, read_run
+from keepset.methods.less import GradCosine
+from keepset.methods.rose import CosineMethod, checkpoint_weights
+from keepset.methods.table import METHODS, method_of
+from keepset.report.read import RunData, find_row, read_run
+from keepset.runfolder import layout
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
+    from keepset.stages.encoded import Aim
     from keepset.stages.job import Job
     from keepset.train.warmup import Checkpoint
 
 SHOWN = 4
+COSINES = tuple(name for name, method in METHODS.items() if issubclass(method, (CosineMethod, GradCosine)))
 TEXT = 140  # characters of a prompt or an answer
 NUMBERS = 1 << 27  # most numbers of unit gradients held at once (512 MiB)
-COSINES = ("rose", "less", "grad-cosine")
 
 
 def pair_pulls(run_dir: Path, row_ids: Sequence[str], label: str | None = None) -> dict[str, dict[str, Any]]:
@@ -63,19 +66,18 @@ def pair_pulls(run_dir: Path, row_ids: Sequence[str], label: str | None = None) 
     job = Job(data.recipe, console=Console(quiet=True))
     if job.recipe.train.loss != "sft" and any(pool.pairs for pool in job.recipe.pool):
         raise KeepsetError(f"{run_dir}: single validation rows are known for gradients of rows; here they are of pairs")
-    job = job if spec.shots is None else job.with_shots(spec.shots)
+    aim, method = job.aim(spec.shots), method_of(spec)
+    assert isinstance(method, (CosineMethod, GradCosine))
     rows = encoded(job, data, ids)
-    checkpoints = checkpoints_of(job, spec)
+    checkpoints = checkpoints_of(job, spec.name, method)
     lr = np.array([c.mean_lr for c in checkpoints])
     weights = checkpoint_weights(lr if lr.any() else None, len(checkpoints))
-    from keepset.methods.gradient import influence_request
-
-    request = influence_request(spec.name, spec.options)
-    exact = request.normalise == "pair" and spec.options.get("cosine", True)
-    by_best = exact and spec.options.get("reduce", "max") == "max"  # the score is the best task's
-    parts = np.stack([cosines(job, c.path, rows, request) for c in checkpoints])  # (c, n, m)
+    request = method.request
+    exact = isinstance(method, CosineMethod) and request.normalise == "pair" and method.cosine
+    by_best = exact and method.reduce == "max"  # the score is the best task's
+    parts = np.stack([cosines(job, aim, c.path, rows, request) for c in checkpoints])  # (c, n, m)
     values = np.einsum("c,cnm->nm", weights, parts)
-    told = validation_texts(job)
+    told = validation_texts(aim)
     out = {}
     for k, id_ in enumerate(ids):
         pairs = [
@@ -87,7 +89,7 @@ def pair_pulls(run_dir: Path, row_ids: Sequence[str], label: str | None = None) 
     return out
 
 
-def checkpoints_of(job: Job, spec: Any) -> list[Checkpoint]:
+def checkpoints_of(job: Job, name: str, method: CosineMethod | GradCosine) -> list[Checkpoint]:
     """The warm-up checkpoints that a method's scores sum up; read, never trained.
 
     Raises:
@@ -97,12 +99,12 @@ def checkpoints_of(job: Job, spec: Any) -> list[Checkpoint]:
 
     given = job.recipe.warmup
     if not given.path:
-        if not (job.run.path / "models/warmup/done.json").exists():
-            raise KeepsetError(f"{job.run.path}: no warm-up checkpoints here; `keepset score {spec.name}` trains them")
-        job.run.require_whole("models/warmup")
-    found = list_checkpoints(Path(given.path) if given.path else job.run.path / "models/warmup")
+        if not (job.run.path / layout.WARMUP / layout.DONE).exists():
+            raise KeepsetError(f"{job.run.path}: no warm-up checkpoints here; `keepset score {name}` trains them")
+        job.run.require_whole(layout.WARMUP)
+    found = list_checkpoints(Path(given.path) if given.path else job.run.path / layout.WARMUP)
     found = found if given.checkpoints == "all" else found[-1:]
-    return found[-spec.options.get("last", 0) :]
+    return found[-method.last :] if isinstance(method, CosineMethod) else found
 
 
 def gradient_spec(data: RunData, label: str | None) -> tuple[Any, str]:
@@ -127,7 +129,7 @@ def encoded(job: Job, data: RunData, ids: Sequence[str]) -> list[Encoded]:
         KeepsetError: a text is gone, or its row can't be encoded.
     """
     from keepset.model.encode import RowRefused
-    from keepset.stages.counts import first_supervised
+    from keepset.stages.rows import first_supervised
 
     rows, cap = [], job.recipe.gradients.max_completion_tokens
     for id_ in ids:
@@ -141,14 +143,14 @@ def encoded(job: Job, data: RunData, ids: Sequence[str]) -> list[Encoded]:
     return rows
 
 
-def cosines(job: Job, checkpoint: Path, rows: list[Encoded], request: Any) -> np.ndarray:
+def cosines(job: Job, aim: Aim, checkpoint: Path, rows: list[Encoded], request: Any) -> np.ndarray:
     """a_cp (n, m) at one checkpoint; the validation rows go through in groups whose gradients fit in memory."""
     from keepset.features.adam import load_adam
     from keepset.features.influence import influence
     from keepset.features.targets import target_vectors
     from keepset.model.adapters import attached
 
-    pairs, _ = job.target_pairs
+    pairs = aim.pairs
     budget, adam = job.recipe.batching.token_budget, load_adam(checkpoint)
     top = job.recipe.gradients.last_layers
     found = []
@@ -166,15 +168,15 @@ def cosines(job: Job, checkpoint: Path, rows: list[Encoded], request: Any) -> np
     return np.concatenate(found, axis=1)
 
 
-def validation_texts(job: Job) -> list[dict[str, str]]:
+def validation_texts(aim: Aim) -> list[dict[str, str]]:
     """Task, prompt, chosen and rejected side of each usable validation row, cut short."""
     out = []
-    for index in job.target_pairs[1]:
-        prompt, chosen, rejected = job.target.pair(int(index))
+    for index in aim.kept:
+        prompt, chosen, rejected = aim.target.pair(int(index))
         sides = {"prompt": prompt, "chosen": chosen, "rejected": rejected or []}
         texts = {name: " ".join(" ".join(m["content"] for m in side).split()) for name, side in sides.items()}
         short = {name: text if len(text) <= TEXT else text[: TEXT - 1] + "…" for name, text in texts.items()}
-        out.append({"task": str(job.target.tasks[int(index)]), **short})
+        out.append({"task": str(aim.target.tasks[int(index)]), **short})
     return out
 
 

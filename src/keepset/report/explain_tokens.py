@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from keepset.errors import KeepsetError
-from keepset.report.explain import find_row
-from keepset.report.read import RunData, read_run
+from keepset.report.read import RunData, find_row, read_run
+from keepset.runfolder import layout
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
@@ -40,7 +40,7 @@ def token_changes(run_dir: Path, row_id: str) -> dict[str, Any]:
 
 
 def tokens_of_rows(run_dir: Path, row_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`token_changes` of several rows with the models loaded at most once, if the losses were not kept; by id."""
+    """`token_changes` of several rows with each model loaded at most once; by id."""
     from keepset.model.encode import Encoder, RowRefused
     from keepset.model.load import load, load_tokenizer
 
@@ -60,11 +60,8 @@ def tokens_of_rows(run_dir: Path, row_ids: Sequence[str]) -> dict[str, dict[str,
             rows = [encoder.encode(data.messages[id_]) for id_ in some]
         except RowRefused as refusal:
             raise KeepsetError(f"{run_dir}: a row of {', '.join(some)[:70]} can't be encoded: {refusal}") from None
-        kept = stored_losses(data, some, folder)
-        if kept is None:
-            model = model or load(data.recipe.model).model
-            kept = token_losses(model, rows, folder, data)
-        befores, afters = kept
+        model = model or load(data.recipe.model).model
+        befores, afters = token_losses(model, rows, folder, data)
         for id_, row, before, after in zip(some, rows, befores, afters, strict=True):
             tokens = [
                 {"text": encoder.tokenizer.decode([token]), "before": float(a), "after": float(b)}
@@ -85,28 +82,15 @@ def reference_folder(data: RunData, id_: str) -> Path:
     spec = data.recipe.reference
     if spec.path:
         return Path(spec.path)
-    name = "models/reference"
+    name = layout.reference()
     if spec.folds >= 2:
-        from keepset.methods.cross_fit import fold_of
+        from keepset.data.ids import fold_of
 
         fold = dict(zip(data.ids.tolist(), fold_of(data.ids, spec.folds).tolist(), strict=True))
-        name = f"models/reference-fold{fold[id_]}"
+        name = layout.reference(fold[id_])
     if not (data.path / name).is_dir():
         raise KeepsetError(f"{data.path}: no reference model here ({name}); `keepset score davir` trains one")
     return data.path / name
-
-
-def stored_losses(data: RunData, ids: Sequence[str], folder: Path) -> tuple[list[Any], list[Any]] | None:
-    """Per-token losses of each row as the run kept them; None unless it kept those of every row."""
-    from keepset.runfolder.run import Run
-    from keepset.stages.kept_tokens import kept_tokens
-
-    assert data.recipe is not None
-    own = "reference" if data.recipe.reference.path else folder.name.removeprefix("reference-")  # else: any name
-    run, stage = Run(data.path), f"losses-{own}"
-    befores = [kept_tokens(run, "losses-base", i) for i in ids]
-    afters = [kept_tokens(run, stage, i) for i in ids]
-    return None if any(x is None for x in (*befores, *afters)) else (befores, afters)
 
 
 def token_losses(model: Any, rows: list[Encoded], folder: Path, data: RunData) -> tuple[list[Any], list[Any]]:

@@ -13,24 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from keepset.data import REASONS, Message, Pool, Quarantined, Target, find_leaks, load_pool, load_target
 from keepset.data.dialects import PAIRS
-from keepset.data.fields import COLUMNS, carried, carried_keys
+from keepset.data.fields import COLUMNS, NOTES, carried, carried_keys
 from keepset.data.target import LENGTH_MATCH
 from keepset.data.turns import is_learnt
 from keepset.data.words import count_words
 from keepset.data.written import spoken
 from keepset.recipe import DataSpec, ModelSpec
-from keepset.report.inspect_print import print_inspection
-from keepset.selection.near import near_copies, near_pairs
+from keepset.selection.dedup import near_copies, near_pairs
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoder
 
-__all__ = ["inspect_data", "print_inspection"]
-
 LEAK_WORDS = 8
+NEAR = 0.8  # Jaccard of word 5-grams from which on two rows count as near copies
+EXAMPLE_CHARACTERS = 900
 TEMPLATE_REASONS = {
     "over-long": "the row is longer than max_length",
     "no-supervised-token": "no token of the row would be supervised",
@@ -46,7 +48,6 @@ def inspect_data(
     target: Sequence[DataSpec | str | Path] = (),
     evaluation: Sequence[DataSpec | str | Path] = (),
     model: ModelSpec | None = None,
-    near_threshold: float = 0.8,
 ) -> dict[str, Any]:
     """Look at one data file, folder or hub dataset.
 
@@ -55,7 +56,6 @@ def inspect_data(
         target: few-shot rows or pairs that must not be in it.
         evaluation: held-out pairs that must not be in it.
         model: adds token lengths and rendered rows by this model's tokenizer and template.
-        near_threshold: Jaccard of word 5-grams from which on two rows count as near copies.
 
     Returns:
         JSON-ready facts: `format`, `container`, `columns`, `carried` (columns and message keys that are not used),
@@ -83,7 +83,7 @@ def inspect_data(
         "rows": len(pool),
         "quarantined": len(pool.quarantine),
         "duplicates": pool.duplicates,
-        "near_duplicates": near_copies([whole_text(row) for row in messages], near_threshold),
+        "near_duplicates": near_copies([whole_text(row) for row in messages], NEAR),
         "reasons": reasons(pool.quarantine, refused, pool),
         "drops": drops,
         "roles": dict(Counter(" ".join(m["role"] for m in row[:6]) for row in messages).most_common(6)),
@@ -93,7 +93,7 @@ def inspect_data(
         "pairs": pair_facts(load_target(spec, allow_empty=True)) if pool.dialect in PAIRS else None,
         "examples": examples(pool, messages, texts, encoder),
         "leakage": [
-            leakage(pool, messages, load_target(other), name, near_threshold)
+            leakage(pool, messages, load_target(other), name)
             for name, others in (("target", target), ("evaluation", evaluation))
             for other in others
         ],
@@ -187,7 +187,7 @@ def pair_facts(target: Target) -> dict[str, Any]:
     }
 
 
-def leakage(pool: Pool, messages: list[list[Message]], target: Target, name: str, threshold: float) -> dict[str, Any]:
+def leakage(pool: Pool, messages: list[list[Message]], target: Target, name: str) -> dict[str, Any]:
     """Rows that a target or evaluation set already holds: exactly (case and white space aside), or nearly."""
     exact = find_leaks(pool, target)
     sides = [
@@ -196,11 +196,11 @@ def leakage(pool: Pool, messages: list[list[Message]], target: Target, name: str
         for side in (chosen, rejected)
         if side is not None
     ]
-    near = near_pairs([whole_text(row) for row in messages], [whole for whole, _ in sides], threshold)
+    near = near_pairs([whole_text(row) for row in messages], [whole for whole, _ in sides], NEAR)
     # An answer alone is evidence too, if it is long enough not to be a stock phrase.
     answers = [answer_text(row) for row in messages]
     answers = [text if n >= LEAK_WORDS else "" for text, n in zip(answers, count_words(answers), strict=True)]
-    near |= near_pairs(answers, [answer for _, answer in sides], threshold)
+    near |= near_pairs(answers, [answer for _, answer in sides], NEAR)
     only_near = sorted(i for i in near if not exact[i])
     first = [i for i in range(len(pool)) if exact[i]][:3] + only_near[:3]
     return {
@@ -270,3 +270,94 @@ def advice(facts: dict[str, Any]) -> list[str]:
         lines.append(f"chosen is longer in {pairs['chosen_longer']:.0%} of the pairs, so length alone may decide; "
                      "set `length_matched: true`, or read the length-matched figures")  # fmt: skip
     return lines
+
+
+def print_inspection(facts: dict[str, Any], console: Console) -> None:
+    """Print what `inspect_data` found. Supervised text is green and underlined, or in «» where there is no colour."""
+    container = ", ".join(facts["container"]) or "?"
+    console.print(Text(facts["path"], style="bold") + Text(f": {facts['format']} in {container}"))
+    console.print(
+        f"rows: {facts['rows_in']} in = {facts['rows']} usable + {facts['quarantined']} quarantined; "
+        f"{facts['duplicates']} exact copies, {facts['near_duplicates']} near copies",
+        highlight=False,
+    )
+    console.print(f"columns: {', '.join(facts['columns'])}", highlight=False, markup=False)
+    for kind, found in facts["carried"].items():
+        if found:
+            told = ", ".join(
+                f"{name} ({n} rows{'; ' + NOTES[name] if name in NOTES else ''})" for name, n in found.items()
+            )
+            console.print(f"{kind.replace('_', ' ')} carried along, not used: {told}", highlight=False, markup=False)
+    for name in ("roles", "sources", "categories"):
+        if facts[name]:
+            shown = " · ".join(f"{key} {n}" for key, n in facts[name].items())
+            console.print(f"{name}: {shown}", highlight=False, markup=False)
+    if facts["pairs"]:
+        p = facts["pairs"]
+        told = "" if p["chosen_longer"] is None else (
+            f"; chosen is longer in {p['chosen_longer']:.0%}, sides within 20 % in {p['length_matched']:.0%}"
+        )  # fmt: skip
+        tasks = ", ".join(f"{task} {n}" for task, n in list(p["tasks"].items())[:8])
+        console.print(f"pairs: {p['pairs']} in {len(p['tasks'])} tasks ({tasks}){told}", highlight=False, markup=False)
+    print_lengths(facts["lengths"], console)
+    print_reasons(facts["reasons"], console)
+    for line in facts["drops"]:
+        console.print(line, highlight=False)
+    for leak in facts["leakage"]:
+        found = ", ".join(f"{kind} {n}" for kind, n in leak["exact"].items()) or "none"
+        console.print(f"in the {leak['against']} as well ({leak['path']}): exact {found}; near {leak['near']}",
+                      highlight=False, markup=False)  # fmt: skip
+        for row in leak["first"]:
+            console.print(f"  {row['file']}:{row['line']} {row['kind']}", highlight=False, markup=False)
+    for row in facts["examples"]:
+        print_example(row, console)
+    for line in facts["advice"]:
+        console.print(Text("→ ", style="bold yellow") + Text(line))
+
+
+def print_lengths(found: dict[str, Any] | None, console: Console) -> None:
+    """Quantiles in a line, and a bar for each bucket."""
+    if found is None:
+        return
+    console.print(
+        f"answers: {found['total']:,} {found['unit']}; mean {found['mean']:.1f}, median {found['p50']:.0f}, "
+        f"90 % up to {found['p90']:.0f}, longest {found['max']}",
+        highlight=False,
+    )
+    most = max(bucket["rows"] for bucket in found["histogram"]) or 1
+    for bucket in found["histogram"]:
+        bar = "█" * round(30 * bucket["rows"] / most) or ("▏" if bucket["rows"] else "")
+        console.print(f"{bucket['from']:>7}–{bucket['to']:<7}{bucket['rows']:>8}  {bar}", highlight=False)
+
+
+def print_reasons(found: list[dict[str, Any]], console: Console) -> None:
+    """The bad rows as a table."""
+    if not found:
+        return
+    table = Table("rows", "reason", "first at", "detail", box=None, pad_edge=False)
+    for entry in found:
+        first = entry["first"]
+        table.add_row(
+            str(entry["rows"]), entry["reason"], Text(f"{first['file']}:{first['line']}"), Text(first["detail"])
+        )
+    console.print(table)
+
+
+def print_example(row: dict[str, Any], console: Console) -> None:
+    """One row as the model will see it."""
+    size = f", {row['supervised']} of {row['tokens']} tokens supervised" if "tokens" in row else ""
+    console.print(Text(f"— {row['file']}:{row['line']} (id {row['id'][:12]}{size})", style="dim"))
+    if row.get("refused"):
+        console.print(Text(f"refused: {row['refused']}", style="red"))
+    colour = console.is_terminal and not console.no_color
+    text, left = Text(), EXAMPLE_CHARACTERS
+    for piece, supervised in row["pieces"]:
+        shown = piece if len(piece) <= left else piece[:left] + " …"
+        left = max(0, left - len(piece))
+        if supervised:
+            text.append(shown if colour else f"«{shown}»", style="green underline")
+        else:
+            text.append(shown)
+        if not left:
+            break
+    console.print(text)

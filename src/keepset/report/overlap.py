@@ -1,29 +1,17 @@
-"""How far several scorings of one pool agree: across models, seeds, reference recipes, in-sample and cross-fitted.
-
-Rows are matched by content id, so the run folders need not hold the same pool: the rows they share are compared. The
-overlap of two top-k sets is |A ∩ B| / k; two random rankings give k / n on average.
-"""
+"""`keepset overlap`: the scores of several run folders, and their agreement as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from keepset.errors import RecipeError
-from keepset.evaluate.statistics import correlations
-from keepset.recipe import parse_budget
+from keepset.runfolder import layout
+from keepset.runfolder.records import Agreement
 from keepset.runfolder.run import Run
-from keepset.selection.ranking import rank_order
-
-SHARES = ("5%", "10%")
 
 
 def stored_scores(place: str) -> pa.Table:
@@ -33,76 +21,28 @@ def stored_scores(place: str) -> pa.Table:
         KeepsetError: no such folder, or no such label in it.
     """
     folder, _, label = place.rpartition(":") if ":" in place else (place, "", "")
-    if not (Path(folder) / "recipe.yaml").exists():  # a Windows path, or a folder with a colon in its name
+    if not (Path(folder) / layout.RECIPE).exists():  # a Windows path, or a folder with a colon in its name
         folder, label = place, ""
     run = Run(folder)
     methods = run.recipe().methods
-    return run.load_table(f"scores/{label or methods[0].label}.parquet")
+    return run.load_table(layout.scores(label or methods[0].label))
 
 
-def agreement(tables: Mapping[str, pa.Table], budgets: Sequence[int | str] = SHARES) -> dict[str, Any]:
-    """Compare every two scorings on the rows that all of them scored.
-
-    Args:
-        tables: name -> table with `id`, `score` and `n_tokens`; larger scores are better.
-        budgets: sizes of the top sets (rows or per cent).
-
-    Returns:
-        JSON-able: `n` rows in common; `scorings`: for each its mean score, Spearman with length and mean length of the
-        rows kept at each budget; `pairs`: for every two their Spearman and `overlap` by budget; `chance` by budget.
-
-    Raises:
-        RecipeError: fewer than two scorings, or fewer than 3 rows in common.
-    """
-    if len(tables) < 2:
-        raise RecipeError("name at least two scorings: RUN_DIR or RUN_DIR:LABEL")
-    scored = {name: finite_scores(table) for name, table in tables.items()}
-    common = sorted(set.intersection(*(set(found) for found in scored.values())))
-    if len(common) < 3:
-        raise RecipeError(f"the scorings share {len(common)} rows; at least 3 are needed to compare them")
-    ids = np.array(common)
-    sizes = {str(b): min(len(ids), parse_budget(b, len(ids), None)[1]) for b in budgets}
-    scores = {name: np.array([found[i][0] for i in common]) for name, found in scored.items()}
-    n_tokens = {name: np.array([found[i][1] for i in common]) for name, found in scored.items()}
-    best = {name: rank_order(values, ids) for name, values in scores.items()}
-    pairs = []
-    for a, b in combinations(tables, 2):
-        shared = {size: len(set(best[a][:k]) & set(best[b][:k])) / k for size, k in sizes.items()}
-        pairs.append({"a": a, "b": b, "spearman": correlations(scores[a], scores[b]).spearman, "overlap": shared})
-    scorings = {
-        name: {
-            "mean": float(values.mean()),
-            "length_spearman": correlations(values, n_tokens[name]).spearman,
-            "mean_tokens": float(n_tokens[name].mean()),
-            "mean_tokens_kept": {size: float(n_tokens[name][best[name][:k]].mean()) for size, k in sizes.items()},
-        }
-        for name, values in scores.items()
-    }
-    chance = {size: k / len(ids) for size, k in sizes.items()}
-    return {"n": len(ids), "sizes": sizes, "chance": chance, "scorings": scorings, "pairs": pairs}
-
-
-def finite_scores(table: pa.Table) -> dict[str, tuple[float, int]]:
-    """id -> (score, tokens) of the rows that have a score."""
-    columns = (table[name].to_pylist() for name in ("id", "score", "n_tokens"))
-    return {i: (s, t) for i, s, t in zip(*columns, strict=True) if s is not None and np.isfinite(s)}
-
-
-def print_agreement(result: dict[str, Any], console: Console) -> None:
+def print_agreement(result: Agreement, console: Console) -> None:
     """Print each scoring's length figures and every pair's agreement."""
-    sizes = list(result["sizes"])
+    sizes = list(result.sizes)
     about = table_of("scoring", "mean score", "with length", *(f"tokens kept at {s}" for s in sizes))
-    for name, entry in result["scorings"].items():
-        kept = (f"{entry['mean_tokens_kept'][s]:.1f}" for s in sizes)
-        about.add_row(name, f"{entry['mean']:+.4f}", f"{entry['length_spearman']:+.2f}", *kept)
+    for name, facts in result.scorings.items():
+        kept = (f"{facts.mean_tokens_kept[s]:.1f}" for s in sizes)
+        about.add_row(name, f"{facts.mean:+.4f}", f"{facts.length_spearman:+.2f}", *kept)
     console.print(about)
     pairs = table_of("scorings", "Spearman", *(f"overlap of the top {s}" for s in sizes))
-    for pair in result["pairs"]:
-        shared = (f"{pair['overlap'][s]:.2f}" for s in sizes)
-        pairs.add_row(f"{pair['a']} / {pair['b']}", f"{pair['spearman']:+.3f}", *shared)
-    pairs.add_row("two random rankings", "0", *(f"{result['chance'][s]:.2f}" for s in sizes))
+    for pair in result.pairs:
+        overlap = (f"{pair.overlap[s]:.2f}" for s in sizes)
+        pairs.add_row(f"{pair.a} / {pair.b}", f"{pair.spearman:+.3f}", *overlap)
+    pairs.add_row("two random rankings", "0", *(f"{result.chance[s]:.2f}" for s in sizes))
     console.print(pairs)
-    console.print(f"{result['n']} rows that all have scored; with length: Spearman with the answer's tokens.",
+    console.print(f"{result.n} rows that all have scored; with length: Spearman with the answer's tokens.",
                   highlight=False)  # fmt: skip
 
 

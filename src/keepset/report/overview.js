@@ -5,7 +5,8 @@ const ROWS = DATA.rows, N = ROWS.id.length;
 const METHODS = Object.fromEntries(DATA.methods.map((m) => [m.label, m]));
 let current = (DATA.methods.find((m) => !m.control) || DATA.methods[0]).label;
 
-const lowerIsBetter = (metric) => /loss|perplexity|ppl|nll/i.test(metric);
+const METRICS = new Map(DATA.metrics.map((m) => [m.name, m]));
+const lowerIsBetter = (metric) => METRICS.get(metric).lower_is_better;
 const byKind = { method: 0, mix: 1, random: 2, longest: 3, full: 4, base: 5 };
 const UNIT = DATA.summary.unit;
 const plainLabel = (row) => (row.kind === "random" ? "random" : row.label.split("@")[0]);
@@ -18,28 +19,22 @@ function groupsOf(metric) {
     const found = row.metrics[metric];
     if (!found || !isNumber(found.value)) continue;
     const key = JSON.stringify([plainLabel(row), row.budget, row.budget === null ? row.n_rows : null]);
-    if (!groups.has(key)) groups.set(key, { label: plainLabel(row), budget: row.budget, kind: row.kind, n_rows: row.n_rows, n_tokens: row.n_tokens, cost: [], values: [], lows: [], highs: [] });
+    if (!groups.has(key)) groups.set(key, { label: plainLabel(row), budget: row.budget, kind: row.kind, n_rows: row.n_rows, n_tokens: row.n_tokens, values: [], lows: [], highs: [] });
     const group = groups.get(key);
     group.values.push(found.value);
     group.lows.push(found.low);
     group.highs.push(found.high);
-    group.cost.push(row.cost_seconds);
   }
   const sign = lowerIsBetter(metric) ? 1 : -1;
   return [...groups.values()].map((g) => {
     const one = g.values.length === 1;
     const told = DATA.verdicts.find((v) => plainLabel(v) === g.label && v.kind === g.kind && v.budget === g.budget), metrics = told ? told.metrics[metric] : null;
-    return { ...g, value: g.values.reduce((a, b) => a + b, 0) / g.values.length, versus: told ? told.versus[metric] : null, cost: told && isNumber(told.cost) ? [told.cost] : g.cost,
+    return { ...g, value: g.values.reduce((a, b) => a + b, 0) / g.values.length, versus: told ? told.versus[metric] : null, cost: told ? told.cost : null,
       low: metrics ? metrics.low : one ? g.lows[0] : Math.min(...g.values), high: metrics ? metrics.high : one ? g.highs[0] : Math.max(...g.values) };
   }).sort((a, b) => (byKind[a.kind] ?? 6) - (byKind[b.kind] ?? 6) || sign * (a.value - b.value));
 }
 
-// What decides comes first; the rest follows as the run wrote it.
-const FIRST = ["accuracy.policy_mean.matched", "accuracy.policy_mean", "accuracy.implicit_sum", "loss.chosen", "loss.heldout", "gsm8k.accuracy"];
-const metricNames = () => {
-  const all = [...new Set(DATA.comparison.flatMap((row) => Object.keys(row.metrics)))];
-  return [...FIRST.filter((m) => all.includes(m)), ...all.filter((m) => !FIRST.includes(m))];
-};
+const metricNames = () => [...METRICS.keys()];
 
 // The mean of the random choices of one budget.
 function randomMean(groups, budget) {
@@ -87,7 +82,7 @@ function comparisonSection() {
   let metric = metrics[0], budget = budgets[0];
   const draw = () => {
     const groups = groupsOf(metric), shown = groups.filter((g) => !isSized(g) || g.budget === budget);
-    const children = [figure(words(metric) + (lowerIsBetter(metric) ? ": lower is better" : ": higher is better"), (w) => intervalChart(w, shown, metric, randomMean(groups, budget)),
+    const children = [figure(words(metric) + (METRICS.get(metric).unit && ", " + METRICS.get(metric).unit) + (lowerIsBetter(metric) ? ": lower is better" : ": higher is better"), (w) => intervalChart(w, shown, metric, randomMean(groups, budget)),
       "Dot: the value; line: its 95 % interval. Small rings: single seeds. Dashed: the mean of the random choices.", { wide: true })];
     const curves = new Map();
     for (const g of groups) if (isNumber(g.n_rows) && g.kind !== "base" && g.kind !== "full") curves.set(g.label, [...(curves.get(g.label) || []), { x: g.n_rows, y: g.value, low: g.low, high: g.high, kind: g.kind }]);
@@ -109,11 +104,10 @@ function comparisonTable(metrics) {
     const key = JSON.stringify([g.label, g.budget, g.n_rows]);
     groups.set(key, { ...g, cells: { ...(groups.get(key) || { cells: {} }).cells, [metric]: g } });
   }
-  const cost = (g) => { const known = g.cost.filter(isNumber); return known.length ? duration(known.reduce((a, b) => a + b, 0) / known.length) : "–"; };
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "All measures" }, h("table", {},
     h("thead", {}, h("tr", {}, ["trained on", "rows", UNIT, "seeds", ...metrics.map(words), "cost"].map((t, i) => h("th", { scope: "col", class: i ? "num" : "" }, visible(t))))),
     h("tbody", {}, [...groups.values()].map((g) => h("tr", {}, h("th", { scope: "row" }, visible(g.label)), h("td", { class: "num" }, g.kind === "base" ? "–" : whole(g.n_rows)), h("td", { class: "num" }, g.kind === "base" ? "–" : whole(g.n_tokens)), h("td", { class: "num" }, g.values.length),
-      metrics.map((m) => { const c = g.cells[m]; return h("td", { class: "num" }, c ? short(c.value) : "–", c && isNumber(c.low) && h("small", {}, `${short(c.low)} to ${short(c.high)}`), c && c.versus && h("small", {}, `${c.versus.difference > 0 ? "+" : ""}${short(c.versus.difference)} to random, p ${short(c.versus.p_holm ?? c.versus.p)}`)); }), h("td", { class: "num" }, cost(g)))))));
+      metrics.map((m) => { const c = g.cells[m]; return h("td", { class: "num" }, c ? short(c.value) : "–", c && isNumber(c.low) && h("small", {}, `${short(c.low)} to ${short(c.high)}`), c && c.versus && h("small", {}, `${c.versus.difference > 0 ? "+" : ""}${short(c.versus.difference)} to random, p ${short(c.versus.p_holm ?? c.versus.p)}`)); }), h("td", { class: "num" }, duration(g.cost)))))));
 }
 
 function findingsSection() {
@@ -152,7 +146,7 @@ function methodFigures(label) {
       Math.abs(m.length.spearman) >= 0.5 ? h("strong", { class: "flag" }, "The method follows length closely; hold it against the longest rows.") : "")));
   if (m.heat) out.push(figure("What each target task asks for", (w) => heatChart(w, m.heat), "Mean part of the score that each target task gives to a group of rows. Blue-green pulls in, rust pushes out.", { wide: true }));
   const totals = { pool: m.scored, kept: m.kept };
-  const mix = Object.entries(m.shares).filter(([, rows]) => rows.length > 1).map(([name, rows]) => figure("Shares by " + name, (w) => shareChart(w, rows, totals), h("span", {}, swatch("rest"), "in the pool  ", swatch("kept"), "kept", name === "language" && ". Language of the answers, by script and stop words: a guide, short ones stay unclear.")));
+  const mix = Object.entries(m.shares).filter(([, rows]) => rows.length > 1).map(([name, rows]) => figure("Shares by " + name, (w) => shareChart(w, rows, totals), h("span", {}, swatch("rest"), "in the pool  ", swatch("kept"), "kept")));
   if (mix.length) out.push(h("div", { class: "wide mix" }, mix));
   return out;
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keepset.data.turns import is_learnt
-from keepset.report.languages import UNCLEAR, language
+from keepset.pipeline.metrics import headlines, is_loss, unit_of
 from keepset.report.numbers import (
     cut_of,
     heat,
@@ -20,10 +20,10 @@ from keepset.report.numbers import (
     shares,
 )
 from keepset.report.read import Message, RunData, as_dict, as_list
+from keepset.runfolder.records import Record
 
 TEXT_BUDGET = 12_000_000  # characters of row text in the page
 QUARANTINE_ROWS = 2_000
-LANGUAGE_ROWS = 20_000
 CONTROLS = ("random", "longest", "length")
 
 
@@ -77,9 +77,10 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
         "summary": summary(data, len(rows)),
         "methods": [method_numbers(data, label) for label in data.columns],
         "overlap": overlap(data.columns),
+        "metrics": metrics_of(data),
         "comparison": comparison_rows(data),
         "verdicts": verdicts(data),
-        "findings": sorted(data.findings, key=lambda f: f.get("level") != "warning"),
+        "findings": [f.to_json() for f in sorted(data.findings, key=lambda f: f.level != "warning")],
         "quarantine": data.quarantine[:QUARANTINE_ROWS],
         "manifest": data.manifest,
         "recipe": data.recipe_text,
@@ -102,7 +103,7 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
 
 
 def why_of(data: RunData, ids: set[str]) -> dict[str, dict[str, Any]]:
-    """What the models said about rows (see `report.why`), by label and id; entries of another form are left out."""
+    """What the models said about rows (`explain.write_why`), by label and id; entries of another form are left out."""
     out: dict[str, dict[str, Any]] = {}
     for label, found in data.why.items():
         for id_, entry in as_dict(found).items():
@@ -155,7 +156,6 @@ def method_numbers(data: RunData, label: str) -> dict[str, Any]:
     name = data.method_names.get(label, label)
     tasks = {name.removeprefix("task."): values for name, values in columns.items() if name.startswith("task.")}
     buckets = np.array([length_bucket(v) for v in data.n_tokens], dtype=object)
-    spoken = languages_of(data)
     with_category = any(data.category)
     return {
         "label": label,
@@ -179,35 +179,11 @@ def method_numbers(data: RunData, label: str) -> dict[str, Any]:
             f"length in {data.length_unit}": shares(buckets, selected, ordered=True)
             if np.isfinite(data.n_tokens).any()
             else [],
-            "language": drawn_shares(spoken, data.ids, selected) if spoken else [],
         },
         "heat": heat(tasks, data.category if with_category else data.source, selected),
         "has_losses": {"loss_ini", "loss_ref"} <= set(columns),
         "parts": [name for name in columns if name not in ("score", "rank", "selected")],
     }
-
-
-def languages_of(data: RunData) -> dict[str, str]:
-    """The language of each row's answers (else of the whole row) by id, over a fair draw and all kept rows."""
-    if not data.languages:
-        for i in sample_rows(data, LANGUAGE_ROWS):
-            messages = data.messages.get(str(data.ids[i]), [])
-            answers = " ".join(m["content"] for m in messages if is_learnt(m))
-            name = language(answers)
-            if name == UNCLEAR and messages:
-                name = language(" ".join([answers, *(m["content"] for m in messages if m["role"] == "user")]))
-            if messages:
-                data.languages[str(data.ids[i])] = name
-    return data.languages
-
-
-def drawn_shares(names: dict[str, str], ids: np.ndarray, selected: np.ndarray) -> list[dict[str, Any]]:
-    """`shares` where only some rows' names are known: the rows not kept stand for all that are not."""
-    known = np.array([str(i) in names for i in ids])
-    rows = shares(np.array([names[str(i)] for i in ids[known]], dtype=object), selected[known])
-    kept = selected > 0
-    scale = (~kept).sum() / max(1, (known & ~kept).sum())
-    return [{**row, "pool": round(row["kept"] + (row["pool"] - row["kept"]) * scale)} for row in rows]
 
 
 def best_dropped(score: np.ndarray, kept: np.ndarray) -> float:
@@ -217,60 +193,40 @@ def best_dropped(score: np.ndarray, kept: np.ndarray) -> float:
     return float(np.max(below, initial=-np.inf))
 
 
+def metrics_of(data: RunData) -> list[dict[str, Any]]:
+    """What the comparison measured, its headlines first; which way is better, and the unit of a mean ("": unknown)."""
+    measured = list(dict.fromkeys(m for row in (data.comparison.rows if data.comparison else ()) for m in row.metrics))
+    first = [metric.name for metric in headlines(measured) if metric.name in measured]
+    names = [*first, *(name for name in measured if name not in first)]
+    return [{"name": name, "lower_is_better": is_loss(name), "unit": unit_of(name)} for name in names]
+
+
 def comparison_rows(data: RunData) -> list[dict[str, Any]]:
-    """The comparison's rows with the keys that the page needs; a row without metrics is left out."""
-    found = data.comparison.get("rows", [])
-    out = []
-    for row in found if isinstance(found, list) else []:
-        if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
-            continue
-        out.append(
-            {
-                "label": str(row.get("label", "?")),
-                "kind": str(row.get("kind", "method")),
-                "budget": row.get("budget"),
-                "n_rows": row.get("n_rows"),
-                "n_tokens": row.get("n_tokens"),
-                "seed": row.get("seed"),
-                "cost_seconds": row.get("cost_seconds"),
-                "metrics": figures_of(row["metrics"], ("value", "low", "high", "n"), "value"),
-            }
-        )
-    return out
+    """The comparison's trained models and the base, with their means."""
+    rows = data.comparison.rows if data.comparison else ()
+    return [
+        {
+            "label": row.label, "kind": row.kind, "budget": row.budget, "n_rows": row.n_rows,
+            "n_tokens": row.n_tokens, "seed": row.seed, "metrics": figures(row.metrics, ("value", "low", "high", "n")),
+        }
+        for row in rows
+    ]  # fmt: skip
 
 
 def verdicts(data: RunData) -> list[dict[str, Any]]:
     """The comparison's summary: all seeds of a subset together, with the paired difference to Random."""
-    found = data.comparison.get("summary", [])
-    out = []
-    for entry in found if isinstance(found, list) else []:
-        if not isinstance(entry, dict):
-            continue
-        cost = as_dict(entry.get("cost"))
-        spent = [cost[key] for key in ("select_seconds", "train_seconds") if isinstance(cost.get(key), (int, float))]
-        out.append(
-            {
-                "label": str(entry.get("label", "?")),
-                "kind": str(entry.get("kind", "method")),
-                "budget": entry.get("budget"),
-                "n_rows": entry.get("n_rows"),
-                "metrics": figures_of(as_dict(entry.get("metrics")), ("value", "low", "high", "n"), "value"),
-                "versus": figures_of(
-                    as_dict(entry.get("vs_random")), ("difference", "low", "high", "p", "p_holm"), "difference"
-                ),
-                "cost": sum(spent) if spent else None,
-            }
-        )
-    return out
+    summary = data.comparison.summary if data.comparison else ()
+    return [
+        {
+            "label": entry.label, "kind": entry.kind, "budget": entry.budget, "n_rows": entry.n_rows,
+            "metrics": figures(entry.metrics, ("value", "low", "high", "n")),
+            "versus": figures(entry.vs_random, ("difference", "low", "high", "p", "p_holm")),
+            "cost": entry.cost.seconds,
+        }
+        for entry in summary
+    ]  # fmt: skip
 
 
-def figures_of(metrics: dict[str, Any], keys: tuple[str, ...], needed: str) -> dict[str, dict[str, float | None]]:
-    """The numbers of each metric under `keys`; a metric without the needed one is left out."""
-    out = {}
-    for name, value in metrics.items():
-        value = value if isinstance(value, dict) else {needed: value}
-        if isinstance(value.get(needed), (int, float)):
-            out[str(name)] = {
-                key: number(float(value[key])) if isinstance(value.get(key), (int, float)) else None for key in keys
-            }
-    return out
+def figures(records: Mapping[str, Record], names: tuple[str, ...]) -> dict[str, dict[str, float | None]]:
+    """Some numbers of each metric's record."""
+    return {metric: {name: number(vars(record)[name]) for name in names} for metric, record in records.items()}

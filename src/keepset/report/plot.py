@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 
 from keepset.errors import KeepsetError, RecipeError, did_you_mean
-from keepset.pipeline.compare import HEADLINES
+from keepset.pipeline.metrics import HEADLINES, is_loss
 from keepset.report.numbers import cut_of, histogram, length_correlation, overlap
-from keepset.report.payload import CONTROLS, verdicts
+from keepset.report.payload import CONTROLS
 from keepset.report.read import RunData, read_run
+from keepset.runfolder import layout
+from keepset.runfolder.records import Entry
 
 FORMATS = ("png", "svg", "pdf")
 KEPT, REST, INK = "#0b7a6f", "#a7a49c", "#26231d"
 KINDS = ("scores", "length", "losses", "comparison", "curve", "overlap")
+SIZED = ("method", "random", "longest")  # what is trained at each budget
 DOTS = 20_000  # most dots of a scatter plot
 STYLE: Any = {
     "font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
@@ -73,7 +76,7 @@ def write_plots(
     from matplotlib.figure import Figure
 
     data = read_run(Path(run_dir), texts=False)
-    folder = Path(out) if out is not None else Path(run_dir) / "plots"
+    folder = Path(out) if out is not None else Path(run_dir) / layout.PLOTS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context(STYLE):
@@ -113,15 +116,15 @@ def drawings(data: RunData, wanted: Sequence[str]) -> Iterator[tuple[str, float,
             yield f"length-{label}", 0.72, partial(draw_length, columns, data)
         if {"loss_ini", "loss_ref"} <= set(columns):
             yield f"losses-{label}", 0.85, partial(draw_losses, columns, data)
-    found = verdicts(data)
-    known = list(dict.fromkeys(name for entry in found for name in entry["metrics"]))
-    metrics = [m for m in wanted or [name for name, *_ in HEADLINES] if m in known] or known[:4]
-    budgets = list(dict.fromkeys(e["budget"] for e in found if e["kind"] in ("method", "random", "longest")))
+    summary = data.comparison.summary if data.comparison else ()
+    measured = list(dict.fromkeys(name for entry in summary for name in entry.metrics))
+    metrics = [m for m in wanted or [metric.name for metric in HEADLINES] if m in measured] or measured[:4]
+    budgets = list(dict.fromkeys(e.budget for e in summary if e.kind in SIZED))
     for metric in metrics:
-        first = [e for e in found if metric in e["metrics"] and e["budget"] in (budgets[0] if budgets else None, None)]
+        first = [e for e in summary if metric in e.metrics and e.budget in (budgets[0] if budgets else None, None)]
         yield f"comparison-{metric}", 0.16 + 0.085 * len(first), partial(draw_comparison, first, metric)
         if len(budgets) > 1:
-            yield f"curve-{metric}", 0.68, partial(draw_curve, found, metric)
+            yield f"curve-{metric}", 0.68, partial(draw_curve, summary, metric)
     both = overlap(data.columns)
     if both:
         yield "overlap", 0.9, partial(draw_overlap, both)
@@ -173,44 +176,38 @@ def draw_losses(columns: dict[str, np.ndarray], data: RunData, ax: Any) -> None:
     ax.set(xlabel="base loss, nats a token", ylabel="reference loss")
 
 
-def draw_comparison(entries: list[dict[str, Any]], metric: str, ax: Any) -> None:
+def draw_comparison(entries: Sequence[Entry], metric: str, ax: Any) -> None:
     """One line a subset with its 95 % interval; Random as a dashed line; a star where it differs from Random."""
-    sign = -1 if "loss" in metric else 1
-    entries = sorted(entries, key=lambda e: (e["kind"] == "method", sign * e["metrics"][metric]["value"]))
+    sign = -1 if is_loss(metric) else 1
+    entries = sorted(entries, key=lambda e: (e.kind == "method", sign * e.metrics[metric].value))
     for place, entry in enumerate(entries):
-        told = entry["metrics"][metric]
-        colour = KEPT if entry["kind"] == "method" else REST
-        if told["low"] is not None and told["high"] is not None:
-            ax.plot([told["low"], told["high"]], [place, place], color=colour, lw=1.4, solid_capstyle="round")
-        ax.plot(told["value"], place, "o", color=colour, ms=4)
-        versus = entry["versus"].get(metric, {})
-        p = versus.get("p_holm") if versus.get("p_holm") is not None else versus.get("p")
-        if p is not None and p < 0.05:
-            ax.annotate("*", (told["value"], place), xytext=(0, 2), textcoords="offset points", ha="center")
-    random = [e["metrics"][metric]["value"] for e in entries if e["kind"] == "random"]
+        mean, versus = entry.metrics[metric], entry.vs_random.get(metric)
+        colour = KEPT if entry.kind == "method" else REST
+        ax.plot([mean.low, mean.high], [place, place], color=colour, lw=1.4, solid_capstyle="round")
+        ax.plot(mean.value, place, "o", color=colour, ms=4)
+        if versus is not None and (versus.p if versus.p_holm is None else versus.p_holm) < 0.05:
+            ax.annotate("*", (mean.value, place), xytext=(0, 2), textcoords="offset points", ha="center")
+    random = [e.metrics[metric].value for e in entries if e.kind == "random"]
     if random:
         ax.axvline(float(np.mean(random)), color=INK, lw=0.6, ls=(0, (3, 2)), zorder=0)
-    ax.set_yticks(range(len(entries)), [e["label"].split("@")[0] for e in entries])
+    ax.set_yticks(range(len(entries)), [e.label.split("@")[0] for e in entries])
     ax.set(xlabel=named(metric), ylim=(-0.6, len(entries) - 0.4))
     ax.tick_params(axis="y", length=0)
 
 
-def draw_curve(entries: list[dict[str, Any]], metric: str, ax: Any) -> None:
+def draw_curve(entries: Sequence[Entry], metric: str, ax: Any) -> None:
     """Quality against the rows trained on, one line a method; base and full pool stand apart and are left out."""
-    lines: dict[str, list[tuple[float, float, float | None, float | None]]] = {}
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for e in entries:
-        if metric in e["metrics"] and e["kind"] in ("method", "random", "longest") and e["n_rows"]:
-            told = e["metrics"][metric]
-            point = (e["n_rows"], told["value"], told["low"], told["high"])
-            lines.setdefault(e["label"].split("@")[0], []).append(point)
+        if metric in e.metrics and e.kind in SIZED and e.n_rows:
+            mean = e.metrics[metric]
+            lines.setdefault(e.label.split("@")[0], []).append((e.n_rows, mean.value, mean.low, mean.high))
     dashes = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1))]
     for k, (label, points) in enumerate(lines.items()):
-        points.sort()
-        x, y = [p[0] for p in points], [p[1] for p in points]
+        x, y, low, high = zip(*sorted(points), strict=True)
         colour = REST if label in ("random", "longest") else KEPT
         ax.plot(x, y, color=colour, ls=dashes[k % 4], lw=1.2, marker="o", ms=3, label=label)
-        if all(p[2] is not None and p[3] is not None for p in points):
-            ax.fill_between(x, [p[2] for p in points], [p[3] for p in points], color=colour, alpha=0.12, lw=0)
+        ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
     ax.set(xlabel="rows trained on", ylabel=named(metric))
     ax.legend()
 
@@ -238,5 +235,5 @@ def draw_overlap(found: dict[str, Any], ax: Any) -> None:
 
 def named(metric: str) -> str:
     """A metric's name for an axis, with its direction."""
-    better = "lower" if "loss" in metric else "higher"
+    better = "lower" if is_loss(metric) else "higher"
     return f"{metric.replace('.', ', ').replace('_', ' ')} ({better} is better)"

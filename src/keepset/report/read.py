@@ -13,6 +13,8 @@ import pyarrow as pa
 from keepset.data import Pool, load_pool
 from keepset.errors import KeepsetError
 from keepset.recipe import DataSpec, Recipe
+from keepset.runfolder import layout
+from keepset.runfolder.records import Comparison, Finding, read_json
 from keepset.runfolder.run import Run
 
 Message = dict[str, str]
@@ -32,45 +34,43 @@ class RunData:
     messages: dict[str, list[Message]]
     recipe: Recipe | None = None
     recipe_text: str = ""
-    comparison: dict[str, Any] = field(default_factory=dict)
-    findings: list[dict[str, Any]] = field(default_factory=list)
+    comparison: Comparison | None = None
+    findings: tuple[Finding, ...] = ()
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
     costs: list[dict[str, Any]] = field(default_factory=list)
     method_names: dict[str, str] = field(default_factory=dict)  # label -> method
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> id -> why it has no score
-    why: dict[str, Any] = field(default_factory=dict)  # label -> id -> tokens or pairs, see `keepset.report.why`
-    languages: dict[str, str] = field(default_factory=dict)  # id -> language, filled when it is first asked for
+    why: dict[str, Any] = field(default_factory=dict)  # label -> id -> tokens or pairs, see `explain.write_why`
     length_unit: str = "tokens"  # or "words", where no tokenizer was at hand
 
 
-def read_run(path: Path, *, labels: list[str] | None = None, texts: bool = True) -> RunData:
+def read_run(path: Path, *, texts: bool = True) -> RunData:
     """Read a run folder; only `scores/` has to be there.
 
     Args:
         path: the folder.
-        labels: read these methods' scores only; default: all.
         texts: look the rows' texts up, in the pool files of the recipe or else in what the folder kept.
 
     Raises:
-        KeepsetError: no scores in the folder, an unknown label, or a damaged file.
+        KeepsetError: no scores in the folder, or a damaged file.
     """
     run = Run(path)
-    found = {p.stem: p for p in sorted((path / "scores").glob("*.parquet"))}
-    if not found:
+    stored = sorted(p.stem for p in (path / layout.SCORES_FOLDER).glob("*.parquet"))
+    if not stored:
         raise KeepsetError(f"{path}: no scores here yet; `keepset run` or `keepset score` makes them")
-    recipe = run.recipe() if (path / "recipe.yaml").exists() else None
+    recipe = run.recipe() if (path / layout.RECIPE).exists() else None
     order = [m.label for m in recipe.methods] if recipe else []
-    wanted = labels or [*(name for name in order if name in found), *(name for name in found if name not in order)]
-    tables = {label: run.load_table(f"scores/{label}.parquet") for label in wanted}
+    labels = [*(name for name in order if name in stored), *(name for name in stored if name not in order)]
+    tables = {label: run.load_table(layout.scores(label)) for label in labels}
     data = align(path, tables)
     data.recipe = recipe
-    data.recipe_text = (path / "recipe.yaml").read_text(encoding="utf-8") if recipe else ""
-    data.comparison = as_dict(run.load_json("comparison.json"))
-    data.findings = as_list(run.load_json("findings.json"))
-    data.manifest = as_dict(run.load_json("manifest.json"))
-    data.why = as_dict(run.load_json("why.json"))
-    data.quarantine = read_lines(path / "quarantine.jsonl")
+    data.recipe_text = (path / layout.RECIPE).read_text(encoding="utf-8") if recipe else ""
+    data.comparison = read_json(Comparison | None, run.load_json(layout.COMPARISON), str(path / layout.COMPARISON))
+    data.findings = read_json(tuple[Finding, ...], run.load_json(layout.FINDINGS, []), str(path / layout.FINDINGS))
+    data.manifest = as_dict(run.load_json(layout.MANIFEST))
+    data.why = as_dict(run.load_json(layout.WHY))
+    data.quarantine = read_lines(path / layout.QUARANTINE)
     data.costs = run.costs()
     if texts:
         data.messages = row_texts(path, recipe, data.ids)
@@ -121,9 +121,7 @@ def align(path: Path, tables: dict[str, pa.Table]) -> RunData:
     for label, table in tables.items():
         lacking = {"id", "score", "rank", "selected"} - set(table.column_names)
         if lacking:
-            raise KeepsetError(
-                f"{path / 'scores' / label}.parquet: no column {', '.join(sorted(lacking))}; score again"
-            )
+            raise KeepsetError(f"{path / layout.scores(label)}: no column {', '.join(sorted(lacking))}; score again")
     ids = np.unique(np.concatenate([strings(table, "id") for table in tables.values()]).astype(str))
     place = {id_: i for i, id_ in enumerate(ids)}
     n = len(ids)
@@ -163,7 +161,8 @@ def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, l
     """
     wanted = {str(id_) for id_ in ids}
     found: dict[str, list[Message]] = {}
-    files = [*sorted((path / "data").glob("*.parquet")), *sorted((path / "subsets").glob("*.*"))]
+    folders = ((layout.DATA_FOLDER, "*.parquet"), (layout.SUBSETS_FOLDER, "*.*"))
+    files = [file for folder, pattern in folders for file in sorted((path / folder).glob(pattern))]
     kept = [DataSpec(path=str(p)) for p in files]
     here = [spec for spec in recipe.pool if spec.path != "-" and Path(spec.path).exists()] if recipe else []
     for specs in [here, *([spec] for spec in kept)]:
@@ -177,3 +176,22 @@ def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, l
             if str(id_) in wanted and str(id_) not in found:
                 found[str(id_)] = messages
     return found
+
+
+def find_row(data: RunData, row_id: str) -> int:
+    """Index of the row whose id is, or begins with, `row_id`.
+
+    Raises:
+        KeepsetError: none, or several that differ in more than a copy's number.
+    """
+    ids = [str(i) for i in data.ids]
+    if row_id in ids:
+        return ids.index(row_id)
+    found = [i for i, id_ in enumerate(ids) if id_.startswith(row_id)] if row_id else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(ids[i][:12] for i in found[:4])
+        raise KeepsetError(f"{data.path}: '{row_id}' begins {len(found)} ids ({some} ...); give more of it")
+    quarantined = f"; {len(data.quarantine)} rows are in quarantine.jsonl" if data.quarantine else ""
+    raise KeepsetError(f"{data.path}: no scored row '{row_id}'{quarantined}; ids stand in scores/*.parquet")

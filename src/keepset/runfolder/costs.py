@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from keepset.memory import Count
+from keepset.runfolder import layout
 
 BEAT = 5.0  # seconds between renewals
 
@@ -28,7 +29,7 @@ class Meter:
 
     def __init__(self, folder: Path) -> None:
         """Nothing is written before a stage begins."""
-        self.path, self.open_path = folder / "costs.jsonl", folder / "work" / "costs-open.json"
+        self.path, self.open_path = folder / layout.COSTS, folder / layout.OPEN_COSTS
         self.session = os.urandom(8).hex()
         self.under_way: list[tuple[float, float, dict[str, Any]]] = []  # stages may be nested
         self.guard = threading.Lock()

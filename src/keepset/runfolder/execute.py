@@ -1,8 +1,10 @@
-"""Shards of one stage computed by several processes of this machine, each with its share; the bytes stay the same.
+"""Who computes the shards that are missing: this process, or forks of it. The bytes are the same.
 
-The processes are forks of this one: the model is loaded once and shared, and each uses one thread. They write finished
-shards and nothing else, so whatever happens to one, the others' work and its own finished shards count; what it lacked
-is computed by the parent. CPU only: a CUDA context doesn't survive a fork.
+An executor is handed a task and shard numbers and nothing else. A task is a function of a module with an argument that
+can be pickled, so that any process on any machine that sees the run folder can do it; a committed shard is the mark
+that its work is done. Forks inherit what this process has loaded: the model is loaded once and shared. They write
+finished shards and nothing else, so whatever happens to one, the others' work and its own finished shards count; what
+it lacked is computed by the parent. CPU only: a CUDA context doesn't survive a fork.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from keepset.memory import Count
 
@@ -24,9 +28,64 @@ LOOK_EVERY = 0.1  # seconds between looks at the workers
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2), Linux
 
 
+@dataclass(frozen=True)
+class Task:
+    """A function of a module, and what it works on; both can be pickled. It commits the shards of the given numbers."""
+
+    function: Callable[[Any, Sequence[int]], None]
+    argument: Any
+
+    def __call__(self, numbers: Sequence[int]) -> None:
+        """Do these shards."""
+        self.function(self.argument, numbers)
+
+
+class Executor(Protocol):
+    """Whoever has shards computed."""
+
+    def run(
+        self, task: Task, numbers: Sequence[int], *, is_there: Callable[[int], bool], advance: Callable[[int], None]
+    ) -> None:
+        """Have the shards made; returns when nobody works on them any more, however it ended.
+
+        Args:
+            task: what makes them.
+            numbers: the shards that are missing.
+            is_there: whether a shard is committed.
+            advance: called with the number of every shard that is seen to be committed.
+        """
+
+
+class Here:
+    """This process, one shard after the other."""
+
+    def run(
+        self, task: Task, numbers: Sequence[int], *, is_there: Callable[[int], bool], advance: Callable[[int], None]
+    ) -> None:
+        """See `Executor.run`; an error goes to the caller."""
+        for number in numbers:
+            task([number])
+            advance(number)
+
+
+@dataclass(frozen=True)
+class Forks:
+    """Forks of this process, after the first shard: whatever a task prepares once is there before they start."""
+
+    workers: int
+
+    def run(
+        self, task: Task, numbers: Sequence[int], *, is_there: Callable[[int], bool], advance: Callable[[int], None]
+    ) -> None:
+        """See `Executor.run`; what a fork that failed left undone is done here."""
+        Here().run(task, numbers[:1], is_there=is_there, advance=advance)
+        share_out(numbers[1:], task, self.workers, is_there=is_there, advance=advance)
+        Here().run(task, [n for n in numbers[1:] if not is_there(n)], is_there=is_there, advance=advance)
+
+
 def share_out(
     shards: Sequence[int],
-    make: Callable[[int], None],
+    make: Callable[[Sequence[int]], None],
     workers: int,
     *,
     is_there: Callable[[int], bool],
@@ -36,7 +95,7 @@ def share_out(
 
     Args:
         shards: numbers of the missing shards; worker k makes every `workers`-th, from the k-th on.
-        make: computes and commits one shard.
+        make: computes and commits the shards of some numbers.
         workers: processes.
         is_there: whether a shard is committed.
         advance: called with the number of every shard that is seen to be committed.
@@ -71,7 +130,7 @@ def share_out(
             os.close(report_fd)
 
 
-def start(shards: Sequence[int], make: Callable[[int], None]) -> tuple[int, int]:
+def start(shards: Sequence[int], make: Callable[[Sequence[int]], None]) -> tuple[int, int]:
     """Fork a worker for some shards; its process id, and where it writes how many batches it halved."""
     reading, writing = os.pipe()
     parent = os.getpid()
@@ -84,8 +143,7 @@ def start(shards: Sequence[int], make: Callable[[int], None]) -> tuple[int, int]
         os.close(reading)
         alone(parent)
         before = Count.total
-        for shard in shards:
-            make(shard)
+        make(shards)
         os.write(writing, str(Count.total - before).encode())
         code = 0
     except Exception as error:

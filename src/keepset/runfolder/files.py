@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,10 +76,3 @@ def write_atomic(path: Path, data: bytes) -> None:
 def misfits(folder: Path, files: Mapping[str, str]) -> list[str]:
     """Those of the recorded files that are missing or don't have their checksum."""
     return [n for n, sha in files.items() if not (folder / n).is_file() or file_digest(folder / n) != sha]
-
-
-def free_memory() -> None:
-    """Give back what nobody holds any more: trainers and their models are cycles, which wait for the collector."""
-    gc.collect()
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        sys.modules["torch"].cuda.empty_cache()

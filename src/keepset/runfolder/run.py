@@ -21,14 +21,12 @@ import pyarrow.parquet as pq
 import yaml
 
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
-from keepset.recipe import Recipe, located
+from keepset.located import located
+from keepset.recipe import Recipe
+from keepset.runfolder import layout
 from keepset.runfolder.costs import Meter
-from keepset.runfolder.execute import share_out
 from keepset.runfolder.files import canonical, digest, file_digest, json_text, misfits, write_atomic
-from keepset.runfolder.shards import Arrays, gather, plan_shards, read_shard, write_shard
-
-#: Holds the way from the run folder to the folder that it was started in.
-SEEN_FROM = "work/seen_from"
+from keepset.runfolder.shards import Arrays, Shards, find_shard, stage_folder, write_shard
 
 
 class Run:
@@ -56,7 +54,7 @@ class Run:
             PlanMismatch: the folder was made by another recipe; the message lists what differs.
             KeepsetError: another process works in the folder, or it can't be written.
         """
-        path = self.path / "recipe.yaml"
+        path = self.path / layout.RECIPE
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
         known = path.exists() and not force
         if known:
@@ -85,7 +83,7 @@ class Run:
             with self.lock():  # not under the feet of a run that is at work
                 if not known:
                     seen_from = os.path.relpath(os.getcwd(), os.path.realpath(self.path))
-                    write_atomic(self.path / SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
+                    write_atomic(self.path / layout.SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
                 write_atomic(path, text)
 
     def recipe_data(self) -> dict[str, Any]:
@@ -94,7 +92,7 @@ class Run:
         Raises:
             KeepsetError: the file is damaged.
         """
-        path = self.path / "recipe.yaml"
+        path = self.path / layout.RECIPE
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError, RecursionError):
@@ -116,7 +114,7 @@ class Run:
     def seen_from(self) -> Path | None:
         """The folder that the stored recipe's paths are relative to; None in a run folder of an older keepset."""
         try:
-            text = (self.path / SEEN_FROM).read_bytes().decode("utf-8", "surrogateescape")
+            text = (self.path / layout.SEEN_FROM).read_bytes().decode("utf-8", "surrogateescape")
         except OSError:
             return None
         return Path(os.path.normpath(os.path.join(os.path.realpath(self.path), text)))
@@ -124,7 +122,7 @@ class Run:
     def _parsed(self) -> Recipe:
         from keepset.recipe import parse_recipe
 
-        path = self.path / "recipe.yaml"
+        path = self.path / layout.RECIPE
         if not path.exists():
             raise KeepsetError(
                 f"{self.path} is no run folder (it has no recipe.yaml); start with `keepset run` or `score`"
@@ -143,7 +141,7 @@ class Run:
         self.refuse_links()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a")
+            file = (self.path / layout.LOCK).open("a")
         except OSError as error:
             raise KeepsetError(f"{self.path}: can't be written: {error.strerror}; choose another --run_dir") from None
         with file:
@@ -183,14 +181,14 @@ class Run:
         old = self._entry(name)
         kept = old["key"] if old else None
         entries = [{"sha256": digest(data), "key": key if key is not None else kept}, *([old] if old else [])]
-        write_atomic(self.path / "work" / "records" / f"{name}.json", canonical(entries).encode())
+        write_atomic(self.path / layout.record(name), canonical(entries).encode())
         write_atomic(self.path / name, data)
         return self.path / name
 
     def _entry(self, name: str) -> dict[str, Any] | None:
         """The record's entry that fits the file as it is; None without file, record or fit."""
         try:
-            entries = json.loads((self.path / "work" / "records" / f"{name}.json").read_text(encoding="utf-8"))
+            entries = json.loads((self.path / layout.record(name)).read_text(encoding="utf-8"))
             found = file_digest(self.path / name)
             return next((e for e in entries if e["sha256"] == found and "key" in e), None)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -207,7 +205,7 @@ class Run:
         Raises:
             KeepsetError: it is not as it was saved.
         """
-        record = self.path / "work" / "records" / f"{name}.json"
+        record = self.path / layout.record(name)
         if (self.path / name).exists() and record.exists() and self._entry(name) is None:
             raise KeepsetError(
                 f"{self.path / name}: damaged, or changed by other hands (its checksum doesn't fit); delete it and run "
@@ -257,121 +255,22 @@ class Run:
         except (pa.ArrowException, OSError):  # Arrow tells a block that can't be unpacked as an OSError
             raise KeepsetError(f"{path}: damaged (not Parquet); delete it and run the same command again") from None
 
-    def stage_folder(self, name: str, key: Mapping[str, Any]) -> Path:
-        """Where a stage's shards lie."""
-        return self.path / "work" / name / digest(key)[:16]
-
-    # -- shards -------------------------------------------------------------------------------------------------
-
-    def sweep(
-        self,
-        stages: Mapping[str, Mapping[str, Any]],
-        ids: np.ndarray,
-        compute: Callable[[np.ndarray, list[str]], dict[str, Arrays]],
-        *,
-        shard_rows: int | None = None,
-        workers: int = 1,
-        spent: Callable[[np.ndarray, list[str]], None] = lambda indices, missing: None,
-        advance: Callable[[int], None] = lambda rows: None,
-    ) -> dict[str, Arrays]:
-        """Compute per-row arrays for several stages in one pass over the rows, shard by shard, resumable.
-
-        Args:
-            stages: name -> key. Everything that changes the numbers belongs into the key; another key is another stage.
-            ids: (n,) unique row ids.
-            compute: `(indices (m,), missing stage names) -> {stage: {column: (m, ...) array}}`.
-            shard_rows: see `plan_shards`.
-            workers: processes that share the shards out (`workers.share_out`); the bytes are the same.
-            spent: called with what `compute` was called with, once a committed shard.
-            advance: called with the rows done, for progress.
-
-        Returns:
-            For each stage its columns over all rows, in the order of `ids`.
-        """
-        shards = plan_shards(ids, shard_rows)
-        folders = {name: self.stage_folder(name, key) for name, key in stages.items()}
-        for name, folder in folders.items():
-            if not (folder / "key.json").exists():
-                write_atomic(folder / "key.json", canonical(stages[name]).encode())
-
-        def have(number: int) -> dict[str, Arrays | None]:
-            id_hash = digest([str(i) for i in ids[shards[number]]])
-            return {name: self._shard(folder, number, id_hash) for name, folder in folders.items()}
-
-        def make(number: int, missing: list[str]) -> dict[str, Arrays]:
-            id_hash = digest([str(i) for i in ids[shards[number]]])
-            fresh = compute(shards[number], missing)
-            for name in missing:
-                write_shard(folders[name], number, id_hash, fresh[name])
-            return fresh
-
-        def made(number: int, missing: list[str]) -> None:
-            spent(shards[number], missing)
-            self.meter.note()
-            advance(len(shards[number]))
-
-        shared: set[int] = set()
-        if workers > 1:
-            found = {n: [name for name, arrays in have(n).items() if arrays is None] for n in range(len(shards))}
-            first, *others = [n for n, missing in found.items() if missing] or [-1]
-
-            def seen(number: int) -> None:
-                shared.add(number)
-                made(number, found[number])
-
-            def make_one(number: int) -> None:
-                make(number, found[number])
-
-            if others:
-                make_one(first)  # here: whatever `compute` prepares once, the workers inherit
-                seen(first)
-                share_out(
-                    others, make_one, workers, advance=seen,
-                    is_there=lambda number: all(have(number)[name] is not None for name in found[number]),
-                )  # fmt: skip
-        collected: dict[str, list[Arrays]] = {name: [] for name in stages}
-        for number in range(len(shards)):
-            ready = have(number)
-            missing = [name for name, arrays in ready.items() if arrays is None]
-            ready |= make(number, missing) if missing else {}
-            for name, arrays in ready.items():
-                assert arrays is not None
-                collected[name].append(arrays)
-            if missing:
-                made(number, missing)
-            elif number not in shared:
-                advance(len(shards[number]))
-        order = np.concatenate(shards) if shards else np.zeros(0, dtype=np.int64)
-        return {name: gather(parts, order) for name, parts in collected.items()}
-
-    def _shard(self, folder: Path, number: int, id_hash: str) -> Arrays | None:
-        """A shard of this folder, or one copied from a lender; None if there is none."""
-        own = read_shard(folder, number, id_hash)
-        for lender in self.lenders if own is None else []:
-            lent = read_shard(lender / folder.relative_to(self.path), number, id_hash)
-            if lent is not None:
-                write_shard(folder, number, id_hash, lent)
-                return lent
-        return own
+    # -- what is computed once ------------------------------------------------------------------------------------
 
     def once(self, name: str, key: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
         """Arrays that are no rows of the pool (target vectors), kept on disk as one shard of a stage of their own."""
-        folder, of = self.path / "work" / name / digest(key)[:16], digest(key)
-        found = self._shard(folder, 0, of)
-        if found is None:
-            write_atomic(folder / "key.json", canonical(key).encode())
-            found = compute()
-            write_shard(folder, 0, of, found)
+        folder, of = stage_folder(self.path, name, key), digest(key)
+        arrays = find_shard(self.path, folder, 0, of, self.lenders)
+        if arrays is None:
+            write_atomic(folder / layout.KEY, canonical(key).encode())
+            arrays = compute()
+            write_shard(folder, 0, of, arrays)
             self.meter.note()
-        return found
+        return arrays
 
-    def complete(self, name: str, key: Mapping[str, Any], ids: np.ndarray, shard_rows: int | None = None) -> bool:
-        """Whether every shard of a stage is there and whole."""
-        folder = self.stage_folder(name, key)
-        return folder.exists() and all(
-            read_shard(folder, number, digest([str(i) for i in ids[indices]])) is not None
-            for number, indices in enumerate(plan_shards(ids, shard_rows))
-        )
+    def shards(self, stages: Mapping[str, Mapping[str, Any]], ids: np.ndarray, shard_rows: int | None = None) -> Shards:
+        """The shards of some stages (name -> key) over rows with these ids; see `Shards`."""
+        return Shards(self.path, stages, ids, shard_rows, self.lenders)
 
     # -- steps that end in a folder (training) --------------------------------------------------------------------
 
@@ -389,23 +288,23 @@ class Run:
             if lent and lent["key"] == digest(key) and not misfits(lender / folder, lent["files"]):
                 for name in lent["files"]:
                     write_atomic(path / name, (lender / folder / name).read_bytes())
-                self.save_json(f"{folder}/done.json", lent)
+                self.save_json(layout.done(folder), lent)
                 return {**lent["facts"], "reused": True}
-        (path / "done.json").unlink(missing_ok=True)
+        (path / layout.DONE).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         facts = dict(work(path))
         files = {
             str(p.relative_to(path)): file_digest(p)
             for p in sorted(path.rglob("*"))
-            if p.is_file() and p.name != "done.json" and p.suffix in {".safetensors", ".json"}
+            if p.is_file() and p.name != layout.DONE and p.suffix in {".safetensors", ".json"}
         }
-        self.save_json(f"{folder}/done.json", {"key": digest(key), "facts": facts, "files": files, "inputs": dict(key)})
+        self.save_json(layout.done(folder), {"key": digest(key), "facts": facts, "files": files, "inputs": dict(key)})
         return {**facts, "reused": False}
 
     def done(self, folder: str) -> dict[str, Any] | None:
         """A step's record; None if it wasn't finished, or the record is damaged."""
         try:
-            record = self.load_json(f"{folder}/done.json")
+            record = self.load_json(layout.done(folder))
         except KeepsetError:
             return None
         if not isinstance(record, dict) or not {"key", "facts", "files"} <= record.keys():

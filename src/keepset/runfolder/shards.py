@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from keepset.runfolder import layout
 from keepset.runfolder.files import canonical, digest, write_atomic
 
 Arrays = dict[str, np.ndarray]
@@ -62,3 +66,83 @@ def gather(parts: list[Arrays], order: np.ndarray) -> Arrays:
         columns[name] = np.empty_like(stacked)
         columns[name][order] = stacked
     return columns
+
+
+class Shards:
+    """The shards of one stage or of several over the same rows, in a run folder: a committed shard is work done."""
+
+    def __init__(
+        self,
+        folder: Path,
+        stages: Mapping[str, Mapping[str, Any]],
+        ids: np.ndarray,
+        shard_rows: int | None = None,
+        lenders: Sequence[Path] = (),
+    ) -> None:
+        """Plan the shards; nothing is read or written.
+
+        Args:
+            folder: the run folder.
+            stages: name -> key. Everything that changes the numbers belongs into the key; another key is another stage.
+            ids: (n,) unique row ids.
+            shard_rows: see `plan_shards`.
+            lenders: other run folders whose shards of the same stage, key and rows are copied, not made again.
+        """
+        self.folder, self.stages, self.ids, self.lenders = folder, stages, ids, lenders
+        self.parts = plan_shards(ids, shard_rows)
+        self.read: list[dict[str, Arrays]] = [{} for _ in self.parts]
+
+    @cached_property
+    def id_hashes(self) -> list[str]:
+        """What each shard's record says of its rows."""
+        return [digest([str(i) for i in self.ids[part]]) for part in self.parts]
+
+    def place(self, stage: str) -> Path:
+        """Where a stage's shards lie."""
+        return stage_folder(self.folder, stage, self.stages[stage])
+
+    def missing(self, number: int) -> list[str]:
+        """The stages whose shard of this number isn't there, or isn't whole."""
+        for stage in self.stages:
+            if stage not in self.read[number]:
+                found = find_shard(self.folder, self.place(stage), number, self.id_hashes[number], self.lenders)
+                if found is not None:
+                    self.read[number][stage] = found
+        return [stage for stage in self.stages if stage not in self.read[number]]
+
+    def write(self, number: int, arrays: Mapping[str, Arrays]) -> None:
+        """Commit the shard of some stages."""
+        for stage, columns in arrays.items():
+            place = self.place(stage)
+            if not (place / layout.KEY).exists():
+                write_atomic(place / layout.KEY, canonical(self.stages[stage]).encode())
+            write_shard(place, number, self.id_hashes[number], columns)
+            self.read[number][stage] = columns
+
+    def gather(self) -> dict[str, Arrays]:
+        """Each stage's columns over all rows, in the order of the ids.
+
+        Raises:
+            KeyError: a shard is missing.
+        """
+        for number in range(len(self.parts)):
+            if lacking := self.missing(number):
+                raise KeyError(f"shard {number} of {', '.join(lacking)}")
+        order = np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.int64)
+        return {stage: gather([read[stage] for read in self.read], order) for stage in self.stages}
+
+
+def stage_folder(folder: Path, stage: str, key: Mapping[str, Any]) -> Path:
+    """Where the shards of a stage with this key lie in a run folder."""
+    return folder / layout.stage(stage, digest(key)[:16])
+
+
+def find_shard(folder: Path, place: Path, number: int, id_hash: str, lenders: Sequence[Path] = ()) -> Arrays | None:
+    """A shard of the run folder, or one copied from a lender; None if there is none."""
+    own = read_shard(place, number, id_hash)
+    for lender in lenders if own is None else []:
+        lent = read_shard(lender / place.relative_to(folder), number, id_hash)
+        if lent is not None:
+            write_shard(place, number, id_hash, lent)
+            return lent
+    return own

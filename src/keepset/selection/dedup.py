@@ -1,4 +1,4 @@
-"""Exact and near duplicates; of each set of copies the best-ranked row stays.
+"""Exact and near duplicates: of each set of copies the best-ranked row stays; near copies between two lists of texts.
 
 Near: Jaccard similarity of the sets of word 5-grams (of all the words, for a shorter text) at or above a threshold.
 MinHash (Broder 1997) with banding proposes pairs, the sets themselves decide: nothing below the threshold is dropped,
@@ -7,7 +7,6 @@ and a pair at the threshold is missed with a chance below 1 %.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -15,14 +14,8 @@ import numpy as np
 
 from keepset.data.words import Hashes, chunks, hash_tokens, mix, ngrams
 
-COPY = re.compile(r"^([0-9a-f]{32})-\d+$")  # the id of a row's second, third ... exact copy
 N_HASHES = 128
-
-
-def content_key(row_id: str) -> str:
-    """Return the id without the suffix that tells exact copies apart."""
-    match = COPY.match(row_id)
-    return match[1] if match else row_id
+SHINGLE = 5  # words
 
 
 def exact_keep(keys: Sequence[str], order: np.ndarray) -> np.ndarray:
@@ -35,16 +28,15 @@ def exact_keep(keys: Sequence[str], order: np.ndarray) -> np.ndarray:
     return keep
 
 
-def near_keep(texts: Sequence[str], order: np.ndarray, *, threshold: float = 0.8, n: int = 5) -> np.ndarray:
+def near_keep(texts: Sequence[str], order: np.ndarray, *, threshold: float = 0.8) -> np.ndarray:
     """Return (n,) bool: False for a row whose Jaccard similarity with an earlier kept row reaches the threshold.
 
     Args:
         texts: the rows' texts; a text without a word is never a duplicate.
         order: (n,) indices, best first.
         threshold: Jaccard similarity in (0, 1].
-        n: words a shingle.
     """
-    bands = band_keys(texts, threshold, n)
+    bands = band_keys(texts, threshold, SHINGLE)
     shared = np.zeros(len(texts), dtype=bool)
     for band in bands.T:
         _, place, count = np.unique(band, return_inverse=True, return_counts=True)
@@ -53,7 +45,7 @@ def near_keep(texts: Sequence[str], order: np.ndarray, *, threshold: float = 0.8
     rows = order[shared[order]]
     sets: dict[int, np.ndarray] = {}
     for part in np.array_split(rows, len(rows) // 4096 + 1):
-        hashed = shingles([texts[i] for i in part], n)
+        hashed = shingles([texts[i] for i in part], SHINGLE)
         for row, start, end in zip(part.tolist(), hashed.offsets[:-1], hashed.offsets[1:], strict=True):
             sets[row] = np.unique(hashed.values[start:end])
     keep = np.ones(len(texts), dtype=bool)
@@ -67,6 +59,40 @@ def near_keep(texts: Sequence[str], order: np.ndarray, *, threshold: float = 0.8
         for band, key in zip(kept, keys, strict=True):
             band[key].append(row)
     return keep
+
+
+def near_copies(texts: Sequence[str], threshold: float) -> int:
+    """Count rows that nearly repeat an earlier row (exact copies included)."""
+    return int((~near_keep(texts, np.arange(len(texts)), threshold=threshold)).sum())
+
+
+def near_pairs(texts: Sequence[str], others: Sequence[str], threshold: float) -> dict[int, int]:
+    """Find, for each text that has one, its first near copy among `others`.
+
+    Args:
+        texts: the rows.
+        others: what they are held against.
+        threshold: least Jaccard of word n-grams.
+
+    Returns:
+        index of the text -> index of the other.
+    """
+    keys = band_keys(texts, threshold, SHINGLE)
+    buckets: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(keys.shape[1])]
+    for j, row in enumerate(band_keys(others, threshold, SHINGLE).tolist()):
+        for bucket, key in zip(buckets, row, strict=True):
+            if key:
+                bucket[key].append(j)
+    pairs = {}
+    for i, row in enumerate(keys.tolist()):
+        candidates = sorted({j for bucket, key in zip(buckets, row, strict=True) for j in bucket.get(key, ())})
+        if candidates:
+            hashed = shingles([texts[i], *(others[j] for j in candidates)], SHINGLE)
+            own, *sets = (np.unique(part) for part in np.split(hashed.values, hashed.offsets[1:-1]))
+            near = [j for j, other in zip(candidates, sets, strict=True) if jaccard(own, other) >= threshold]
+            if near:
+                pairs[i] = near[0]
+    return pairs
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:

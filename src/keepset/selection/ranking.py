@@ -24,14 +24,6 @@ def rank_order(scores: np.ndarray, ids: Sequence[str] | np.ndarray) -> np.ndarra
     return np.lexsort((np.asarray(ids, dtype=np.str_), -scores))
 
 
-def percentile(scores: np.ndarray) -> np.ndarray:
-    """Return scores (n,) on [0, 1]: the share of the other rows below, ties counting half; no scale, no outliers."""
-    scores = np.asarray(scores, dtype=np.float64)
-    ordered = np.sort(scores)
-    below, up_to = np.searchsorted(ordered, scores, "left"), np.searchsorted(ordered, scores, "right")
-    return (below + up_to - 1) / (2.0 * max(1, len(scores) - 1))
-
-
 def soft_scores(scores: np.ndarray, ids: Sequence[str] | np.ndarray, *, temperature: float, seed: int) -> np.ndarray:
     """Return z / temperature + Gumbel noise (n,): its top k is a draw of k rows without replacement by softmax.
 

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keepset.data.ids import content_key
 from keepset.data.words import ngram_vectors
 from keepset.errors import RecipeError
+from keepset.methods.perplexity import percentile
 from keepset.recipe import SelectSpec
 from keepset.selection.budget import Ledger
-from keepset.selection.dedup import content_key, exact_keep, near_keep
+from keepset.selection.dedup import exact_keep, near_keep
 from keepset.selection.greedy import facility_location, mmr
-from keepset.selection.ranking import percentile, rank_order, soft_scores
+from keepset.selection.ranking import rank_order, soft_scores
 
 
 def select(
@@ -33,7 +35,7 @@ def select(
     Args:
         scores: (n,) larger = better, all finite.
         ids: (n,) content ids; they alone break ties.
-        budget: ("rows", k) or ("tokens", t), as `keepset.recipe.parse_budget` returns it. A token budget is never
+        budget: ("rows", k) or ("tokens", t), as `keepset.budget_text.parse_budget` returns it. A token budget is never
             exceeded: a row that doesn't fit is passed over, a later, shorter one may still fit.
         spec: policy, quota, duplicates; default: plain top-k.
         n_tokens: (n,) supervised tokens; needed for a token budget.

@@ -1,34 +1,40 @@
-"""The gradient stage: dots of the rows' gradients with targets, in one pass over the pool for a map and checkpoint."""
+"""Dots of the rows' gradients with the target's, at one checkpoint of the warm-up: what ROSE, LESS and others sum up.
+
+Stages with one map go through the pool together. The target's gradients, and what an influence function's inverse
+curvature makes of them, are stages of their own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from keepset.errors import RecipeError
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops
 from keepset.runfolder.files import digest
 from keepset.runfolder.shards import Arrays
-from keepset.stages.counts import gradient_passes, gradient_rows, pair_gradients, target_passes
-from keepset.stages.losses import VERSION, sweep_rows, warmup_checkpoints, weights_of
-from keepset.stages.stored import stored_influence
+from keepset.stages.rows import Rows
+from keepset.stages.stage import VERSION, Batch, Stage, Sweep, Work
+from keepset.stages.stored import sample_of, stored_influence
+from keepset.stages.trained import WarmupCheckpoint, weights_of
+from keepset.train.warmup import pick_subset
 
 if TYPE_CHECKING:
+    from keepset.features.targets import GradientTarget
     from keepset.model.encode import Encoded
     from keepset.stages.job import Job
-    from keepset.train.fit import Sides
-    from keepset.train.warmup import Checkpoint
 
 
 @dataclass(frozen=True)
 class Curvature:
     """The inverse that an influence function puts before the target's gradient, at the last checkpoint alone."""
 
-    solver: str  # fisher | datainf | ekfac | ekfac-matrix
-    labels: str  # sampled | data
+    solver: str  # fisher | cg | datainf | ekfac | ekfac-matrix
+    labels: Literal["sampled", "data"]
     damping: float
     rows: int
     seed: int
@@ -36,172 +42,322 @@ class Curvature:
 
 @dataclass(frozen=True)
 class InfluenceRequest:
-    """One target-gradient definition; requests with one map share the pass over the pool."""
+    """How a target's gradients are defined, and (`map`) what is done to the rows' before they are multiplied."""
 
-    loss: str  # sft | dpo | margin | mean_margin
-    map: str  # sgd | adam | adam-less | precondition | sign
-    reference: str  # base | checkpoint | none
-    beta: float
-    normalise: str  # pair | task
+    loss: str = "sft"  # sft | dpo | margin | mean_margin
+    map: str = "sgd"  # sgd | adam | adam-less | precondition | sign
+    reference: str = "none"  # base | checkpoint | none
+    beta: float = 0.1
+    normalise: str = "task"  # pair | task
     curvature: Curvature | None = None
 
     def key(self) -> dict[str, Any]:
-        """What it is, without what it doesn't have."""
+        """Its fields, `curvature` only where there is one."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-def curvature_rows(job: Job, wanted: Curvature) -> list[Encoded]:
-    """The rows that make up the curvature: drawn by content id."""
-    from keepset.train.warmup import pick_subset
-
-    if pair_gradients(job):
-        raise RecipeError("influence functions are formed of single rows, not of pairs; use rose, less or grad-cosine")
-    rows = [row for (row,) in gradient_rows(job)]
-    return [rows[i] for i in pick_subset(job.ids, 0.0, wanted.seed, min_rows=wanted.rows)]
+def target_passes(job: Job) -> float:
+    """Forward-equivalents of plain gradients: the backward part ends below the lowest layer that is looked at."""
+    depth, layers = job.recipe.gradients.last_layers, job.loaded.model.config.get_text_config().num_hidden_layers
+    return 2.0 if depth is None else 1.0 + min(1.0, depth / layers)
 
 
-def curvature_cost(job: Job, wanted: Curvature) -> tuple[int, float]:
-    """Tokens and operations of a solve; of conjugate gradients, which stop by themselves, 30 products are assumed."""
-    times = {"fisher": 1, "cg": 1 + 2 * 30}.get(wanted.solver, 2)
-    n_tokens, n_head = count_tokens(curvature_rows(job, wanted))
-    return n_tokens * times, flops(job.loaded.model, n_tokens, n_head, passes=target_passes(job) * times)
-
-
-def target_rows(job: Job, request: InfluenceRequest) -> list[Encoded]:
-    """The target's sides that a request looks at."""
-    pairs = job.target_pairs[0]
-    return [side for pair in pairs for side in (pair[:1] if request.loss == "sft" else pair) if side is not None]
-
-
-def target_cost(job: Job, request: InfluenceRequest) -> tuple[int, float]:
-    """Tokens and operations of a target's gradients at one checkpoint, a pass under the reference included."""
-    n_tokens, n_head = count_tokens(target_rows(job, request))
-    again = (request.loss, request.normalise, request.reference) == ("dpo", "task", "base")
-    work = flops(job.loaded.model, n_tokens, n_head, passes=target_passes(job) + again)
-    return n_tokens * (1 + again), work
-
-
-def influence(job: Job, wanted: InfluenceRequest, others: list[InfluenceRequest]) -> dict[str, np.ndarray]:
-    """Dots (c, n, j), norms (c, n), momentum share (c, n) and mean learning rates (c,) for `wanted`.
-
-    Requests in `others` with the same map are computed in the same pass over the pool and stay on disk for their turn.
-    """
-    checkpoints = warmup_checkpoints(job)
-    requests = list(dict.fromkeys([*(r for r in others if r.map == wanted.map), wanted]))  # in the recipe's order
-    if job.recipe.gradients.store:  # its rows are read for each target by itself
-        requests = [wanted]
-    last = checkpoints[-1]
-    checkpoints = [last] if wanted.curvature else checkpoints
-    found = [
-        checkpoint_influence(job, c, [r for r in requests if c is last or r.curvature is None])[wanted]
-        for c in checkpoints
-    ]
-    return {
-        **{name: np.stack([f[name] for f in found]) for name in found[0]},
-        "lr": np.array([c.mean_lr for c in checkpoints]),
-    }
+def gradient_passes(job: Job) -> float:
+    """Forward-equivalents of a gradient pass over the pool; a pair's weight in its loss takes policy and reference."""
+    return target_passes(job) + (2.0 if job.pair_gradients else 0.0)
 
 
 def gradient_key(job: Job) -> dict[str, Any]:
     """The recipe's `gradients` where they change the numbers, for the keys of gradient stages."""
     spec = job.recipe.gradients.model_dump(include={"last_layers", "max_completion_tokens"}, exclude_none=True)
     loss = job.recipe.train.loss, job.recipe.train.beta
-    return {**({"gradients": spec} if spec else {}), **({"row_loss": loss} if pair_gradients(job) else {})}
+    return {**({"gradients": spec} if spec else {}), **({"row_loss": loss} if job.pair_gradients else {})}
 
 
-def checkpoint_influence(
-    job: Job, checkpoint: Checkpoint, requests: list[InfluenceRequest]
-) -> dict[InfluenceRequest, Arrays]:
-    """All requests (of one map) at one checkpoint, in one pass over the pool."""
-    from keepset.features.adam import load_adam
-    from keepset.features.curvature import solve_target
-    from keepset.features.influence import influence as row_influence
-    from keepset.features.influence import pair_influence
-    from keepset.features.targets import GradientTarget, concatenate, target_vectors
-    from keepset.model.pair_losses import pair_beta
+def store_inputs(job: Job) -> Any:
+    """What a gradient store's estimates depend on; None without one."""
+    spec = job.recipe.gradients
+    if spec.store is None:
+        return None
+    from keepset.features.projection import dimension_for
 
-    names, codes = job.task_codes()
-    pairs, kept = job.target_pairs
+    return [spec.store_dim or dimension_for(spec.store_error), spec.store_dtype, spec.store_sample]
 
-    def stage_key(request: InfluenceRequest) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class TargetGradients(Stage):
+    """A gradient for each task of the target at one checkpoint, never mapped; after its inverse curvature, if any."""
+
+    request: InfluenceRequest
+    at: int = -1
+    shots: int | None = None
+
+    @property
+    def word(self) -> str:  # type: ignore[override]
+        """What a method that has it needs."""
+        return "gradients" if self.request.curvature is None else "curvature"
+
+    def needs(self, job: Job) -> tuple[Stage, ...]:
+        """The checkpoint, and the gradients that are multiplied by the inverse curvature."""
+        return (WarmupCheckpoint(self.at), *([] if self.request.curvature is None else [self._plain()]))
+
+    def _plain(self) -> TargetGradients:
+        return replace(self, request=replace(self.request, curvature=None))
+
+    def inputs(self, job: Job) -> Any:
+        """The base, the template, the target and its tasks; the rows that make up a curvature."""
+        aim = job.aim(self.shots)
+        data = job.data_key() if self.request.curvature else {k: v for k, v in job.data_key().items() if k != "pool"}
+        return {**data, "target": aim.target.fingerprint(), "tasks": aim.names, **gradient_key(job)}
+
+    def _key(self, job: Job) -> dict[str, Any]:
+        wanted = {k: v for k, v in self.request.key().items() if k != "map"}
+        weights = digest(weights_of(WarmupCheckpoint(self.at).value(job).path))
+        return {"version": VERSION, **self.inputs(job), "checkpoint": weights, "request": wanted}
+
+    def works(self, job: Job) -> tuple[Work, ...]:
+        """Forward and backward over the target's sides; or over the rows of the curvature."""
+        request, aim, ids = self.request, job.aim(self.shots), (self.id(job),)
+        checkpoint = WarmupCheckpoint(self.at).name(job)
+        if request.curvature is not None:
+            how = f"({request.curvature.solver}{aim.title})"
+            rows, (tokens, work) = curvature_rows(job, request.curvature), curvature_cost(job, request.curvature)
+            titles = (f"curvature at {checkpoint} {how}",) if checkpoint else ()
+            return (Work(f"curvature {how}", "backward", len(rows), tokens, work, ids, titles),)
+        how = f"{request.loss}, a {request.normalise}{aim.title}"
+        if (request.loss, request.normalise) == ("dpo", "task"):
+            how += f", beta {request.beta:g}, reference {request.reference}"
+        sides, (tokens, work) = self._sides(job), self._cost(job)
+        titles = (f"target gradients at {checkpoint} ({request.loss}{aim.title})",) if checkpoint else ()
+        stage = f"target gradients ({how})"
+        return (Work(stage, "backward", len(sides), tokens, work, ids, titles, counted=True),)
+
+    def _sides(self, job: Job) -> list[Encoded]:
+        """The target's sides that it looks at."""
+        pairs = job.aim(self.shots).pairs
+        return [s for pair in pairs for s in (pair[:1] if self.request.loss == "sft" else pair) if s is not None]
+
+    def _cost(self, job: Job) -> tuple[int, float]:
+        """Tokens and operations, a pass under the reference included."""
+        n_tokens, n_head = count_tokens(self._sides(job))
+        again = (self.request.loss, self.request.normalise, self.request.reference) == ("dpo", "task", "base")
+        return n_tokens * (1 + again), flops(job.loaded.model, n_tokens, n_head, passes=target_passes(job) + again)
+
+    def value(self, job: Job) -> Arrays:
+        """`GradientTarget.arrays`."""
+        checkpoint = WarmupCheckpoint(self.at).value(job)
+        make = self._solve if self.request.curvature else self._differentiate
+        return job.run.once(f"target-{checkpoint.path.name}", self._key(job), lambda: make(job).arrays())
+
+    def _differentiate(self, job: Job) -> GradientTarget:
+        from keepset.features.targets import target_vectors
+
+        request, aim, checkpoint = self.request, job.aim(self.shots), WarmupCheckpoint(self.at).value(job)
+        job.say(f"target gradients at {checkpoint.path.name}: {request.loss}, {len(aim.pairs)} rows")
+        (work,) = self.works(job)
+        with (
+            attached(job.loaded.model, checkpoint.path) as model,
+            job.run.timed(work.titles[0], rows=work.rows, ids=list(work.ids), tokens=work.tokens, flops=work.flops),
+        ):
+            return target_vectors(
+                model, aim.pairs, aim.pair_codes, n_tasks=len(aim.names), loss=request.loss, beta=request.beta,
+                reference=request.reference, normalise=request.normalise,
+                token_budget=job.recipe.batching.token_budget, last_layers=job.recipe.gradients.last_layers,
+            )  # fmt: skip
+
+    def _solve(self, job: Job) -> GradientTarget:
+        from keepset.features.curvature import solve_target
+
+        curvature, checkpoint = self.request.curvature, WarmupCheckpoint(self.at).value(job)
+        assert curvature is not None
+        target, rows = self._plain().value(job), curvature_rows(job, curvature)
+        job.say(f"curvature at {checkpoint.path.name}: {curvature.solver}, {len(rows)} rows")
+        (work,) = self.works(job)
+        with (
+            attached(job.loaded.model, checkpoint.path) as model,
+            job.run.timed(work.titles[0], rows=len(rows), ids=list(work.ids)) as spent,
+        ):
+            if curvature.solver != "cg":  # which stops by itself
+                spent.update(tokens=work.tokens, flops=work.flops)
+            return solve_target(
+                model, on_device(target, model), rows, solver=curvature.solver, labels=curvature.labels,
+                damping=curvature.damping, token_budget=job.recipe.batching.token_budget, seed=curvature.seed,
+                last_layers=job.recipe.gradients.last_layers,
+            )  # fmt: skip
+
+
+def on_device(arrays: Arrays, model: Any) -> GradientTarget:
+    """Stored target gradients where the model is."""
+    from keepset.features.targets import GradientTarget
+
+    return GradientTarget.from_arrays(arrays, model.device)
+
+
+def curvature_rows(job: Job, curvature: Curvature) -> list[Encoded]:
+    """The rows that make up the curvature: drawn by content id.
+
+    Raises:
+        RecipeError: gradients are of pairs.
+    """
+    if job.pair_gradients:
+        raise RecipeError("influence functions are formed of single rows, not of pairs; use rose, less or grad-cosine")
+    rows = job.rows_of("gradients").tokens
+    return [rows[i][0] for i in pick_subset(job.ids, 0.0, curvature.seed, min_rows=curvature.rows)]
+
+
+def curvature_cost(job: Job, curvature: Curvature) -> tuple[int, float]:
+    """Tokens and operations of a solve; of conjugate gradients, which stop by themselves, 30 products are assumed."""
+    times = {"fisher": 1, "cg": 1 + 2 * 30}.get(curvature.solver, 2)
+    n_tokens, n_head = count_tokens(curvature_rows(job, curvature))
+    return n_tokens * times, flops(job.loaded.model, n_tokens, n_head, passes=target_passes(job) * times)
+
+
+@dataclass(frozen=True)
+class Dots(Sweep):
+    """Dots (n, j) of the rows' mapped gradients with the target's, their `norms` (n,) and `momentum` shares (n,)."""
+
+    request: InfluenceRequest
+    at: int = -1
+    shots: int | None = None
+
+    word = "gradients"
+
+    @property
+    def target(self) -> TargetGradients:
+        """The gradients of the target, which no map changes."""
+        return TargetGradients(replace(self.request, map="sgd"), self.at, self.shots)
+
+    def needs(self, job: Job) -> tuple[Stage, ...]:
+        """The checkpoint and the target's gradients."""
+        return WarmupCheckpoint(self.at), self.target
+
+    def inputs(self, job: Job) -> Any:
+        """The base, the template, the rows, and what of them is differentiated; a store's size."""
+        return [job.data_key(), gradient_key(job), store_inputs(job)]
+
+    def rows(self, job: Job) -> Rows:
+        """The sides whose gradients are formed."""
+        return job.rows_of("gradients")
+
+    def name(self, job: Job) -> str:
+        """`influence-<hash of the request>-checkpoint-<steps>`."""
+        checkpoint = WarmupCheckpoint(self.at).value(job)
+        return f"influence-{digest(self.request.key())[:8]}-{checkpoint.path.name}"
+
+    def key(self, job: Job) -> dict[str, Any]:
+        """The base, the template, the rows, the checkpoint, the target and the request."""
+        aim, checkpoint = job.aim(self.shots), WarmupCheckpoint(self.at).value(job)
         return {
             "version": VERSION, **job.data_key(), "checkpoint": digest(weights_of(checkpoint.path)),
-            "target": job.target.fingerprint(), "tasks": names, "request": request.key(), **gradient_key(job),
+            "target": aim.target.fingerprint(), "tasks": aim.names, "request": self.request.key(),
+            **gradient_key(job),
         }  # fmt: skip
 
-    stages = {f"influence-{digest(r.key())[:8]}-{checkpoint.path.name}": stage_key(r) for r in requests}
-    by_name = dict(zip(stages, requests, strict=True))
-    vectors: dict[InfluenceRequest, GradientTarget] = {}
-    budget, last_layers = job.recipe.batching.token_budget, job.recipe.gradients.last_layers
-    rows, kind, trained = gradient_rows(job), requests[0].map, job.recipe.train
+    def together(self, job: Job) -> Any:
+        """One map, checkpoint and target: one pass. A store's rows are read for each target by itself."""
+        return self if job.recipe.gradients.store else (self.request.map, self.at, self.shots)
 
-    def target_of(request: InfluenceRequest) -> GradientTarget:
-        if request not in vectors:
-            wanted = {k: v for k, v in request.key().items() if k != "map"}  # targets are never mapped
-            drop = () if request.curvature else ("pool",)
-            key = {k: v for k, v in stage_key(request).items() if k not in drop} | {"request": wanted}
-            form = solved if request.curvature else plain
-            found = job.run.once(f"target-{checkpoint.path.name}", key, lambda: form(request).arrays())
-            vectors[request] = GradientTarget.from_arrays(found, model.device)
-        return vectors[request]
+    def works(self, job: Job) -> tuple[Work, ...]:
+        """The pass over the pool, whoever else takes part; with a store also the sample that it is held against."""
+        store, aim = job.recipe.gradients.store, job.aim(self.shots)
+        checkpoint, map_ = WarmupCheckpoint(self.at).name(job), self.request.map
+        sides = [side for row in self.rows(job).tokens for side in row]
+        own = "" if store else aim.title  # rows that are in a store are there for every target
+        aims = {m.shots for m in job.recipe.methods} if store else {self.shots}
+        aims = aims if checkpoint else set()
+        titles = tuple(f"gradients at {checkpoint} ({map_}{job.aim(shots).title})" for shots in aims)
+        ids = ([digest(["pass", map_, own, WarmupCheckpoint(self.at).id(job), self.inputs(job)])[:16]], [self.id(job)])
+        works = [backward(job, f"gradients ({map_}{own})", sides, ids=ids[0], titles=titles, need="gradients")]
+        if store:
+            rows = self.rows(job).tokens
+            sample = [rows[i][0] for i in sample_of(len(rows), job.recipe.gradients.store_sample)]
+            stage = f"sample of the store ({self.request.loss}, {map_}{aim.title})"
+            title = f"sample of gradients at {checkpoint} ({map_}{aim.title})"
+            works.append(backward(job, stage, sample, ids=ids[1], titles=(title,) if checkpoint else ()))
+        return tuple(works)
 
-    def plain(request: InfluenceRequest) -> GradientTarget:
-        job.say(f"target gradients at {checkpoint.path.name}: {request.loss}, {len(pairs)} rows")
-        what = f"target gradients at {checkpoint.path.name} ({request.loss}{job.aim})"
-        with job.run.timed(what, rows=len(target_rows(job, request))) as spent:
-            spent["tokens"], spent["flops"] = target_cost(job, request)
-            return target_vectors(
-                model, pairs, codes[kept], n_tasks=len(names), loss=request.loss, beta=request.beta,
-                reference=request.reference, normalise=request.normalise, token_budget=budget, last_layers=last_layers,
-            )  # fmt: skip
+    @classmethod
+    def title(cls, job: Job, stages: Sequence[Dots]) -> str:
+        """`gradients at checkpoint-<steps> (<map>)`."""
+        first = stages[0]
+        checkpoint = WarmupCheckpoint(first.at).value(job)
+        return f"gradients at {checkpoint.path.name} ({first.request.map}{job.aim(first.shots).title})"
 
-    def solved(request: InfluenceRequest) -> GradientTarget:
-        curved = request.curvature
-        assert curved is not None
-        target, some = target_of(replace(request, curvature=None)), curvature_rows(job, curved)
-        job.say(f"curvature at {checkpoint.path.name}: {curved.solver}, {len(some)} rows")
-        with job.run.timed(f"curvature at {checkpoint.path.name} ({curved.solver}{job.aim})", rows=len(some)) as spent:
-            if curved.solver != "cg":  # which stops by itself
-                spent["tokens"], spent["flops"] = curvature_cost(job, curved)
-            return solve_target(
-                model, target, some, solver=curved.solver, labels=curved.labels,  # type: ignore[arg-type]
-                damping=curved.damping, token_budget=budget, seed=curved.seed, last_layers=last_layers,
-            )  # fmt: skip
+    @classmethod
+    def spent(cls, job: Job, rows: list[tuple[Encoded, ...]], stages: Sequence[Dots]) -> tuple[int, float]:
+        """Forward and backward, once for all."""
+        n_tokens, n_head = count_tokens([side for row in rows for side in row])
+        return n_tokens, flops(job.loaded.model, n_tokens, n_head, passes=gradient_passes(job))
 
-    def batch(some: list[Sides], missing: list[str]) -> dict[str, Arrays]:
-        stacked = concatenate([target_of(by_name[name]) for name in missing])
-        if pair_gradients(job):
-            found = pair_influence(
-                model, some, stacked, loss=trained.loss, beta=pair_beta(trained.loss, trained.beta), adam=adam,
-                map=kind, token_budget=budget, last_layers=last_layers,
-            )  # fmt: skip
-        else:
-            found = row_influence(
-                model, [row for (row,) in some], stacked, adam=adam, map=kind, token_budget=budget,
-                last_layers=last_layers,
-            )  # fmt: skip
-        parts = np.split(found.dots, len(missing), axis=1)
-        return {
-            name: {"dots": part, "norms": found.norms, "momentum": found.momentum}
-            for name, part in zip(missing, parts, strict=True)
-        }
+    @classmethod
+    def compute(cls, job: Job, stages: Sequence[Dots]) -> dict[Sweep, Arrays]:
+        """From shards, or estimated from a store.
 
-    adam = load_adam(checkpoint.path)
-    with attached(job.loaded.model, checkpoint.path) as model:
-        what = f"gradients at {checkpoint.path.name} ({kind}{job.aim})"
-        if job.recipe.gradients.store and pair_gradients(job):
+        Raises:
+            RecipeError: a store, and gradients are of pairs.
+        """
+        if not job.recipe.gradients.store:
+            return super().compute(job, stages)
+        if job.pair_gradients:
             raise RecipeError("gradients.store: holds gradients of single rows, not of pairs; leave it out")
-        if job.recipe.gradients.store:
-            adapter = digest(weights_of(checkpoint.path))
-            return {
-                request: stored_influence(
-                    job, model, what, [row for (row,) in rows], target_of(request), adam, kind, adapter
-                )
-                for request in requests
-            }
-        shard_rows = job.recipe.batching.shard_rows
-        for name, key in stages.items():  # before the sweep, so that their time isn't counted in it as well
-            if not job.run.complete(name, key, job.ids, shard_rows):
-                target_of(by_name[name])
-        out = sweep_rows(job, stages, what, batch, rows=rows, passes=gradient_passes(job))
-    return {by_name[name]: arrays for name, arrays in out.items()}
+        return {stage: job.once_a_recipe((stage, "stored"), partial(stage._stored, job)) for stage in stages}
+
+    def _stored(self, job: Job) -> Arrays:
+        from keepset.features.adam import load_adam
+
+        checkpoint, target = WarmupCheckpoint(self.at).value(job), self.target.value(job)
+        works = self.works(job)
+        rows = [row for (row,) in self.rows(job).tokens]
+        with attached(job.loaded.model, checkpoint.path) as model:
+            return stored_influence(
+                job, model, self.title(job, [self]), rows, on_device(target, model), load_adam(checkpoint.path),
+                self.request.map, digest(weights_of(checkpoint.path)), (list(works[0].ids), list(works[1].ids)),
+                gradient_passes(job),
+            )  # fmt: skip
+
+    @classmethod
+    @contextmanager
+    def opened(cls, job: Job, stages: Sequence[Dots]) -> Iterator[Batch]:
+        """The base with the checkpoint's adapter, Adam's moments, and the targets' gradients."""
+        from keepset.features.adam import load_adam
+        from keepset.features.influence import influence, pair_influence
+        from keepset.features.targets import concatenate
+        from keepset.model.pair_losses import pair_beta
+
+        checkpoint, kind = WarmupCheckpoint(stages[0].at).value(job), stages[0].request.map
+        arrays = {stage: stage.target.value(job) for stage in stages}
+        adam, trained, pairs = load_adam(checkpoint.path), job.recipe.train, job.pair_gradients
+        budget, last_layers = job.recipe.batching.token_budget, job.recipe.gradients.last_layers
+        with attached(job.loaded.model, checkpoint.path) as model:
+            targets = {stage: on_device(target, model) for stage, target in arrays.items()}
+
+            def batch(rows: list[Any], missing: list[Any]) -> dict[Sweep, Arrays]:
+                stacked = concatenate([targets[stage] for stage in missing])
+                if pairs:
+                    rowwise = pair_influence(
+                        model, rows, stacked, loss=trained.loss, beta=pair_beta(trained.loss, trained.beta), adam=adam,
+                        map=kind, token_budget=budget, last_layers=last_layers,
+                    )  # fmt: skip
+                else:
+                    rowwise = influence(
+                        model, [row for (row,) in rows], stacked, adam=adam, map=kind, token_budget=budget,
+                        last_layers=last_layers,
+                    )  # fmt: skip
+                dots, ends, columns = rowwise.dots, 0, {}
+                for stage in missing:
+                    start, ends = ends, ends + targets[stage].n_targets
+                    columns[stage] = {
+                        "dots": dots[:, start:ends], "norms": rowwise.norms, "momentum": rowwise.momentum
+                    }  # fmt: skip
+                return columns
+
+            yield batch
+
+
+def backward(
+    job: Job, stage: str, rows: Sequence[Encoded], *, ids: list[str], titles: tuple[str, ...], need: str = ""
+) -> Work:
+    """A pass forward and backward through frozen weights over `rows`."""
+    n_tokens, n_head = count_tokens(list(rows))
+    work = flops(job.loaded.model, n_tokens, n_head, passes=gradient_passes(job))
+    return Work(stage, "backward", len(rows), n_tokens, work, tuple(ids), titles, counted=True, need=need)

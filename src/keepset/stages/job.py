@@ -1,13 +1,12 @@
-"""What the steps of one run share: the recipe, the run folder, and pool, tokens and model, each loaded once."""
+"""What the stages of a run share: the recipe, the run folder, and pool, target, tokens and model, each loaded once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -17,10 +16,14 @@ from keepset.data.pool import Message
 from keepset.data.turns import is_learnt
 from keepset.data.words import count_words
 from keepset.errors import DataError, RecipeError
+from keepset.memory import free_memory
 from keepset.progress import track
 from keepset.recipe import ModelSpec, Recipe
-from keepset.runfolder.files import canonical, free_memory, write_atomic
+from keepset.runfolder import layout
+from keepset.runfolder.files import canonical, digest, write_atomic
 from keepset.runfolder.run import Run
+from keepset.stages.encoded import Aim, encode_pool
+from keepset.stages.rows import Rows
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded, Encoder
@@ -29,11 +32,20 @@ if TYPE_CHECKING:
     Pair = tuple[Encoded, Encoded | None]
 
 
+T = TypeVar("T")
+
+
 class Job:
     """One recipe at work in one run folder."""
 
     def __init__(
-        self, recipe: Recipe, *, console: Console | None = None, force: bool = False, text_only: bool = False
+        self,
+        recipe: Recipe,
+        *,
+        console: Console | None = None,
+        force: bool = False,
+        text_only: bool = False,
+        worker: bool = False,
     ) -> None:
         """Adopt the recipe in its run folder (see `Run.adopt` for what is refused).
 
@@ -42,14 +54,18 @@ class Job:
             console: where progress goes; default: standard error.
             force: go on in a folder made by another recipe.
             text_only: never load a tokenizer; lengths are counted in words.
+            worker: take part in the work of the process that adopted the recipe.
         """
         self.recipe = recipe
-        self.shots: int | None = None
-        self.held: dict[str, Loaded] = {}  # one for this job and its copies (`with_shots`)
+        self.held: dict[str, Loaded] = {}
+        self._aims: dict[int | None, Aim] = {}
+        self._rows: dict[str, Rows] = {}
+        self._made: dict[Any, Any] = {}
         self.text_only = text_only
         self.console = console or Console(stderr=True)
         self.run = Run(recipe.run_dir)
-        self.run.adopt(recipe, force=force)
+        if not worker:
+            self.run.adopt(recipe, force=force)
 
     def say(self, text: str) -> None:
         """Print a line for the person at the terminal."""
@@ -82,24 +98,12 @@ class Job:
             raise DataError(f"{self.recipe.target[0].path}: no usable target row")
         return target
 
-    @property
-    def aim(self) -> str:
-        """How stages that aim at fewer shots than the recipe's target are told apart in `costs.jsonl`."""
-        return "" if self.shots is None else f", {self.shots} shots"
-
-    def task_codes(self) -> tuple[list[str], np.ndarray]:
-        """The target's task names (sorted) and each row's task as an index (m,)."""
-        names, codes = np.unique(np.asarray(self.target.tasks, dtype=str), return_inverse=True)
-        return [str(n) for n in names], codes
-
-    def with_shots(self, shots: int) -> Job:
-        """This job, aiming at the first `shots` rows a task of the target: the draw of `shots` in a recipe's target."""
-        _ = self.ids  # what both look at is computed once
-        other = copy(self)
-        other.__dict__.pop("target_pairs", None)
-        other.__dict__["target"] = self.target.shots(shots, self.recipe.seed)
-        other.shots = shots
-        return other
+    def aim(self, shots: int | None = None) -> Aim:
+        """The target, or the draw that `shots` in a recipe's target makes of it."""
+        if shots not in self._aims:
+            target = self.target if shots is None else self.target.shots(shots, self.recipe.seed)
+            self._aims[shots] = Aim(target, self, shots)
+        return self._aims[shots]
 
     # -- model and tokens ---------------------------------------------------------------------------------------
 
@@ -187,11 +191,6 @@ class Job:
         """Indices (n,) of the pool's usable rows and their tokens (of a pair: the chosen side's)."""
         return self.sides[0], [row[0] for row in self.sides[1]]
 
-    @cached_property
-    def rejected(self) -> list[Encoded] | None:
-        """The usable rows' rejected sides; None if the pool isn't of pairs."""
-        return [row[1] for row in self.sides[1]] if self.pool.has_pairs else None
-
     def refusal(self, index: int, reason: str, detail: str) -> dict[str, Any]:
         """A quarantine entry for row `index` of the pool."""
         row = self.pool.table.slice(index, 1).to_pylist()[0]
@@ -205,7 +204,7 @@ class Job:
         """
         entries = [asdict(q) for q in self.pool.quarantine] + ([] if self.text_only else self.encoded[1])
         write_atomic(
-            self.run.path / "quarantine.jsonl", "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
+            self.run.path / layout.QUARANTINE, "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
         )
 
     @property
@@ -217,6 +216,11 @@ class Job:
     def ids(self) -> np.ndarray:
         """(n,) ids of the usable rows."""
         return self.pool.ids[self.usable]
+
+    @cached_property
+    def ids_digest(self) -> str:
+        """Hash of the usable rows' ids in their order."""
+        return digest([str(i) for i in self.ids])
 
     @property
     def rows(self) -> list[Encoded]:
@@ -246,18 +250,52 @@ class Job:
         texts = ["\n".join(m["content"] for m in row) for row in self.pool.all_messages()]
         return [texts[i] for i in self.usable]
 
-    def target_texts(self, *, with_chosen: bool) -> list[str]:
-        """The target's prompts as plain text, with or without the chosen answer."""
-        pairs = (self.target.pair(i) for i in range(len(self.target)))
-        return [
-            "\n".join(m["content"] for m in ([*prompt, *chosen] if with_chosen else prompt))
-            for prompt, chosen, _ in pairs
-        ]
-
-    @cached_property
+    @property
     def target_pairs(self) -> tuple[list[Pair], np.ndarray]:
         """The target's usable rows as tokens, and their indices in the target."""
-        return encode_pairs(self.target, self.encoder, self.say)
+        return self.aim().pairs, self.aim().kept
+
+    def once_a_recipe(self, what: Hashable, make: Callable[[], T]) -> T:
+        """Remember what `make` returns for as long as the recipe stays the same."""
+        key = what, self.recipe.model_dump_json()
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    # -- what stages look at --------------------------------------------------------------------------------------
+
+    @property
+    def pair_gradients(self) -> bool:
+        """Whether a row's gradient is that of a preference loss: a pool of pairs, chosen from for such a training."""
+        return self.pool.has_pairs and self.recipe.train.loss != "sft"
+
+    def rows_of(self, what: str) -> Rows:
+        """The usable rows as a stage looks at them.
+
+        Args:
+            what: `chosen` (of rows that are no pairs: the row), `rejected`, `content` (chosen without the ends of
+                turns), `alone` (the chosen answer after a single BOS or EOS token), `gradients` (the sides whose
+                gradients are formed, cut after `gradients.max_completion_tokens`), `texts`.
+        """
+        if what not in self._rows:
+            self._rows[what] = self._look(what)
+        return self._rows[what]
+
+    def _look(self, what: str) -> Rows:
+        data = self.pool.fingerprint()
+        if what == "texts":
+            return Rows(self.ids, self.texts(), data)
+        if what == "gradients":
+            sides = self.sides[1] if self.pair_gradients else [row[:1] for row in self.sides[1]]
+            return Rows(self.ids, sides, data).first_supervised(self.recipe.gradients.max_completion_tokens)
+        chosen = Rows(self.ids, self.rows, data)
+        if what == "content":
+            return chosen.content_only()
+        if what == "alone":
+            tokenizer = self.encoder.tokenizer
+            return chosen.alone(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+        return Rows(self.ids, [row[1] for row in self.sides[1]], data) if what == "rejected" else chosen
 
     def data_key(self) -> dict[str, Any]:
         """What every feature's key holds: model, template and data."""
@@ -266,51 +304,3 @@ class Job:
     def tracked(self, what: str, total: int, unit: str = "rows") -> Any:
         """A progress bar on this job's console."""
         return track(self.console, what, total, unit)
-
-
-def encode_pool(pool: Pool, encoder: Encoder) -> tuple[list[tuple[Encoded, ...] | None], list[tuple[int, str, str]]]:
-    """Encode every row's sides; None, and (index, reason, detail), where one is refused."""
-    from keepset.model.encode import RowRefused, encode_all
-
-    if not pool.has_pairs:
-        rows, refused = encode_all(encoder, pool.all_messages())
-        return [None if row is None else (row,) for row in rows], refused
-    sides: list[tuple[Encoded, ...] | None] = []
-    refused = []
-    for i, (prompt, chosen, rejected) in enumerate(pool.all_pairs()):
-        try:
-            sides.append((encoder.encode_pair(prompt, chosen), encoder.encode_pair(prompt, rejected)))
-        except RowRefused as problem:
-            sides.append(None)
-            refused.append((i, problem.reason, problem.detail))
-    return sides, refused
-
-
-def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -> tuple[list[Pair], np.ndarray]:
-    """Encode prompt + chosen and prompt + rejected of every row; a row with a refused side is said and left out.
-
-    Returns:
-        `(chosen, rejected or None)` of each usable row, and the usable rows' indices (m,).
-
-    Raises:
-        DataError: none is left.
-    """
-    from keepset.model.encode import RowRefused, what_is_lost
-
-    pairs: list[Pair] = []
-    kept = []
-    for i in range(len(target)):
-        prompt, chosen, rejected = target.pair(i)
-        try:
-            pairs.append(
-                (encoder.encode_pair(prompt, chosen), encoder.encode_pair(prompt, rejected) if rejected else None)
-            )
-            kept.append(i)
-        except RowRefused as refused:
-            place = target.table.slice(i, 1).select(["file", "line"]).to_pylist()[0]
-            say(f"quarantined {place['file']}:{place['line']}: {refused.reason}: {refused.detail}")
-    if not pairs:
-        raise DataError("no usable row in the target; raise model.max_length or set model.overlong: truncate")
-    for line in what_is_lost(side for pair in pairs for side in pair if side is not None):
-        say(f"target: {line}")
-    return pairs, np.array(kept)

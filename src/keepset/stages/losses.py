@@ -1,175 +1,198 @@
-"""The resumable model stages of a run: rows become arrays, shard by shard, and what it cost is remembered."""
+"""Summed losses of rows under the base, the reference, a fold's reference, or a checkpoint of the warm-up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from keepset.data.ids import fold_of
 from keepset.errors import RecipeError
-from keepset.methods.cross_fit import fold_of
 from keepset.model.adapters import attached
-from keepset.model.encode import content_only
-from keepset.model.flops import count_tokens, flops, trained_sides
-from keepset.model.weights import config_digests, fingerprint, weight_files
-from keepset.recipe import TrainSpec
-from keepset.runfolder.files import digest, file_digest
+from keepset.model.flops import count_tokens, flops
+from keepset.runfolder.files import digest
 from keepset.runfolder.shards import Arrays
-from keepset.stages.counts import answer_alone
-from keepset.stages.kept_tokens import keep_tokens
+from keepset.stages.rows import Rows
+from keepset.stages.stage import VERSION, Batch, Stage, Sweep, Work, fetch
+from keepset.stages.trained import Reference, WarmupCheckpoint, weights_of
 
 if TYPE_CHECKING:
     from keepset.features.losses import TokenLoss
-    from keepset.features.representations import Pooling
     from keepset.model.encode import Encoded
     from keepset.stages.job import Job
-    from keepset.train.fit import Sides
-    from keepset.train.warmup import Checkpoint
 
-VERSION = 1  # of the numbers: raise it when a change of code changes them
+Model = Literal["base", "reference", "fold", "checkpoint"]
+Of = Literal["chosen", "rejected", "content", "alone"]
+SUFFIX = {"chosen": "", "rejected": "-rejected", "content": "-content", "alone": ""}
+PRICED = {
+    "content": "losses without ends of turns", "rejected": "losses of the rejected sides",
+    "alone": "losses of answers alone",
+}  # fmt: skip
+"""What `plan` calls losses of other rows than the chosen sides, under base and reference together."""
 
 
-def sweep_rows(
-    job: Job,
-    stages: dict[str, dict[str, Any]],
-    what: str,
-    batch: Callable[[list[Any], list[str]], dict[str, Arrays]],
-    *,
-    rows: Sequence[Encoded | Sides] | None = None,
-    passes: float = 1,
-    each: bool = False,
-    head: bool = True,
-) -> dict[str, Arrays]:
-    """Compute what is missing of some stages, shard by shard, on the job's progress bar and in its costs.
+@dataclass(frozen=True)
+class Losses(Sweep):
+    """Summed loss of each row in nats (`nll`, (n,) float64) under one model, and its supervised tokens (`n_tokens`).
 
-    Args:
-        job: the job; its ids name the rows.
-        stages: stage name -> everything it depends on.
-        what: the name in `costs.jsonl` and on screen.
-        batch: gets a shard's rows and the names of its missing stages; returns each one's arrays.
-        rows: the tokens of the job's rows, or of their sides; default: `job.rows`.
-        passes: forward-equivalents that a shard costs (see `cost.flops`).
-        each: whether every missing stage costs them, rather than all together.
-        head: whether the output head runs.
-
-    Returns:
-        Stage name -> arrays of all rows.
+    Attributes:
+        model: which.
+        token_loss: what is summed (see `features.losses`).
+        of: which tokens of the pool's rows (see `Job.rows_of`).
+        at: the fold, from 0; or the checkpoint, from the last (-1).
+        outside: rows that are not in the pool.
     """
-    rows = job.rows if rows is None else rows
 
-    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
-        return batch([rows[i] for i in indices], missing)
+    model: Model = "base"
+    token_loss: TokenLoss = "ce"
+    of: Of = "chosen"
+    at: int = 0
+    outside: Rows | None = None
 
-    def count(indices: np.ndarray, missing: list[str]) -> None:
-        some = [rows[i] for i in indices]
-        n_tokens, n_head = count_tokens([side for row in some for side in (row if isinstance(row, tuple) else (row,))])
-        times = len(missing) if each else 1
-        spent["rows"] += len(indices)
-        spent["tokens"] += n_tokens * times
-        spent["flops"] += flops(job.loaded.model, n_tokens, n_head if head else 0, passes=passes * times)
+    @property
+    def word(self) -> str:  # type: ignore[override]
+        """What a method that has it needs."""
+        if self.token_loss == "error-norm":
+            return "error-norms"
+        return {"checkpoint": "checkpoint-losses"}.get(self.model, "answers" if self.of == "alone" else "losses")
 
-    with job.run.timed(what) as spent, job.tracked(what, len(rows)) as advance:
-        spent.update(tokens=0, flops=0.0, rows=0)
-        out = job.run.sweep(
-            stages, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, workers=workers_for(job), spent=count,
-            advance=advance,
-        )  # fmt: skip
-        spent["skip"] = spent["tokens"] == 0
-    return out
+    @property
+    def _label(self) -> str:
+        """How it is called inside folder names and titles; of a checkpoint only where that is there."""
+        suffix = SUFFIX[self.of]
+        if self.outside is not None:
+            return f"heldout-{self.model}"
+        return f"fold{self.at}" if self.model == "fold" else f"{self.model}{suffix}"
 
+    def _trained(self) -> Reference | WarmupCheckpoint | None:
+        if self.model == "base":
+            return None
+        if self.model == "checkpoint":
+            return WarmupCheckpoint(self.at)
+        return Reference(self.at if self.model == "fold" else -1)
 
-def workers_for(job: Job) -> int:
-    """Processes that score: the recipe's `batching.workers`.
+    def needs(self, job: Job) -> tuple[Stage, ...]:
+        """The model, where it is trained."""
+        trained = self._trained()
+        return () if trained is None else (trained,)
 
-    Raises:
-        RecipeError: several, and the model is on a GPU, which forks can't share.
-    """
-    workers = job.recipe.batching.workers
-    if workers > 1 and job.loaded.model.device.type != "cpu":
-        raise RecipeError(f"batching.workers: {workers} processes score on the CPU only; leave it at 1 on a GPU")
-    return workers
+    def inputs(self, job: Job) -> Any:
+        """The base, the template and the rows."""
+        return self._data(job)
 
+    def _data(self, job: Job) -> dict[str, Any]:
+        return job.data_key() if self.outside is None else {**job.data_key(), "pool": self.outside.data}
 
-# -- losses -----------------------------------------------------------------------------------------------------
+    def rows(self, job: Job) -> Rows:
+        """The rows; of a fold those that its reference was not trained on."""
+        if self.outside is not None:
+            return self.outside
+        rows = job.rows_of(self.of)
+        if self.model != "fold":
+            return rows
+        return rows.part(np.flatnonzero(fold_of(job.ids, job.recipe.reference.folds) == self.at))
 
+    def name(self, job: Job) -> str:
+        """`losses-<model>`."""
+        if self.of == "alone":
+            return "losses-alone"
+        label = WarmupCheckpoint(self.at).value(job).path.name if self.model == "checkpoint" else self._label
+        return f"losses-{label}"
 
-def base_losses(job: Job, *, token_loss: TokenLoss = "ce") -> Arrays:
-    """Summed NLL in nats (`nll`, (n,) float64) and supervised tokens (`n_tokens`, (n,)) under the base."""
-    return loss_sweep(job, {"losses-base": base_key(job, token_loss)}, None, token_loss)["losses-base"]
+    def key(self, job: Job) -> dict[str, Any]:
+        """Base, template, rows and loss; the weights of a trained model."""
+        if self.of == "alone":
+            return {"version": VERSION, **self._data(job)}
+        key = {"version": VERSION, **self._data(job), "token_loss": self.token_loss}
+        if self.model == "checkpoint":
+            return {**key, "checkpoint": digest(weights_of(WarmupCheckpoint(self.at).value(job).path))}
+        if self.model == "base":
+            return key
+        trained = Reference(self.at if self.model == "fold" else -1).value(job)
+        return {**key, "reference": trained.fingerprint, **({"fold": self.at} if self.model == "fold" else {})}
 
+    def together(self, job: Job) -> Any:
+        """Base and reference go through in one pass where the reference is an adapter."""
+        pair = self.model in ("base", "reference") and self.of != "alone"
+        whole = self.model == "reference" and Reference().value(job).full
+        return (self.token_loss, self.of, self.outside) if pair and not whole else self
 
-def base_key(job: Job, token_loss: TokenLoss) -> dict[str, Any]:
-    """Everything a base loss depends on, and whether its tokens are kept."""
-    kept = {"tokens": True} if job.recipe.batching.keep_token_losses else {}
-    return {"version": VERSION, **job.data_key(), "token_loss": token_loss, **kept}
+    def works(self, job: Job) -> tuple[Work, ...]:
+        """One forward pass."""
+        rows, loss = self.rows(job), of_loss(self.token_loss)
+        stage = "losses under the base" if self.model == "base" else "losses under the reference"
+        stage = {"checkpoint": "losses at the checkpoints"}.get(self.model, PRICED.get(self.of, stage))
+        if self.token_loss == "error-norm":
+            stage = "error norms under the base"
+        if self.outside is not None:
+            stage = "reference on held-out rows"
+        label = WarmupCheckpoint(self.at).name(job) if self.model == "checkpoint" else self._label
+        both = f"{label.replace('reference', 'base')} and {label.replace('base', 'reference')}"
+        labels = [label, both] if self.model in ("base", "reference") else [label]
+        titles = tuple(self._titled(names, loss) for names in labels if label)
+        part = f"fold{self.at}" if self.model == "fold" else ""
+        work = forward(job, f"{stage}{loss}", rows.tokens, id_=self.id(job), titles=titles, part=part)
+        return (work,)
 
+    def _titled(self, names: str, loss: str) -> str:
+        if self.of == "alone":
+            return "losses (answers alone)"
+        return f"{'error norms' if self.token_loss == 'error-norm' else 'losses'} ({names}{loss})"
 
-def reference_losses(job: Job, *, token_loss: TokenLoss = "ce", end_of_turn: bool = True) -> tuple[Arrays, Arrays]:
-    """Losses under the base and under the reference model, in one sweep where the reference is an adapter.
+    @classmethod
+    def title(cls, job: Job, stages: Sequence[Losses]) -> str:
+        """`losses (base and reference)`."""
+        first = stages[0]
+        names = " and ".join(stage.name(job).removeprefix("losses-") for stage in stages)
+        return first._titled(names, of_loss(first.token_loss))
 
-    With `reference.folds` each row is scored by the reference that was not trained on it. Without `end_of_turn` the
-    tokens that end a turn are left out of both.
+    @classmethod
+    def spent(cls, job: Job, rows: list[Encoded], stages: Sequence[Losses]) -> tuple[int, float]:
+        """A forward pass for each model."""
+        n_tokens, n_head = count_tokens(rows)
+        return n_tokens * len(stages), flops(job.loaded.model, n_tokens, n_head, passes=len(stages))
 
-    Raises:
-        RecipeError: no `end_of_turn`, and the reference is cross-fitted.
-    """
-    if not end_of_turn:
-        if job.recipe.reference.folds >= 2:
-            raise RecipeError("reference.folds: cross-fitted losses count the end of turn; drop `end_of_turn: false`")
-        return under_both(job, SubJob(job, np.arange(len(job.ids)), end_of_turn=False), token_loss, "-content")
-    if job.recipe.reference.folds >= 2:
-        return base_losses(job, token_loss=token_loss), crossfit_losses(job, token_loss)
-    return under_both(job, job, token_loss, "")
+    @classmethod
+    @contextmanager
+    def opened(cls, job: Job, stages: Sequence[Losses]) -> Iterator[Batch]:
+        """The base, with the adapter where there is one; or a fully fine-tuned reference in the base's place."""
+        from keepset.features.losses import row_losses
 
+        trained = next((stage for stage in stages if stage.model != "base"), None)
+        path, full = (None, False) if trained is None else trained._weights(job)
+        budget = job.recipe.batching.token_budget
 
-def rejected_losses(job: Job, *, token_loss: TokenLoss = "ce") -> tuple[Arrays, Arrays]:
-    """`reference_losses` of the rejected sides of a pool of pairs.
+        def batch_with(model: Any) -> Batch:
+            def batch(rows: list[Any], missing: list[Sweep]) -> dict[Sweep, Arrays]:
+                if path is None:
+                    adapters: tuple[bool, ...] = (False,)
+                else:
+                    adapters = tuple(isinstance(s, Losses) and s.model != "base" for s in missing)
+                losses = row_losses(
+                    model, rows, token_budget=budget, adapters=adapters, token_loss=stages[0].token_loss
+                )
+                return {s: {"nll": losses.nll[k], "n_tokens": losses.n_tokens} for k, s in enumerate(missing)}
 
-    Raises:
-        RecipeError: the pool has none, or the reference is cross-fitted.
-    """
-    if not job.pool.has_pairs:
-        raise RecipeError("side: the rejected sides are scored for a pool of pairs only; set `pairs: true` on it")
-    if job.recipe.reference.folds >= 2:
-        raise RecipeError("reference.folds: cross-fitting scores the chosen sides only; use `side: chosen`")
-    return under_both(job, SubJob(job, np.arange(len(job.ids)), side=1), token_loss, "-rejected")
+            return batch
 
+        if path is None:
+            yield batch_with(job.loaded.model)
+        elif full:
+            with job.instead(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})) as other:
+                yield batch_with(other.model)
+        else:
+            with attached(job.loaded.model, path) as model:
+                yield batch_with(model)
 
-def under_both(job: Job, seen: Any, token_loss: TokenLoss, suffix: str) -> tuple[Arrays, Arrays]:
-    """Losses of the rows of `seen` (the job, or one side of it) under base and reference."""
-    base, base_name, name = base_key(job, token_loss), f"losses-base{suffix}", f"losses-reference{suffix}"
-    adapter, fingerprint, full = reference_model(job)
-    key = {**base, "reference": fingerprint}
-    if full:
-        found = loss_sweep(seen, {base_name: base}, None, token_loss)[base_name]
-        return found, full_reference_losses(seen, adapter, {name: key}, token_loss)[name]
-    out = loss_sweep(seen, {base_name: base, name: key}, adapter, token_loss)
-    return out[base_name], out[name]
-
-
-def loss_sweep(
-    job: Job, stages: dict[str, dict[str, Any]], adapter: Path | None, token_loss: TokenLoss
-) -> dict[str, Arrays]:
-    """One pass over the rows under the base and / or one adapter, whichever is missing on disk."""
-    from keepset.features.losses import row_losses
-
-    budget, keep = job.recipe.batching.token_budget, job.recipe.batching.keep_token_losses
-    names_of = {id(row): str(row_id) for row, row_id in zip(job.rows, job.ids, strict=True)} if keep else {}
-
-    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
-        adapters = tuple("-base" not in name for name in missing) if adapter is not None else (False,)
-        found = row_losses(model, some, token_budget=budget, adapters=adapters, token_loss=token_loss, per_token=keep)
-        for name, tokens in zip(missing, found.token_nll or [], strict=False):
-            keep_tokens(job.run.stage_folder(name, stages[name]), [names_of[id(row)] for row in some], tokens)
-        return {name: {"nll": found.nll[k], "n_tokens": found.n_tokens} for k, name in enumerate(missing)}
-
-    names = " and ".join(name.removeprefix("losses-") for name in stages) + of_loss(token_loss)
-    with attached(job.loaded.model, adapter) if adapter is not None else nullcontext(job.loaded.model) as model:
-        what = "error norms" if token_loss == "error-norm" else "losses"
-        return sweep_rows(job, stages, f"{what} ({names})", batch, each=True)
+    def _weights(self, job: Job) -> tuple[Any, bool]:
+        """Where the trained model lies, and whether it is a whole one."""
+        if self.model == "checkpoint":
+            return WarmupCheckpoint(self.at).value(job).path, False
+        trained = Reference(self.at if self.model == "fold" else -1).value(job)
+        return trained.path, trained.full
 
 
 def of_loss(token_loss: str) -> str:
@@ -177,266 +200,65 @@ def of_loss(token_loss: str) -> str:
     return "" if token_loss in ("ce", "error-norm") else f", {token_loss}"
 
 
-def answer_losses(job: Job) -> Arrays:
-    """Losses of the answers alone under the base: the supervised tokens after a single BOS (or EOS) token."""
-    from keepset.features.losses import row_losses
-
-    tokenizer = job.loaded.tokenizer
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    budget = job.recipe.batching.token_budget
-
-    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
-        found = row_losses(job.loaded.model, some, token_budget=budget, adapters=(False,))
-        return {"losses-alone": {"nll": found.nll[0], "n_tokens": found.n_tokens}}
-
-    stages = {"losses-alone": {"version": VERSION, **job.data_key()}}
-    rows = [answer_alone(row, start) for row in job.rows]
-    return sweep_rows(job, stages, "losses (answers alone)", batch, rows=rows)["losses-alone"]
+def forward(
+    job: Job, stage: str, rows: Sequence[Encoded], *, id_: str = "", titles: tuple[str, ...] = (), head: bool = True,
+    part: str = "",
+) -> Work:  # fmt: skip
+    """A forward pass over `rows`, with the output head on supervised positions or without it."""
+    n_tokens, n_head = count_tokens(list(rows))
+    work = flops(job.loaded.model, n_tokens, n_head if head else 0)
+    return Work(stage, "forward", len(rows), n_tokens, work, ids=(id_,) if id_ else (), titles=titles, part=part)
 
 
-def checkpoint_losses(job: Job) -> np.ndarray:
-    """Mean losses (c + 1, n), nats a token, under the base and every warm-up checkpoint, in order of time."""
-    found = [base_losses(job)]
-    for checkpoint in warmup_checkpoints(job):
-        name = f"losses-{checkpoint.path.name}"
-        key = {**base_key(job, "ce"), "checkpoint": digest(weights_of(checkpoint.path))}
-        found.append(loss_sweep(job, {name: key}, checkpoint.path, "ce")[name])
-    return np.stack([f["nll"] / f["n_tokens"] for f in found])
+@dataclass(frozen=True)
+class CrossFitted(Stage):
+    """Losses under cross-fitted references: each row's was trained on the other folds."""
+
+    token_loss: TokenLoss = "ce"
+
+    word = "losses"
+
+    def _folds(self, job: Job) -> list[Losses]:
+        return [Losses("fold", self.token_loss, at=k) for k in range(job.recipe.reference.folds)]
+
+    def needs(self, job: Job) -> tuple[Stage, ...]:
+        """The losses of each fold."""
+        return tuple(self._folds(job))
+
+    def inputs(self, job: Job) -> Any:
+        """Nothing but those."""
+        return None
+
+    def value(self, job: Job) -> Arrays:
+        """`nll` and `n_tokens` of all rows."""
+        fold = fold_of(job.ids, job.recipe.reference.folds)
+        nll, n_tokens = np.zeros(len(fold)), np.zeros(len(fold), dtype=np.int64)
+        for stage in self._folds(job):
+            held_out = fold == stage.at
+            losses = stage.value(job)
+            nll[held_out], n_tokens[held_out] = losses["nll"], losses["n_tokens"]
+        return {"nll": nll, "n_tokens": n_tokens}
 
 
-def full_reference_losses(
-    job: Job, path: Path, stages: dict[str, dict[str, Any]], token_loss: TokenLoss
-) -> dict[str, Arrays]:
-    """Losses under a fully fine-tuned reference, which takes the base's place in memory."""
-    from keepset.features.losses import row_losses
-
-    ((name, key),) = stages.items()
-    shard_rows = job.recipe.batching.shard_rows
-    if job.run.complete(name, key, job.ids, shard_rows):
-        return job.run.sweep(stages, job.ids, lambda i, m: {}, shard_rows=shard_rows)
-    budget = job.recipe.batching.token_budget
-
-    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
-        found = row_losses(other.model, some, token_budget=budget, adapters=(True,), token_loss=token_loss)
-        return {name: {"nll": found.nll[0], "n_tokens": found.n_tokens}}
-
-    with job.instead(job.recipe.model.model_copy(update={"model_name_or_path": str(path)})) as other:
-        return sweep_rows(job, stages, f"losses ({name.removeprefix('losses-')}{of_loss(token_loss)})", batch)
-
-
-# -- trained helpers: reference and warm-up -------------------------------------------------------------------------
-
-
-def train_key(job: Job, args: TrainSpec, ids: np.ndarray, seed: int) -> dict[str, Any]:
-    """Everything a training run depends on."""
-    return {
-        "version": VERSION,
-        "model": job.fingerprint,
-        "encoder": job.encoder.fingerprint,
-        "lora": None if args.full else job.recipe.lora.model_dump(),
-        "args": args.key(),
-        "ids": digest(sorted(str(i) for i in ids)),
-        "seed": seed,
-    }
-
-
-def id_order(ids: np.ndarray) -> np.ndarray:
-    """Indices that sort ids."""
-    return np.argsort(ids.astype(str), kind="stable")
-
-
-def train_rows(
-    job: Job, folder: str, sides: list[Sides], ids: np.ndarray, args: TrainSpec, seed: int
-) -> dict[str, Any]:
-    """Fine-tune the base on some rows into `folder`, unless that was done; returns its facts (seconds, tokens ...).
-
-    The rows are put in the order of their ids, so that the order of the pool's files doesn't change the weights.
-    """
-    sides = [sides[i] for i in id_order(ids)]
-    from keepset.train.fit import fit
-
-    rows = trained_sides(sides, args)
-
-    def work(path: Path) -> dict[str, Any]:
-        n_tokens, n_head = count_tokens(rows)
-        passes = 3 if args.full else 2
-        with job.run.timed(f"train {folder}", rows=len(rows)) as spent:
-            job.say(f"training {folder}: {len(sides)} rows, {n_tokens} tokens, {args.num_train_epochs:g} epochs")
-            work = flops(job.loaded.model, n_tokens, n_head, passes=passes) * args.num_train_epochs
-            job.release()
-            result = fit(job.recipe.model, job.recipe.lora, sides, path, args, seed=seed, console=job.console)
-            spent.update(tokens=int(n_tokens * args.num_train_epochs), flops=work)
-        return {"seconds": result.seconds, "steps": result.steps, "rows": len(sides), "tokens": n_tokens,
-                "losses": result.losses}  # fmt: skip
-
-    return job.run.step(folder, train_key(job, args, ids, seed), work)
-
-
-def reference_model(job: Job) -> tuple[Path, str, bool]:
-    """DavIR's reference: its folder, its fingerprint, and whether it is a full model rather than an adapter.
+def reference_losses(job: Job, token_loss: TokenLoss = "ce", of: Of = "chosen") -> Stage:
+    """The stage of a pool's losses under its reference; with `reference.folds` under the references of its folds.
 
     Raises:
-        ModelError: an existing one that reads other tokens than the scored model.
+        RecipeError: the pool has no such sides, or a cross-fitted reference doesn't score them.
     """
-    from keepset.model.kind import check_same_tokens
-    from keepset.model.load import adapter_tokenizer, load_tokenizer, resolve
-
-    spec = job.recipe.reference
-    if spec.path:
-        path = Path(spec.path)
-        full = not (path / "adapter_config.json").exists() or bool(weight_files(path))
-        model = job.recipe.model.model_copy(update={"model_name_or_path": str(path)})
-        other = load_tokenizer(model) if full else adapter_tokenizer(path)
-        check_same_tokens(job.encoder.tokenizer, other, spec.path)
-        made = (
-            [fingerprint(resolve(model), model.model_revision, code=model.trust_remote_code)]
-            if full
-            else weights_of(path)
-        )
-        return path, digest([spec.path, *made]), full
-    train_rows(job, "models/reference", job.sides[1], job.ids, spec, job.recipe.seed)
-    path = job.run.path / "models/reference"
-    return path, digest(weights_of(path)), spec.full
+    if of == "rejected" and not job.pool.has_pairs:
+        raise RecipeError("side: the rejected sides are scored for a pool of pairs only; set `pairs: true` on it")
+    if job.recipe.reference.folds < 2:
+        return Losses("reference", token_loss, of)
+    if of == "rejected":
+        raise RecipeError("reference.folds: cross-fitting scores the chosen sides only; use `side: chosen`")
+    if of == "content":
+        raise RecipeError("reference.folds: cross-fitted losses count the end of turn; drop `end_of_turn: false`")
+    return CrossFitted(token_loss)
 
 
-def weights_of(path: Path) -> list[str]:
-    """Checksums of a folder's safetensors files and of what its config says, whichever folder its base lies in."""
-    return [*(file_digest(p) for p in sorted(path.glob("*.safetensors"))), *config_digests(path)]
-
-
-def crossfit_losses(job: Job, token_loss: TokenLoss) -> Arrays:
-    """Reference losses where each row's reference was trained on the other K - 1 folds."""
-    spec = job.recipe.reference
-    fold = fold_of(job.ids, spec.folds)
-    nll, n_tokens = np.zeros(len(fold)), np.zeros(len(fold), dtype=np.int64)
-    for k in range(spec.folds):
-        train, score = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        folder = f"models/reference-fold{k}"
-        train_rows(job, folder, [job.sides[1][i] for i in train], job.ids[train], spec, job.recipe.seed)
-        path = job.run.path / folder
-        key = {**base_key(job, token_loss), "reference": digest(weights_of(path)), "fold": k}
-        part = SubJob(job, score)
-        found = loss_sweep(part, {f"losses-fold{k}": key}, path, token_loss)[f"losses-fold{k}"]  # type: ignore[arg-type]
-        nll[score], n_tokens[score] = found["nll"], found["n_tokens"]
-    return {"nll": nll, "n_tokens": n_tokens}
-
-
-class SubJob:
-    """A job seen through some of its rows, through one side of its pairs, or without the ends of turns."""
-
-    def __init__(self, job: Job, indices: np.ndarray, side: int = 0, *, end_of_turn: bool = True) -> None:
-        """Keep `indices` of the job's usable rows and one side of each; everything else is the job's own."""
-        self.job = job
-        self.rows = [job.sides[1][i][side] for i in indices]
-        if not end_of_turn:
-            self.rows = [content_only(row) for row in self.rows]
-        self.ids = job.ids[indices]
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever isn't about rows is the job's."""
-        return getattr(self.job, name)
-
-
-def warmup_rows(job: Job) -> tuple[np.ndarray, int]:
-    """Indices of the rows that the warm-up is trained on, and its seed."""
-    from keepset.train.warmup import pick_subset
-
-    spec = job.recipe.warmup
-    seed = job.recipe.seed if spec.seed is None else spec.seed
-    return pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows), seed
-
-
-def warmup_checkpoints(job: Job) -> list[Checkpoint]:
-    """The warm-up run's checkpoints, trained once and then reused."""
-    from keepset.model.kind import check_same_tokens
-    from keepset.model.load import adapter_tokenizer
-    from keepset.train.warmup import list_checkpoints, warmup
-
-    spec = job.recipe.warmup
-    if spec.path:
-        checkpoints = list_checkpoints(Path(spec.path))
-        for checkpoint in checkpoints:
-            check_same_tokens(job.encoder.tokenizer, adapter_tokenizer(checkpoint.path), str(checkpoint.path))
-        return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
-    picked, seed = warmup_rows(job)
-    picked = picked[id_order(job.ids[picked])]
-    sides = [job.sides[1][i] for i in picked]
-
-    def work(path: Path) -> dict[str, Any]:
-        n_tokens, n_head = count_tokens(trained_sides(sides, spec))
-        with job.run.timed("train models/warmup", rows=len(sides)) as spent:
-            job.say(f"warm-up: {len(sides)} rows, {n_tokens} tokens, {spec.num_train_epochs:g} epochs")
-            work = flops(job.loaded.model, n_tokens, n_head, passes=2) * spec.num_train_epochs
-            job.release()
-            found = warmup(job.recipe.model, job.recipe.lora, sides, path, spec, seed=seed, console=job.console)
-            spent.update(tokens=int(n_tokens * spec.num_train_epochs), flops=work)
-        return {"rows": len(sides), "checkpoints": [c.path.name for c in found]}
-
-    job.run.step("models/warmup", train_key(job, spec, job.ids[picked], seed), work)
-    checkpoints = list_checkpoints(job.run.path / "models/warmup")
-    return checkpoints if spec.checkpoints == "all" else checkpoints[-1:]
-
-
-# -- representations ------------------------------------------------------------------------------------------------
-
-
-def representations(job: Job, pooling: Pooling) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled last hidden states of the pool (n, d) and of the target's prompts + chosen answers (m, d)."""
-    from keepset.features.representations import representations as pool_states
-
-    model, budget = job.loaded.model, job.recipe.batching.token_budget
-    name = f"representations-{pooling}"
-
-    def batch(some: list[Encoded], missing: list[str]) -> dict[str, Arrays]:
-        return {name: {"state": pool_states(model, some, token_budget=budget, pooling=pooling)}}
-
-    stages = {name: {"version": VERSION, **job.data_key()}}
-    out = sweep_rows(job, stages, f"representations ({pooling})", batch, head=False)
-
-    def queries() -> Arrays:
-        chosen = [chosen for chosen, _ in job.target_pairs[0]]
-        with job.run.timed(f"target representations ({pooling}{job.aim})", rows=len(chosen)) as spent:
-            n_tokens, _ = count_tokens(chosen)
-            spent.update(tokens=n_tokens, flops=flops(model, n_tokens, 0))
-            return {"state": pool_states(model, chosen, token_budget=budget, pooling=pooling)}
-
-    key = {"version": VERSION, **job.data_key(), "target": job.target.fingerprint()}
-    return out[name]["state"], job.run.once(f"queries-{pooling}", key, queries)["state"]
-
-
-def embedding_weights(name: str) -> list[str]:
-    """Checksums of an embedding model's weights; the fingerprint of one on the hub."""
-    folder = Path(name).expanduser()
-    return weights_of(folder) if folder.is_dir() else [fingerprint(name)]
-
-
-def embeddings(job: Job, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """An embedding model's vectors of the pool's texts (n, d) and of the target's prompts + chosen answers (m, d)."""
-    from keepset.features.embeddings import TextEncoder
-    from keepset.model.load import pick_device
-
-    texts, goals = job.texts(), job.target_texts(with_chosen=True)
-    key = {"version": VERSION, "pool": job.pool.fingerprint(), "encoder": embedding_weights(name)}
-    encoder: list[TextEncoder] = []  # loaded when the first vector is missing
-
-    def vectors(some: list[str], spent: dict[str, Any]) -> Arrays:
-        if not encoder:
-            encoder.append(TextEncoder(name, device=pick_device(job.recipe.model.device)))
-        n_tokens, work = encoder[0].cost(some)
-        spent.update(
-            rows=spent["rows"] + len(some), tokens=spent["tokens"] + n_tokens, flops=spent["flops"] + work, skip=False
-        )
-        return {"state": encoder[0](some, token_budget=job.recipe.batching.token_budget)}
-
-    def compute(indices: np.ndarray, missing: list[str]) -> dict[str, Arrays]:
-        return {"embeddings": vectors([texts[i] for i in indices], spent)}
-
-    nothing = {"rows": 0, "tokens": 0, "flops": 0.0, "skip": True}
-    with job.run.timed(f"embeddings ({name})", **nothing) as spent, job.tracked("embeddings", len(texts)) as done:
-        out = job.run.sweep(
-            {"embeddings": key}, job.ids, compute, shard_rows=job.recipe.batching.shard_rows, advance=done
-        )
-    goal_key = {**key, "target": job.target.fingerprint()}
-    with job.run.timed(f"target embeddings ({name}{job.aim})", **nothing) as of_goals:
-        queries = job.run.once("queries-embeddings", goal_key, lambda: vectors(goals, of_goals))
-    return out["embeddings"]["state"], queries["state"]
+def held_out_losses(job: Job, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Summed losses (n,) in nats under base and reference, and supervised tokens (n,), of rows outside the pool."""
+    base, reference = Losses("base", outside=rows), Losses("reference", outside=rows)
+    arrays = fetch(job, [base, reference])
+    return arrays[base]["nll"], arrays[reference]["nll"], arrays[base]["n_tokens"]

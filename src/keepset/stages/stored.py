@@ -10,7 +10,6 @@ import numpy as np
 from keepset.model.flops import count_tokens, flops
 from keepset.runfolder.files import digest
 from keepset.runfolder.shards import Arrays, plan_shards
-from keepset.stages.counts import gradient_passes
 
 if TYPE_CHECKING:
     from keepset.features.adam import AdamState
@@ -33,6 +32,8 @@ def stored_influence(
     adam: AdamState,
     kind: str,
     adapter: str,
+    ids: tuple[list[str], list[str]],
+    passes: float,
 ) -> Arrays:
     """Dots, norms and momentum shares of all rows, estimated from the store of one checkpoint and map.
 
@@ -45,9 +46,11 @@ def stored_influence(
         adam: the checkpoint's moments.
         kind: the gradient map.
         adapter: the checkpoint's digest.
+        ids: what the entries of the pass and of the sample in `costs.jsonl` are found by.
+        passes: forward-equivalents of a gradient pass.
 
     Returns:
-        As `stages_gradients.checkpoint_influence`, and the store's error on a sample that is scored exactly too:
+        The columns of `Dots`, and the store's error on a sample that is scored exactly too:
         `store_rms` (of a cosine) and `store_spearman` (median over tasks); NaN without a sample.
 
     Raises:
@@ -73,9 +76,9 @@ def stored_influence(
         dtype=spec.store_dtype,
         map=kind,
     )
-    ids, before = [str(i) for i in job.ids], store.n_rows
+    row_ids, before = [str(i) for i in job.ids], store.n_rows
     job.say(f"store {store.path}: {before} rows kept, {max(0, len(rows) - before)} to add")
-    with job.run.timed(what, rows=len(rows) - before) as spent, job.tracked(what, len(rows)) as advance:
+    with job.run.timed(what, rows=len(rows) - before, ids=ids[0]) as spent, job.tracked(what, len(rows)) as advance:
         advance(before)
         done = before
 
@@ -88,7 +91,7 @@ def stored_influence(
             store,
             model,
             rows,
-            ids,
+            row_ids,
             adam=adam,
             token_budget=budget,
             chunk=len(plan_shards(job.ids, job.recipe.batching.shard_rows)[0]),
@@ -96,7 +99,7 @@ def stored_influence(
             last_layers=last_layers,
         )
         n_tokens, n_head = count_tokens(rows[before:])
-        spent.update(tokens=n_tokens, flops=flops(model, n_tokens, n_head, passes=gradient_passes(job)))
+        spent.update(tokens=n_tokens, flops=flops(model, n_tokens, n_head, passes=passes))
         spent["skip"] = before >= len(rows)
     projected = project_target(store.sketch, target, map=kind, adam=adam)
     dots, norms = store.dots(projected), store.norms
@@ -104,9 +107,9 @@ def stored_influence(
     if spec.store_sample:
         at = sample_of(len(rows), spec.store_sample)
         some = [rows[i] for i in at]
-        with job.run.timed(f"sample of {what}", rows=len(at)) as spent:
+        with job.run.timed(f"sample of {what}", rows=len(at), ids=ids[1]) as spent:
             n_tokens, n_head = count_tokens(some)
-            spent.update(tokens=n_tokens, flops=flops(model, n_tokens, n_head, passes=gradient_passes(job)))
+            spent.update(tokens=n_tokens, flops=flops(model, n_tokens, n_head, passes=passes))
             exact = influence(model, some, target, adam=adam, map=kind, token_budget=budget, last_layers=last_layers)
         error = store_error(dots[at], exact.dots, exact.norms, target_lengths(target))
         rms, spearman = error.rms, float(np.median(error.spearman))

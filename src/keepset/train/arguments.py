@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from keepset.errors import RecipeError, did_you_mean
-from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.recipe import TrainSpec
+from keepset.train.training import WORK, Training
 
 Config = TypeVar("Config")
 
@@ -18,40 +19,25 @@ OURS = ("output_dir", "seed", "max_length", "dataset_kwargs", "dataset_text_fiel
 TRACKERS = ("trackio", "wandb", "tensorboard")  # the trainer looks for these only after the model is loaded
 
 
-def trainer_config(
-    config_class: type[Config], args: TrainSpec, out: Path, *, seed: int, model: ModelSpec | None = None, **more: Any
-) -> Config:
-    """Build an SFTConfig, DPOConfig or RewardConfig.
+def trainer_config(config_class: type[Config], training: Training, out: Path, **more: Any) -> Config:
+    """Build an SFTConfig, DPOConfig or RewardConfig whose checkpoints go to the work folder inside `out`.
 
     keepset's defaults where TRL's would change numbers or cost time: no truncation (`max_length=None`), no mixed
     precision (weights keep `ModelSpec.dtype`), no gradient checkpointing, every step logged, a checkpoint an epoch of
-    which the last two are kept, nothing reported to a service. `args.extra` overrides them: `report_to: trackio`,
-    `wandb` or `tensorboard` is passed through.
+    which the last two are kept (all with `training.moments`), nothing reported to a service. `args.extra` overrides
+    them: `report_to: trackio`, `wandb` or `tensorboard` is passed through.
 
     Args:
         config_class: TRL's class.
-        args: the recipe's training section.
-        out: the trainer's folder for checkpoints.
-        seed: of adapter initialisation, order and dropout.
-        model: for `device: cpu`.
+        training: its arguments, seed and model.
+        out: result folder.
         **more: the caller's own defaults.
 
     Raises:
         RecipeError: `extra` holds an argument the class doesn't have, or one that has its own key in the recipe.
     """
-    known = [f.name for f in fields(config_class) if f.init]  # type: ignore[arg-type]
-    own = [name for name in TrainSpec.model_fields if name != "extra"]
-    for name in args.extra:
-        if name in OURS:
-            raise RecipeError(f"extra.{name}: keepset sets this itself; remove it")
-        if name in own:
-            raise RecipeError(f"extra.{name}: set `{name}` beside `extra`, not inside it")
-        if name not in known:
-            raise RecipeError(f"extra.{name}: {config_class.__name__} has no such argument{did_you_mean(name, known)}")
-    trackers = args.extra.get("report_to") or []
-    for name in [trackers] if isinstance(trackers, str) else trackers:
-        if name in TRACKERS and find_spec(name) is None:
-            raise RecipeError(f"extra.report_to: {name} is not installed: pip install {name}")
+    args = training.args
+    _check_extra(config_class, args)
     if not 0 <= args.warmup_ratio < 1:
         raise RecipeError(f"warmup_ratio: {args.warmup_ratio} is not a share of the steps, 0 <= warmup_ratio < 1")
     settings: dict[str, Any] = {
@@ -68,15 +54,16 @@ def trainer_config(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would log the mean in place of a NaN
         "save_strategy": "epoch",
-        "save_total_limit": 2,  # the trainer drops the older one before the newer one counts
+        # the trainer drops the older one before the newer one counts
+        "save_total_limit": None if training.moments else 2,
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        "use_cpu": model is not None and model.device == "cpu",
+        "use_cpu": training.model.device == "cpu",
         **more,
         **args.extra,
-        "output_dir": str(out),
-        "seed": seed,
+        "output_dir": str(out / WORK),
+        "seed": training.seed,
         "max_length": None,
     }
     try:
@@ -85,28 +72,19 @@ def trainer_config(
         raise RecipeError(f"training arguments: {str(error).splitlines()[0]}") from None
 
 
-def lora_config(lora: LoraSpec, model: Any) -> Any:
-    """Build PEFT's LoraConfig for a trainer, which initialises the adapter after setting its seed.
-
-    Args:
-        lora: the recipe's section.
-        model: the model it is for.
-
-    Raises:
-        ModelError: the model has none of the target modules; the message names those it has.
-    """
-    from peft import LoraConfig
-    from transformers.pytorch_utils import Conv1D
-
-    from keepset.model.load import linear_names, lora_targets
-
-    wanted = lora.lora_target_modules
-    targets: Any = wanted if isinstance(wanted, str) else lora_targets(linear_names(model), list(wanted))
-    return LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r: a float works
-        lora_dropout=lora.lora_dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
-        task_type="CAUSAL_LM",
-    )
+def _check_extra(config_class: type[Any], args: TrainSpec) -> None:
+    arguments = [f.name for f in fields(config_class) if f.init]
+    own = [name for name in TrainSpec.model_fields if name != "extra"]
+    for name in args.extra:
+        if name in OURS:
+            raise RecipeError(f"extra.{name}: keepset sets this itself; remove it")
+        if name in own:
+            raise RecipeError(f"extra.{name}: set `{name}` beside `extra`, not inside it")
+        if name not in arguments:
+            raise RecipeError(
+                f"extra.{name}: {config_class.__name__} has no such argument{did_you_mean(name, arguments)}"
+            )
+    trackers = args.extra.get("report_to") or []
+    for name in [trackers] if isinstance(trackers, str) else trackers:
+        if name in TRACKERS and find_spec(name) is None:
+            raise RecipeError(f"extra.report_to: {name} is not installed: pip install {name}")

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keepset.memory import free_memory
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.runfolder.files import free_memory
-from keepset.train.sft import TrainResult, train_sft
+from keepset.train.preference import PairLoss, train_dpo
+from keepset.train.sft import train_sft
+from keepset.train.training import Training, TrainResult
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +31,7 @@ def fit(
     moments: bool = False,
     console: Console | None = None,
 ) -> TrainResult:
-    """Fine-tune the base by `args.loss`; see `train_sft` and `train_dpo`.
+    """Fine-tune the base by `args.loss`; see `Training`, `train_sft` and `train_dpo`.
 
     Args:
         spec: the base model.
@@ -44,17 +46,10 @@ def fit(
     Raises:
         RecipeError, DataError: as the two functions.
     """
+    training = Training(spec, lora, args, seed, moments, console=console)
     try:
         if args.loss == "sft":
-            rows = [row[0] for row in sides]
-            return train_sft(
-                spec, lora, rows, out, args, seed=seed, save_each_epoch_with_moments=moments, console=console
-            )  # fmt: skip
-        from keepset.train.preference import train_dpo
-
-        pairs = [(row[0], row[1]) for row in sides]
-        return train_dpo(
-            spec, lora, pairs, out, args, loss=args.loss, beta=args.beta, seed=seed, moments=moments, console=console
-        )  # fmt: skip
+            return train_sft(training, [row[0] for row in sides], out)
+        return train_dpo(training, [(row[0], row[1]) for row in sides], out, PairLoss.of(args.loss, args.beta))
     finally:
         free_memory()  # the trained model goes before the next one comes

@@ -74,14 +74,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **moved)
 
 
-class PackedSteps:
-    """Mixin for TRL's trainers: `compute_loss` sees one part at a time; TRL's telemetry is off."""
-
-    loss_is_scaled_for_ga: Any = True  # `Any`: TRL and transformers declare it differently
-    counted: Any = None  # a Recorder that is told the tokens
+class Quiet:
+    """Mixin for TRL's trainers: nothing is sent anywhere."""
 
     def _send_telemetry(self) -> None:
         return
+
+
+class PackedSteps(Quiet):
+    """Mixin for TRL's trainers: `compute_loss` sees one part at a time."""
+
+    loss_is_scaled_for_ga: Any = True  # `Any`: TRL and transformers declare it differently
+    counted: Any = None  # a Recorder that is told the tokens
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], int]:
         """Return the accumulated batches and how many items (tokens or pairs) their loss is divided by."""

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from keepset.errors import DataError, RecipeError, did_you_mean
+from keepset.evaluate.preference import PairLogps, pair_logps
 from keepset.model import pair_losses as losses
+from keepset.model.load import lora_config
 from keepset.model.pack import Batch, pack, row_sums, token_nll
-from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
-from keepset.train.packed import MICRO_TOKENS, PackedSteps, Tokens, to_device, trains_packed
-from keepset.train.sft import TrainResult, base_weights, check_rows, finished, plan_of, run_trainer, trainer_arguments
+from keepset.train.arguments import trainer_config
+from keepset.train.packed import MICRO_TOKENS, PackedSteps, Quiet, Tokens, to_device, trains_packed
+from keepset.train.run import finished, run_trainer
+from keepset.train.training import Base, Training, TrainResult, check_rows
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from keepset.evaluate.preference import PairLogps
     from keepset.model.encode import Encoded
 
     Pair = tuple[Encoded, Encoded]
@@ -126,21 +126,41 @@ def side_logps(model: Any, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[T
     return (sums[:, 0], sums[:, 1]), (counts[:, 0], counts[:, 1])
 
 
+@dataclass(frozen=True)
+class PairLoss:
+    """What is minimised over the pairs; made by `of`, which checks it.
+
+    Attributes:
+        name: one of `model.pair_losses.NAMES`, or another of TRL's DPO losses (`exo_pair`, `aot`, `sppo_hard` …).
+        beta: β.
+        gamma: SimPO's γ.
+    """
+
+    name: str
+    beta: float
+    gamma: float = 1.0
+
+    @staticmethod
+    def of(name: str, beta: float | None = None, gamma: float = 1.0) -> PairLoss:
+        """A loss with its default β (`model.pair_losses.BETA`, else 0.1) where none is given.
+
+        Raises:
+            RecipeError: an unknown name, with the closest known one.
+        """
+        names = [*losses.NAMES, *TRL_ONLY]
+        if name not in names:
+            raise RecipeError(f"loss '{name}' is unknown{did_you_mean(name, names)}; there are {', '.join(names)}")
+        return PairLoss(name, losses.pair_beta(name, beta), gamma)
+
+
 def train_dpo(
-    spec: ModelSpec,
-    lora: LoraSpec,
+    training: Training,
     pairs: Sequence[Pair],
     out: Path,
-    args: TrainSpec,
+    loss: PairLoss,
     *,
-    loss: str = "dpo",
-    beta: float | None = None,
-    gamma: float = 1.0,
-    seed: int,
+    base: Base | None = None,
     reference: PairLogps | None = None,
-    moments: bool = False,
-    resume: bool = True,
-    console: Console | None = None,
 ) -> TrainResult:
     """Train the base on preference pairs; LoRA, or all weights with `args.full`.
 
@@ -148,116 +168,68 @@ def train_dpo(
     accumulated batches, which differs when they hold different numbers of pairs). Dropout is off, as in TRL.
 
     Args:
-        spec: the base model, which is also the reference.
-        lora: the adapter; not looked at with `args.full`.
+        training: model (which is also the reference), adapter, arguments (the batch is in pairs), seed.
         pairs: (chosen, rejected) as encoded rows.
         out: result folder, as `train_sft`.
-        args: epochs, rate, batch (in pairs); `args.extra` goes to TRL's DPOConfig (`label_smoothing`, `ld_alpha` …).
-        loss: one of `model.pair_losses.NAMES`, or another of TRL's DPO losses (`exo_pair`, `aot`, `sppo_hard` …).
-        beta: β; None takes 0.1, for `davir` and `simpo` the values in `keepset.model.pair_losses.BETA`.
-        gamma: SimPO's γ.
-        seed: of adapter initialisation and order.
+        loss: what is minimised.
+        base: the model to start from; None: `training.model`.
         reference: the base's log-probabilities of these pairs, if they are known already.
-        moments: keep every epoch's checkpoint as `out/checkpoint-<step>` with Adam's moments.
-        resume: as `train_sft`.
-        console: where progress is shown.
 
     Raises:
         DataError: no pairs, a side without a supervised token, a reference log-probability of 0 (DavIR divides by it),
             or a loss that became NaN.
-        RecipeError: unknown loss; and see `trainer_config`.
+        RecipeError: see `trainer_config`.
     """
-    from keepset.model.load import load
-
-    check_loss(loss)
-    beta = losses.pair_beta(loss, beta)
-    base = base_weights(spec)
-    plan = pair_plan(spec, lora, pairs, args, seed, base, loss, beta, gamma, moments)
-    done = finished(out, plan) if resume else None
-    if done is not None:
-        return done
-    loaded = load(spec)
-    return fit_dpo(
-        loaded.model, loaded.tokenizer, spec, lora, pairs, out, args, loss=loss, beta=beta, gamma=gamma, seed=seed,
-        base=base, reference=reference, moments=moments, resume=resume, console=console,
-    )  # fmt: skip
-
-
-def fit_dpo(
-    model: Any,
-    tokenizer: Any,
-    spec: ModelSpec,
-    lora: LoraSpec,
-    pairs: Sequence[Pair],
-    out: Path,
-    args: TrainSpec,
-    *,
-    loss: str,
-    beta: float,
-    gamma: float = 1.0,
-    seed: int,
-    base: str = "",
-    reference: PairLogps | None = None,
-    moments: bool = False,
-    resume: bool = True,
-    console: Console | None = None,
-) -> TrainResult:
-    """`train_dpo` of a model that is in memory; the model is changed. Arguments as there, `base` as of `fit_sft`."""
     from datasets import Dataset
     from trl import DPOConfig
 
-    from keepset.evaluate.preference import pair_logps
-
-    check_loss(loss)
-    check_rows([one for pair in pairs for one in pair])
-    plan = pair_plan(spec, lora, pairs, args, seed, base, loss, beta, gamma, moments)
-    done = finished(out, plan) if resume else None
+    sides = [one for pair in pairs for one in pair]
+    check_rows(sides)
+    base = base or Base.of(training.model)
+    more = (loss.name, loss.beta, loss.gamma, *(("moments",) if training.moments else ()))
+    plan = training.plan(sides, base.weights, *more)
+    done = finished(out, plan) if training.resume else None
     if done is not None:
         return done
-    more: dict[str, Any] = {"beta": beta, "precompute_ref_log_probs": True}
-    if moments:
-        more["save_total_limit"] = None
-    more["loss_type"] = [TRL_NAMES.get(loss, loss if loss in TRL_ONLY else "sigmoid")]
-    config: Any = trainer_arguments(DPOConfig, args, out, seed, spec, more)
+    trl_name = TRL_NAMES.get(loss.name, loss.name if loss.name in TRL_ONLY else "sigmoid")
+    config: Any = trainer_config(
+        DPOConfig, training, out, beta=loss.beta, precompute_ref_log_probs=True, loss_type=[trl_name],
+        remove_unused_columns=False,  # the trainer would drop `columns_of`'s
+    )  # fmt: skip
+    model, tokenizer = base.load()
     reference = pair_logps(model, pairs) if reference is None else reference
-    if loss == "davir" and min(np.abs(reference.chosen).min(), np.abs(reference.rejected).min()) == 0:
+    if loss.name == "davir" and min(np.abs(reference.chosen).min(), np.abs(reference.rejected).min()) == 0:
         raise DataError("a side of a pair has a log-probability of 0 under the reference; DavIR-DPO divides by it")
+    data = Dataset.from_dict(columns_of(pairs, reference))
+    trainer = dpo_trainer(model, tokenizer, config, data, training, loss)
+    return run_trainer(training, trainer, tokenizer, out, plan)
+
+
+def columns_of(pairs: Sequence[Pair], reference: PairLogps) -> dict[str, Any]:
+    """The columns that the trainers read: tokens, labels and reference log-probabilities of both sides."""
     columns: dict[str, Any] = {"ref_chosen_logps": reference.chosen, "ref_rejected_logps": reference.rejected}
     for k, name in enumerate(("chosen", "rejected")):
         columns[f"{name}_ids"] = [np.asarray(p[k].input_ids).tolist() for p in pairs]
         columns[f"{name}_labels"] = [np.where(p[k].supervised, p[k].input_ids, -100).tolist() for p in pairs]
-    data = Dataset.from_dict(columns)
-    trainer = dpo_trainer(model, tokenizer, config, data, lora if not args.full else None, args, loss, gamma)
-    return run_trainer(
-        trainer, out, plan, tokenizer=tokenizer, full=args.full, resume=resume, moments=moments, console=console
-    )  # fmt: skip
+    return columns
 
 
-def dpo_trainer(
-    model: Any, tokenizer: Any, config: Any, data: Any, lora: LoraSpec | None, args: TrainSpec, loss: str, gamma: float
-) -> Any:
-    """Make the trainer: packed steps with keepset's losses in one process, else TRL's own step."""
+def dpo_trainer(model: Any, tokenizer: Any, config: Any, data: Any, training: Training, loss: PairLoss) -> Any:
+    """Make the trainer: packed steps with keepset's losses in one process, else TRL's own step.
+
+    Raises:
+        RecipeError: a loss of keepset's under arguments that only TRL's step serves, or what TRL refuses.
+    """
     from trl import DPOTrainer
 
-    from keepset.train.arguments import lora_config
-
-    class Prepared(DPOTrainer):
+    class Prepared(Quiet, DPOTrainer):
         """Takes the tokenised columns and reference numbers as they are."""
-
-        _tag_names = ["trl", "dpo"]
-        _name = "DPO"
-
-        def _send_telemetry(self) -> None:
-            return
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
         def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
-
-        def _set_signature_columns_if_needed(self) -> None:
-            self._signature_columns = data.column_names
 
     class PackedDPO(PackedSteps, Prepared):
         def compute_loss(
@@ -268,56 +240,28 @@ def dpo_trainer(
             logps, counts = side_logps(model, to_device(part.batch, device))
             reference = part.reference.to(logps[0])
             per_pair = losses.pair_loss(
-                loss, logps, (reference[:, 0], reference[:, 1]), counts, beta=config.beta, gamma=gamma,
+                loss.name, logps, (reference[:, 0], reference[:, 1]), counts, beta=config.beta, gamma=loss.gamma,
                 label_smoothing=config.label_smoothing,
             )  # fmt: skip
             return per_pair.sum() / num_items_in_batch
 
     own = (
-        loss in losses.NAMES
+        loss.name in losses.NAMES
         and config.world_size == 1
         and not (config.bf16 or config.fp16 or config.activation_offloading)
-        and not any(name in args.extra for name in TRL_STEP)
+        and not any(name in training.args.extra for name in TRL_STEP)
     )
-    if not own and loss in losses.NAMES and loss not in TRL_NAMES:
+    if not own and loss.name in losses.NAMES and loss.name not in TRL_NAMES:
         raise RecipeError(
-            f"loss '{loss}' runs in one process, without mixed precision and without {', '.join(TRL_STEP)}"
+            f"loss '{loss.name}' runs in one process, without mixed precision and without {', '.join(TRL_STEP)}"
         )
     pad = tokenizer.pad_token_id or 0
     kind: Any = PackedDPO if own else Prepared
     collator = PairCollator(trains_packed(model), pad) if own else PaddedPairs(pad)
-    more: dict[str, Any] = {"peft_config": lora_config(lora, model)} if lora is not None else {}
+    more: dict[str, Any] = {} if training.args.full else {"peft_config": lora_config(training.lora, model)}
     try:
         return kind(
             model=model, args=config, train_dataset=data, processing_class=tokenizer, data_collator=collator, **more
         )
     except ValueError as error:  # TRL refuses some combinations of loss and arguments only here
-        raise RecipeError(f"loss '{loss}': {str(error).splitlines()[0]}") from None
-
-
-def check_loss(loss: str) -> None:
-    """Refuse an unknown loss.
-
-    Raises:
-        RecipeError: with the closest known name.
-    """
-    known = [*losses.NAMES, *TRL_ONLY]
-    if loss not in known:
-        raise RecipeError(f"loss '{loss}' is unknown{did_you_mean(loss, known)}; there are {', '.join(known)}")
-
-
-def pair_plan(
-    spec: ModelSpec,
-    lora: LoraSpec,
-    pairs: Sequence[Pair],
-    args: TrainSpec,
-    seed: int,
-    base: str,
-    loss: str,
-    beta: float,
-    gamma: float,
-    moments: bool,
-) -> str:
-    """`plan_of` for pairs."""
-    more = (loss, beta, gamma, *(("moments",) if moments else ()))
-    return plan_of(spec, lora, [one for pair in pairs for one in pair], args, seed, base, *more)
+        raise RecipeError(f"loss '{loss.name}': {str(error).splitlines()[0]}") from None

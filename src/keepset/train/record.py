@@ -10,8 +10,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from keepset.errors import ModelError
+from keepset.features.adam import from_optimizer, save_adam
+from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest, misfits, write_atomic
-from keepset.train.sft import META
 
 
 class Recorder(TrainerCallback):
@@ -38,9 +39,9 @@ class Recorder(TrainerCallback):
         """Take up the record of the checkpoint that training goes on from."""
         self._clock = time.perf_counter()
         if state.global_step:
-            found = json.loads((Path(args.output_dir) / f"checkpoint-{state.global_step}" / META).read_text())
-            self.learning_rates, self.losses = found["learning_rates"], found["losses"]
-            self.tokens, self.supervised, self.seconds = found["tokens"], found["supervised"], found["seconds"]
+            meta = json.loads((Path(args.output_dir) / f"checkpoint-{state.global_step}" / layout.META).read_text())
+            self.learning_rates, self.losses = meta["learning_rates"], meta["losses"]
+            self.tokens, self.supervised, self.seconds = meta["tokens"], meta["supervised"], meta["seconds"]
             self.epoch_start = state.global_step
             self.tokens_before = self.tokens
             if self.advance:
@@ -73,10 +74,10 @@ class Recorder(TrainerCallback):
         self._clock = now
         meta |= {"mean_lr": sum(rates) / len(rates), "learning_rates": self.learning_rates, "losses": self.losses}
         meta |= {"tokens": self.tokens, "supervised": self.supervised, "seconds": self.seconds}
-        written = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != META]
+        written = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != layout.META]
         # other processes write their rng_state_<rank>.pth at their own time
         meta["files"] = {p.name: file_digest(p) for p in written if not p.name.startswith("rng_state_")}
-        write_atomic(folder / META, json.dumps(meta).encode())
+        write_atomic(folder / layout.META, json.dumps(meta).encode())
         self.epoch_start = len(self.learning_rates)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -90,7 +91,7 @@ def is_whole(folder: Path) -> bool:
     The trainer's own files are read through torch when training goes on, so nothing else may take their place.
     """
     try:
-        files = json.loads((folder / META).read_text(encoding="utf-8"))["files"]
+        files = json.loads((folder / layout.META).read_text(encoding="utf-8"))["files"]
         return bool(files) and not misfits(folder, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -104,8 +105,6 @@ def save_moments(model: Any, optimizer: Any, folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: the optimiser keeps no such moments, or not for every trained parameter.
     """
-    from keepset.features.adam import from_optimizer, save_adam
-
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = from_optimizer(inner, trained)

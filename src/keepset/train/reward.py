@@ -15,15 +15,19 @@ import numpy as np
 
 from keepset.errors import DataError, ModelError
 from keepset.evaluate.preference import correct, length_matched
+from keepset.evaluate.reward import reward_scores
 from keepset.evaluate.statistics import bootstrap_ci
-from keepset.judging.judge import reward_scores
-from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.model.load import load_adapter, load_tokenizer, lora_config, one_line, pick_device, resolve
+from keepset.model.weights import read
+from keepset.recipe import LoraSpec, ModelSpec
+from keepset.runfolder import layout
 from keepset.runfolder.files import json_text, write_atomic
-from keepset.train.sft import TrainResult, base_weights, finished, plan_of, run_trainer, trainer_arguments
+from keepset.train.arguments import trainer_config
+from keepset.train.packed import Quiet
+from keepset.train.run import finished, run_trainer
+from keepset.train.training import Base, Training, TrainResult
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from keepset.model.encode import Encoded
 
     Pair = tuple[Encoded, Encoded]
@@ -46,63 +50,52 @@ class RewardResult:
     heldout: dict[str, Any] | None
 
 
-def train_reward(
-    spec: ModelSpec,
-    lora: LoraSpec,
-    pairs: Sequence[Pair],
-    out: Path,
-    args: TrainSpec,
-    *,
-    heldout: Sequence[Pair] = (),
-    seed: int,
-    resume: bool = True,
-    console: Console | None = None,
-) -> RewardResult:
+def train_reward(training: Training, pairs: Sequence[Pair], out: Path, *, heldout: Sequence[Pair] = ()) -> RewardResult:
     """Put a one-number head on the base and train it on pairs; LoRA and head, or all weights with `args.full`.
 
     Args:
-        spec: the base model.
-        lora: the adapter; not looked at with `args.full`.
+        training: model, adapter, arguments (the batch is in pairs), seed (of the head too).
         pairs: (chosen, rejected) as encoded rows.
         out: result folder, as `train_sft`; `heldout.json` in it holds the accuracy.
-        args: epochs, rate, batch (in pairs); `args.extra` goes to TRL's RewardConfig.
         heldout: pairs not trained on.
-        seed: of the head, adapter and order.
-        resume: as `train_sft`.
-        console: where progress is shown.
 
     Raises:
         DataError: no pairs, a pair that stands in both lists, or a loss that became NaN.
         RecipeError: see `trainer_config`.
     """
+    if not pairs:
+        raise DataError("no pairs to train a reward model on")
+    trained_on = {_key(p) for p in pairs}
+    both = sum(_key(p) in trained_on for p in heldout)
+    if both:
+        raise DataError(f"{both} of {len(heldout)} held-out pairs are training pairs; remove them")
+    result = _train(training, pairs, out)
+    accuracy = None
+    if heldout:
+        model, _ = load_reward(training.model, out)
+        accuracy = pair_accuracy(model, heldout, seed=training.seed)
+        write_atomic(out / layout.REWARD_HELDOUT, json_text(accuracy, indent=1).encode())
+    return RewardResult(result, accuracy)
+
+
+def _train(training: Training, pairs: Sequence[Pair], out: Path) -> TrainResult:
     from datasets import Dataset
     from trl import RewardConfig
 
-    if not pairs:
-        raise DataError("no pairs to train a reward model on")
-    seen = {_key(p) for p in pairs}
-    both = sum(_key(p) in seen for p in heldout)
-    if both:
-        raise DataError(f"{both} of {len(heldout)} held-out pairs are training pairs; remove them")
-    plan = plan_of(spec, lora, [one for pair in pairs for one in pair], args, seed, base_weights(spec), "reward")
-    train = finished(out, plan) if resume else None
-    if train is None:
-        model, tokenizer = reward_model(spec, seed)
-        config: Any = trainer_arguments(RewardConfig, args, out, seed, spec, {})
-        data = Dataset.from_dict(
-            {
-                "chosen_ids": [np.asarray(c.input_ids).tolist() for c, _ in pairs],
-                "rejected_ids": [np.asarray(r.input_ids).tolist() for _, r in pairs],
-            }
-        )
-        trainer = reward_trainer(model, tokenizer, config, data, lora if not args.full else None)
-        train = run_trainer(trainer, out, plan, tokenizer=tokenizer, full=args.full, resume=resume, console=console)
-    accuracy = None
-    if heldout:
-        model, _ = load_reward(spec, out)
-        accuracy = pair_accuracy(model, heldout, seed=seed)
-        write_atomic(out / "heldout.json", json_text(accuracy, indent=1).encode())
-    return RewardResult(train, accuracy)
+    base = Base.of(training.model, lambda: reward_model(training.model, training.seed))
+    plan = training.plan([one for pair in pairs for one in pair], base.weights, "reward")
+    done = finished(out, plan) if training.resume else None
+    if done is not None:
+        return done
+    config: Any = trainer_config(RewardConfig, training, out)
+    columns = {
+        "chosen_ids": [np.asarray(c.input_ids).tolist() for c, _ in pairs],
+        "rejected_ids": [np.asarray(r.input_ids).tolist() for _, r in pairs],
+    }
+    model, tokenizer = base.load()
+    lora = None if training.args.full else training.lora
+    trainer = reward_trainer(model, tokenizer, config, Dataset.from_dict(columns), lora)
+    return run_trainer(training, trainer, tokenizer, out, plan)
 
 
 def reward_model(spec: ModelSpec, seed: int, folder: str | None = None) -> tuple[Any, Any]:
@@ -116,9 +109,6 @@ def reward_model(spec: ModelSpec, seed: int, folder: str | None = None) -> tuple
     """
     import torch
     from transformers import AutoModelForSequenceClassification
-
-    from keepset.model.load import load_tokenizer, one_line, pick_device, resolve
-    from keepset.model.weights import read
 
     source = folder or resolve(spec)
     named = spec if folder is None else spec.model_copy(update={"model_name_or_path": folder})
@@ -144,14 +134,8 @@ def reward_trainer(model: Any, tokenizer: Any, config: Any, data: Any, lora: Lor
     from peft import TaskType
     from trl import RewardTrainer
 
-    from keepset.train.arguments import lora_config
-
-    class QuietReward(RewardTrainer):
-        _tag_names = ["trl", "reward-trainer"]
-        _name = "Reward"
-
-        def _send_telemetry(self) -> None:
-            return
+    class QuietReward(Quiet, RewardTrainer):
+        pass
 
     more: dict[str, Any] = {}
     if lora is not None:
@@ -168,8 +152,6 @@ def load_reward(spec: ModelSpec, path: Path) -> tuple[Any, Any]:
     Raises:
         ModelError: nothing of the kind there.
     """
-    from keepset.model.load import load_adapter
-
     if (path / "adapter_model.safetensors").exists():
         model, tokenizer = reward_model(spec, 0)
         adapted = load_adapter(model, path)

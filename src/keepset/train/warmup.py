@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from keepset.errors import ModelError
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.runfolder import layout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +86,7 @@ def warmup(
 
     Raises:
         ModelError: an optimiser without Adam moments.
-        DataError, RecipeError: see `train_sft`.
+        DataError, RecipeError: see `fit`.
     """
     from keepset.train.fit import fit
 
@@ -99,30 +100,10 @@ def list_checkpoints(out: Path) -> list[Checkpoint]:
     Raises:
         ModelError: there is none.
     """
-    found = []
-    for meta_path in Path(out).glob("checkpoint-*/meta.json"):
+    checkpoints = []
+    for meta_path in Path(out).glob(f"checkpoint-*/{layout.META}"):
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        found.append(Checkpoint(meta_path.parent, float(meta["mean_lr"]), int(meta["step"])))
-    if not found:
+        checkpoints.append(Checkpoint(meta_path.parent, float(meta["mean_lr"]), int(meta["step"])))
+    if not checkpoints:
         raise ModelError(f"{out}: no warm-up checkpoint (checkpoint-*/meta.json) in this folder")
-    return sorted(found, key=lambda c: c.step)
-
-
-def linear_schedule_means(
-    learning_rate: float, steps: int, warmup_ratio: float, epoch_ends: Sequence[int]
-) -> list[float]:
-    """Mean logged learning rate of each epoch under linear warm-up and decay: what `mean_lr` is, without training.
-
-    With w = ⌈ratio · steps⌉, rate after step s = peak · s/w for s < w, else peak · (steps − s)/(steps − w).
-
-    Args:
-        learning_rate: the peak.
-        steps: optimiser steps in all.
-        warmup_ratio: share of them that warm up.
-        epoch_ends: the step after which each epoch ends.
-    """
-    w = int(np.ceil(warmup_ratio * steps))
-    s = np.arange(1, steps + 1)
-    rates = learning_rate * np.where(s < w, s / max(w, 1), (steps - s) / max(steps - w, 1))
-    bounds = [0, *epoch_ends]
-    return [float(rates[a:b].mean()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return sorted(checkpoints, key=lambda c: c.step)

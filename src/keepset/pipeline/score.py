@@ -1,0 +1,121 @@
+"""Scoring: a method's stages are computed, its formula is applied, and the table of scores is kept under a key."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from keepset.methods.method import Features, Method
+from keepset.methods.table import METHODS, check_options, method_of
+from keepset.recipe import MethodSpec
+from keepset.runfolder import layout
+from keepset.runfolder.files import digest
+from keepset.stages.influence import Dots
+from keepset.stages.stage import VERSION, Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
+
+
+def score_key(job: Job, spec: MethodSpec) -> str:
+    """Hash (sha256, hex) of everything that the table `scores/<label>.parquet` depends on.
+
+    The method with its options, the rows and what stands beside their scores, the target that it looks at, and its
+    stages with all that they need. What changes no number (batches, workers, folders) is left out.
+    """
+    method = method_of(spec)
+    target = job.aim(spec.shots).target.fingerprint() if "target" in method.needs else None
+    made_of: dict[str, Any] = {
+        "version": VERSION,
+        "method": [spec.name, {name: getattr(method, name) for name in method.options()}],
+        "ids": job.ids_digest,
+        "pool": [job.pool.fingerprint(), job.pool.has_pairs],
+        "columns": [job.pool.sources().tolist(), job.pool.categories().tolist()],
+        "encoder": None if job.text_only else job.encoder.fingerprint,  # usable rows and their lengths
+        "target": target,
+        "stages": {name: stage.id(job) for name, stage in stages_of(job, spec).items()},
+    }
+    return digest(made_of)
+
+
+def stages_of(job: Job, spec: MethodSpec) -> dict[str, Stage]:
+    """What a method of the recipe needs computed."""
+    return method_of(spec).stages(job, spec.shots)
+
+
+def scored(job: Job, spec: MethodSpec) -> None:
+    """Score by a method unless this folder has its whole scores, made of the same rows, models and options."""
+    if job.run.saved_key(layout.scores(spec.label)) == score_key(job, spec):
+        job.say(f"{spec.label}: scored before, kept")
+        return
+    score(job, spec)
+
+
+def score(job: Job, spec: MethodSpec) -> pa.Table:
+    """Score every usable row by one method and write `scores/<label>.parquet`.
+
+    Returns:
+        id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason (why a
+        row has no score), the method's parts. Rows are in the pool's order.
+
+    Raises:
+        RecipeError: unknown method or option, or a recipe or data that the method can't score.
+    """
+    method = check_options(spec)
+    job.save_quarantine()
+    with job.run.timed(f"score {spec.label}") as spent:
+        features = Features(job, stages_of(job, spec), spec.shots, beside=gradients_beside(job, spec, method))
+        scores = method.score(features)
+        spent["rows"] = len(scores.score)
+    values = np.asarray(scores.score, dtype=np.float64)
+    finite = np.isfinite(values)
+    rank = np.zeros(len(values), dtype=np.int64)
+    rank[ranking(values, job.ids)] = np.arange(1, len(values) + 1)
+    rows = job.pool.table.take(pa.array(job.usable))
+    table = pa.table(
+        {
+            "id": pa.array(job.ids.astype(str)),
+            "source": rows["source"],
+            "category": rows["category"],
+            "score": pa.array(np.where(finite, values, np.nan), mask=~finite),
+            "rank": pa.array(rank, mask=~finite),
+            "selected": pa.array(np.zeros(len(values), dtype=bool)),
+            "n_tokens": pa.array(job.n_tokens()),
+            "reason": pa.array(
+                [None if ok else unscored(v) for ok, v in zip(finite, values, strict=True)], pa.string()
+            ),
+            **{name: pa.array(part) for name, part in scores.parts.items()},
+        }
+    ).replace_schema_metadata(
+        {"method": spec.name, "label": spec.label, "options": str(spec.options), "length_unit": job.length_unit}
+    )
+    job.run.save_table(layout.scores(spec.label), table, key=score_key(job, spec))
+    bad = int((~finite).sum())
+    job.say(f"{spec.label}: {len(values)} rows in = {len(values) - bad} scored + {bad} quarantined")
+    return table
+
+
+def gradients_beside(job: Job, spec: MethodSpec, method: Method) -> list[Stage]:
+    """The dots that the recipe's other gradient methods of the same target will ask for: one pass serves all."""
+    if "gradients" not in method.needs:
+        return []
+    others = [m for m in job.recipe.methods if m.shots == spec.shots and "gradients" in METHODS[m.name].needs]
+    return [stage for m in others for stage in stages_of(job, m).values() if isinstance(stage, Dots)]
+
+
+def text_features(job: Job, rows: np.ndarray) -> Features:
+    """What a method without a model is given of some rows (indices): to time it."""
+    return Features(job, {}, rows=rows)
+
+
+def ranking(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Indices best first; ties by id, NaN and infinite last."""
+    keys = np.where(np.isfinite(scores), -scores, np.inf)
+    return np.lexsort((ids.astype(str), keys))
+
+
+def unscored(value: float) -> str:
+    """Why a row has no score."""
+    return "nan-score" if np.isnan(value) else "infinite-score"

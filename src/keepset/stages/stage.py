@@ -1,0 +1,278 @@
+"""What a run computes, as values: a stage says what its numbers are made of, what it needs, what it costs, and does it.
+
+Equal stages give equal numbers, so two methods that ask for equal stages share them. From the value alone follow the
+files in the run folder (`Sweep.name` and `Sweep.key`), the price (`works`, what `plan` and `compare` print), the
+entries in `costs.jsonl`, the keys of stored scores (`id`), and what another process needs to take part (`Pass`).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from rich.console import Console
+
+from keepset.errors import RecipeError
+from keepset.recipe import parse_recipe
+from keepset.runfolder.execute import Executor, Forks, Here, Task
+from keepset.runfolder.files import canonical, digest
+from keepset.runfolder.shards import Arrays, Shards
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
+    from keepset.stages.rows import Rows
+
+VERSION = 1  # of the numbers: raise it when a change of code changes them
+
+Kind = Literal["forward", "backward", "train"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What has to be done once: a pass, a training, or the same pass at several checkpoints.
+
+    Counts come from the recipe and the pool alone, so they are the same before a run, after it, and after a run that
+    was killed and resumed; only seconds are measured.
+
+    Attributes:
+        stage: what `plan` calls it. Works of one name are printed as one.
+        kind: which of the machine's rates its time goes by.
+        rows: rows it looks at.
+        tokens: tokens that go through the model, passes counted.
+        flops: operations.
+        ids: what its entries in `costs.jsonl` are found by.
+        titles: what entries without ids, of folders made before there were any, are called.
+        trainings: how many trainings it starts.
+        part: works of one name over other rows have another part; their rows add up.
+        counted: whether the printed name says how often it is done.
+        need: `gradients` of a pass over the pool, `reference` of the reference's training: what `plan` advises on.
+        methods: whose it is.
+    """
+
+    stage: str
+    kind: Kind
+    rows: int
+    tokens: int
+    flops: float
+    ids: tuple[str, ...] = ()
+    titles: tuple[str, ...] = ()
+    trainings: int = 1
+    part: str = ""
+    counted: bool = False
+    need: str = ""
+    methods: str = ""
+
+    def logged(self, entry: dict[str, Any]) -> bool:
+        """Whether an entry of `costs.jsonl` is of this work."""
+        if "ids" in entry:
+            return not set(self.ids).isdisjoint(entry["ids"])
+        return entry["stage"] in self.titles
+
+
+class Stage(ABC):
+    """A frozen dataclass of values; its fields, with the recipe and the data, determine its numbers."""
+
+    word: ClassVar[str]
+    """What a method that has it `needs`, in the table of methods."""
+
+    def needs(self, job: Job) -> tuple[Stage, ...]:
+        """The stages whose results it reads."""
+        return ()
+
+    @abstractmethod
+    def inputs(self, job: Job) -> Any:
+        """JSON of what its numbers depend on beside its fields and its needs: data, models and settings of the recipe.
+
+        Weights that the run trains are named by what they are trained from, so that nothing has to be trained for it.
+        """
+
+    def works(self, job: Job) -> tuple[Work, ...]:
+        """Its price, without that of its needs."""
+        return ()
+
+    @abstractmethod
+    def value(self, job: Job) -> Any:
+        """Its result: read from the run folder, or computed and kept there."""
+
+    def id(self, job: Job) -> str:
+        """Hash (16 hex digits) of everything that its numbers depend on."""
+        return job.once_a_recipe(
+            (self, "id"),
+            lambda: digest([repr(self), self.inputs(job), [stage.id(job) for stage in self.needs(job)]])[:16],
+        )
+
+
+def closure(job: Job, stages: Iterable[Stage]) -> list[Stage]:
+    """The stages with all that they need, each once, after its needs."""
+    ordered: dict[Stage, None] = {}
+    for stage in stages:
+        ordered |= dict.fromkeys((*closure(job, stage.needs(job)), stage))
+    return list(ordered)
+
+
+# -- passes over rows ---------------------------------------------------------------------------------------------
+
+Batch = Callable[[list[Any], list["Sweep"]], dict["Sweep", Arrays]]
+"""Takes a shard's rows and the stages that lack it; returns each stage's columns (m, ...)."""
+
+
+class Sweep(Stage):
+    """A stage with one entry a row, computed and kept shard by shard."""
+
+    @abstractmethod
+    def name(self, job: Job) -> str:
+        """Its folder in `work/`."""
+
+    @abstractmethod
+    def key(self, job: Job) -> dict[str, Any]:
+        """Everything its numbers depend on, with the weights of trained models; another key is another subfolder."""
+
+    @abstractmethod
+    def rows(self, job: Job) -> Rows:
+        """What it looks at."""
+
+    def together(self, job: Job) -> Any:
+        """Stages of one class for which this is equal can be computed in one pass."""
+        return self
+
+    @classmethod
+    @abstractmethod
+    def opened(cls, job: Job, stages: Sequence[Any]) -> AbstractContextManager[Batch]:
+        """Have ready what a pass for these stages needs: models, adapters, targets."""
+
+    @classmethod
+    @abstractmethod
+    def title(cls, job: Job, stages: Sequence[Any]) -> str:
+        """What the pass is called on screen and in `costs.jsonl`."""
+
+    @classmethod
+    @abstractmethod
+    def spent(cls, job: Job, rows: list[Any], stages: Sequence[Any]) -> tuple[int, float]:
+        """Tokens and operations that a shard took."""
+
+    def value(self, job: Job) -> Arrays:
+        """Its columns over all rows, in their order."""
+        return fetch(job, [self])[self]
+
+    @classmethod
+    def compute(cls, job: Job, stages: Sequence[Any]) -> dict[Sweep, Arrays]:
+        """The columns of stages that belong together, over all rows; what is missing is computed."""
+        return sweep(job, stages)
+
+
+def fetch(job: Job, stages: Sequence[Sweep], beside: Iterable[Stage] = ()) -> dict[Sweep, Arrays]:
+    """Columns of some sweeps over all rows; what is missing is computed, in as few passes as can be.
+
+    Args:
+        job: the job.
+        stages: the stages.
+        beside: stages that are computed in the same pass where they can be, and stay on disk for their turn.
+    """
+    arrays: dict[Sweep, Arrays] = {}
+    for stage in stages:
+        if stage not in arrays:
+            together = stage.together(job)
+            several = [s for s in (*beside, *stages) if type(s) is type(stage) and s.together(job) == together]
+            arrays |= type(stage).compute(job, list(dict.fromkeys(several)))
+    return arrays
+
+
+def sweep(job: Job, stages: Sequence[Sweep]) -> dict[Sweep, Arrays]:
+    """Compute what is missing of some stages in one pass, shard by shard, with its progress and its costs."""
+    own = Pass(canonical(job.recipe.model_dump(mode="json")), tuple(stages))
+    shards, kind, rows = own.shards(job), type(stages[0]), stages[0].rows(job)
+    lacking = {number: own.lacking(job, shards, number) for number in range(len(shards.parts))}
+    numbers = [number for number, names in lacking.items() if names]
+    if numbers:
+        used = [stage for stage in stages if any(stage in lacking[n] for n in numbers)]
+        title = kind.title(job, used)
+        ids = sorted({i for stage in used for work in stage.works(job) for i in work.ids})
+        with own.opened(job, used, shards), job.run.timed(title, ids=ids) as entry:
+            entry.update(tokens=0, flops=0.0, rows=0)
+            with job.tracked(title, len(rows.ids)) as advance:
+                advance(len(rows.ids) - sum(len(shards.parts[n]) for n in numbers))
+
+                def committed(number: int) -> None:
+                    part = [rows.tokens[i] for i in shards.parts[number]]
+                    tokens, work = kind.spent(job, part, lacking[number])
+                    entry.update(
+                        rows=entry["rows"] + len(part), tokens=entry["tokens"] + tokens, flops=entry["flops"] + work
+                    )
+                    job.run.meter.note()
+                    advance(len(part))
+
+                executor(job).run(
+                    Task(make_shards, own), numbers, is_there=lambda n: not shards.missing(n), advance=committed
+                )
+    names = {stage.name(job): stage for stage in stages}
+    return {names[name]: columns for name, columns in shards.gather().items()}
+
+
+def executor(job: Job) -> Executor:
+    """Who computes: this process, or forks of it where `batching.workers` says so.
+
+    Raises:
+        RecipeError: several workers, and the model is on a GPU, which forks can't share.
+    """
+    workers = job.recipe.batching.workers
+    if workers == 1:
+        return Here()
+    if job.loaded.model.device.type != "cpu":
+        raise RecipeError(f"batching.workers: {workers} processes score on the CPU only; leave it at 1 on a GPU")
+    return Forks(workers)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Stages that are computed in one pass over the same rows: what an executor is handed. It can be pickled.
+
+    `recipe` is canonical JSON with the run folder; a process that hasn't opened the pass builds the job from it.
+    """
+
+    recipe: str
+    stages: tuple[Sweep, ...]
+
+    def shards(self, job: Job) -> Shards:
+        """The shards of its stages."""
+        keys = {stage.name(job): stage.key(job) for stage in self.stages}
+        return job.run.shards(keys, self.stages[0].rows(job).ids, job.recipe.batching.shard_rows)
+
+    def lacking(self, job: Job, shards: Shards, number: int) -> list[Sweep]:
+        """The stages that lack a shard."""
+        missing = shards.missing(number)
+        return [stage for stage in self.stages if stage.name(job) in missing]
+
+    @contextmanager
+    def opened(self, job: Job, stages: Sequence[Sweep], shards: Shards) -> Iterator[None]:
+        """Have its models ready in this process, and in forks of it, while the context lasts."""
+        with type(stages[0]).opened(job, stages) as batch:
+            OPEN[self] = (job, shards, batch)
+            try:
+                yield
+            finally:
+                del OPEN[self]
+
+
+OPEN: dict[Pass, tuple[Job, Shards, Batch]] = {}
+"""The passes that this process has opened; forks inherit them."""
+
+
+def make_shards(own: Pass, numbers: Sequence[int]) -> None:
+    """Compute and commit shards of a pass, in whatever process: the function that executors are handed."""
+    with ExitStack() as stack:
+        if own not in OPEN:
+            from keepset.stages.job import Job
+
+            job = Job(parse_recipe(json.loads(own.recipe), stored=True), console=Console(quiet=True), worker=True)
+            stack.enter_context(own.opened(job, own.stages, own.shards(job)))
+        job, shards, batch = OPEN[own]
+        rows = own.stages[0].rows(job)
+        for number in numbers:
+            stages = own.lacking(job, shards, number)
+            if stages:
+                arrays = batch([rows.tokens[i] for i in shards.parts[number]], stages)
+                shards.write(number, {stage.name(job): columns for stage, columns in arrays.items()})
