@@ -52,7 +52,9 @@ def test_the_interval_is_that_of_a_loop_over_the_same_draws():
     rng, drawn = np.random.default_rng(7), []
     for _ in range(40):
         models, items = rng.integers(0, MODELS, MODELS), rng.integers(0, QUERIES, QUERIES)
-        drawn.append(np.mean([stats.spearmanr(predicted[models, q], outcome.items[models, q]).statistic for q in items]))
+        drawn.append(
+            np.mean([stats.spearmanr(predicted[models, q], outcome.items[models, q]).statistic for q in items])
+        )
     found = lds({"x": predicted}, outcome, resamples=40, seed=7)["x"]
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=1e-12)
 

@@ -1,4 +1,4 @@
-"""Does a score say what training does? Rank correlations of predicted and measured outcomes over trainings; NumPy, SciPy.
+"""Does a score say what training does? Rank correlations of predicted and measured outcomes; NumPy and SciPy only.
 
 The linear datamodeling score (LDS; Park et al., arXiv 2303.14186): M models are trained on subsets S_m of the rows, and
 for a query q
@@ -20,6 +20,7 @@ from scipy import stats
 from keepset.evaluate.statistics import Interval
 
 PERMUTATIONS = 20_000
+ENDS = [2.5, 97.5]
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,16 @@ def lds(
         return {name: float((r * weights).sum() / weights.sum()) for name, r in each.items()}
 
     everything, once = np.arange(m), np.ones(k)
-    values = rho(everything, once)
+    value = rho(everything, once)
     if not np.ptp(outcome.by_query(everything, once)[0], axis=1).any():
         return {name: Interval(np.nan, np.nan, np.nan, m) for name in sums}
     rng = np.random.default_rng(seed)
-    draws = [
-        rho(rng.integers(0, m, m), np.bincount(rng.integers(0, k, k), minlength=k).astype(float))
-        for _ in range(resamples)
-    ]
-    ends = {name: np.percentile([draw[name] for draw in draws], [2.5, 97.5]) for name in sums}
-    return {name: Interval(values[name], float(ends[name][0]), float(ends[name][1]), m) for name in sums}
+    draws = []
+    for _ in range(resamples):
+        models, items = (np.asarray(rng.integers(0, size, size=size)) for size in (m, k))
+        draws.append(rho(models, np.bincount(items, minlength=k).astype(float)))
+    ends = {name: np.percentile([draw[name] for draw in draws], ENDS) for name in sums}
+    return {name: Interval(value[name], float(ends[name][0]), float(ends[name][1]), m) for name in sums}
 
 
 def between_seeds(first: Measured, second: Measured, *, resamples: int = 1000, seed: int = 0) -> Interval:

@@ -20,7 +20,7 @@ from keepset.report.numbers import (
     shares,
 )
 from keepset.report.read import Message, RunData, as_dict, as_list
-from keepset.runfolder.records import Record
+from keepset.runfolder.records import Power, Record
 
 TEXT_BUDGET = 12_000_000  # characters of row text in the page
 QUARANTINE_ROWS = 2_000
@@ -196,9 +196,19 @@ def best_dropped(score: np.ndarray, kept: np.ndarray) -> float:
 def metrics_of(data: RunData) -> list[dict[str, Any]]:
     """What the comparison measured, its headlines first; which way is better, and the unit of a mean ("": unknown)."""
     measured = list(dict.fromkeys(m for row in (data.comparison.rows if data.comparison else ()) for m in row.metrics))
-    first = [metric.name for metric in headlines(measured) if metric.name in measured]
+    lead = data.comparison.headline if data.comparison else ""
+    first = [metric.name for metric in headlines(measured, lead) if metric.name in measured]
     names = [*first, *(name for name in measured if name not in first)]
-    return [{"name": name, "lower_is_better": is_loss(name), "unit": unit_of(name)} for name in names]
+    power = (data.comparison.power if data.comparison else None) or {}
+    return [
+        {"name": name, "lower_is_better": is_loss(name), "unit": unit_of(name), "seen": seen_of(power.get(name))}
+        for name in names
+    ]
+
+
+def seen_of(power: Power | None) -> float | None:
+    """The difference to Random that four of five comparisons see."""
+    return None if power is None else number(power.smallest)
 
 
 def comparison_rows(data: RunData) -> list[dict[str, Any]]:

@@ -374,6 +374,15 @@ class Links(Record):
 
 
 @dataclass(frozen=True)
+class Power(Record):
+    """Four of five comparisons with Random on n items, whose differences have this `sd`, see one of `smallest`."""
+
+    n: int
+    sd: float
+    smallest: float
+
+
+@dataclass(frozen=True)
 class Comparison(Record):
     """`comparison.json`; see `keepset.pipeline.compare.compare`."""
 
@@ -383,3 +392,5 @@ class Comparison(Record):
     selection: SelectionCost
     pareto: dict[str, tuple[ParetoPoint, ...]]
     loss_vs_performance: Links
+    headline: str = ""
+    power: dict[str, Power] | None = None
