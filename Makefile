@@ -20,7 +20,7 @@ help:  ## this list
 
 .venv/.model: .venv/.ready
 	@echo "converting the demo model from its GGUF file, once (about a minute)"
-	$(BIN)/python -c "from keepset.model.load.load import resolve; from keepset.recipe import ModelSpec; resolve(ModelSpec())"
+	$(BIN)/python -c "from keepset.model.load import resolve; from keepset.recipe import ModelSpec; resolve(ModelSpec())"
 	@touch $@
 
 setup: .venv/.ready  ## the environment only

@@ -8,7 +8,7 @@ import sys
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,12 @@ import pytest
 from hypothesis import settings
 
 from lean import lean
+from tiny_recipe import write_lines
 
 if TYPE_CHECKING:  # torch and transformers only where a test asks for a model
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+sys.modules.setdefault("conftest", sys.modules[__name__])  # pytest calls it tests.conftest; it is made once
 
 # a busy machine is no bug: a property may take its time
 # The default suite draws the same examples every time; HYPOTHESIS_RANDOM=1 draws new ones.
@@ -162,6 +165,12 @@ def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return fast
 
 
+def save_tiny(folder: Path, architecture: str = "llama", **changes: Any) -> None:
+    """Write a tiny model and its tokenizer as a user's model folder."""
+    tiny_model(architecture, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
@@ -178,6 +187,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def watch_trainers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Called with a callback of transformers' trainer, which every trainer that is made from then on has."""
+    from transformers import Trainer
+
+    made = Trainer.__init__
+
+    def watch(callback: Any) -> None:
+        def init(trainer: Any, *args: Any, **options: Any) -> None:
+            made(trainer, *args, **options)
+            trainer.add_callback(callback)
+
+        monkeypatch.setattr(Trainer, "__init__", init)
+
+    return watch
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -187,6 +213,54 @@ def architecture(request: pytest.FixtureRequest) -> str:
 def model(architecture: str) -> PreTrainedModel:
     """One tiny model of every architecture in turn."""
     return tiny_model(architecture)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny(folder, max_position_embeddings=512)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.5, **sizes)
+    BertModel(config).eval().save_pretrained(folder)
+    tiny_tokenizer(None).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 pool rows (one without an answer, one far too long), target pairs of two tasks, held-out pairs and rows."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["the", "answer", "is", "user", "thing", "wants", "helpful", "assistant", "that"]
+
+    def text(n):
+        return " ".join(rng.choice(words, n))
+
+    pool = [{"instruction": f"q{i} {text(3)}", "input": "", "output": text(2 + i % 7)} for i in range(22)]
+    pool += [
+        {"instruction": "none", "input": "", "output": ""},
+        {"instruction": "long", "input": "", "output": text(400)},
+    ]
+    pairs = [
+        {"task": "ab"[i % 2], "prompt": f"p{i} {text(2)}", "chosen": text(4 + i % 2), "rejected": text(4)}
+        for i in range(12)
+    ]
+    return {
+        "pool": write_lines(folder / "pool.jsonl", pool),
+        "target": write_lines(folder / "target.jsonl", pairs[:6]),
+        "pairs": write_lines(folder / "pairs.jsonl", pairs[6:]),
+        "rows": write_lines(folder / "rows.jsonl", [{"prompt": text(3), "completion": text(5)} for _ in range(4)]),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -212,8 +286,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from keepset.recipe import parse_recipe
 
     folder = tmp_path_factory.mktemp("small")
-    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model", max_position_embeddings=512)
     rows = [{"instruction": f"q{i} the user", "output": "the answer is " + "thing " * (i % 4 + 1)} for i in range(12)]
     pairs = [{"task": "ab"[i % 2], "prompt": f"p{i}", "chosen": "the answer" + " is" * i, "rejected": "the thing"}
              for i in range(5)]  # fmt: skip

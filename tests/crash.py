@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from tiny_recipe import write_lines
+
 TRAIN = {"num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
 
 # Tokens in the environment of every run, which no file and no line of output may hold.
@@ -23,18 +25,12 @@ SECRETS = {
 }
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def write_inputs(folder: Path, **changes: Any) -> Path:
     """A tiny model, 18 pool rows (one bad), target and held-out pairs, and the recipe that uses them; its path."""
-    from conftest import tiny_model, tiny_tokenizer
+    from conftest import save_tiny
 
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
+    save_tiny(folder / "model", max_position_embeddings=512)
     rng = np.random.default_rng(0)
     words = ["the", "answer", "is", "user", "thing", "wants", "helpful", "assistant", "that"]
 

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conftest import TinyRow, random_rows
 from keepset.features.adam import AdamState
+from keepset.features.targets import GradientTarget, target_vectors
 
 
 def token_logps(model: Any, row: Any) -> Tensor:
@@ -48,3 +50,24 @@ def random_state(shapes: dict[str, tuple[int, int]], *, seed: int = 0, step: int
 def flat(blocks: dict[str, Tensor]) -> np.ndarray:
     """One float64 vector, parameters in the order given."""
     return np.concatenate([b.detach().double().reshape(-1).numpy() for b in blocks.values()])
+
+
+def one_by_one(model: Any, rows: list[TinyRow]) -> np.ndarray:
+    """The obvious way: `model(input_ids, labels=...)` on single rows, times the number of labels."""
+    sums = []
+    for row in rows:
+        ids = torch.tensor(row.input_ids, dtype=torch.int64)[None]
+        labels = torch.where(torch.tensor(row.supervised), ids, -100)
+        with torch.no_grad():
+            sums.append(model(input_ids=ids, labels=labels).loss.item() * row.supervised[1:].sum())
+    return np.asarray(sums)
+
+
+def some_target(peft, seed=11, **options) -> GradientTarget:
+    rows = random_rows(8, seed=seed)
+    pairs = [(rows[2 * i], rows[2 * i + 1]) for i in range(4)]
+    return target_vectors(peft, pairs, np.array([0, 1, 0, 2]), **options)
+
+
+def shapes_of(target):
+    return {n: tuple(b.shape[1:]) for n, b in target.blocks.items()}

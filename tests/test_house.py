@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/keepset"
+TESTS = ROOT / "tests"
 
 ROOMS = [
     "cli", "deliver", "report", "judging", "pipeline", "selection", "methods", "stages", "train", "evaluate",
@@ -81,6 +82,15 @@ def test_no_import_goes_up_but_those_that_are_listed() -> None:
             ):
                 upward.setdefault(module, set()).add(target)
     assert upward == UPWARD
+
+
+def test_no_test_file_imports_from_another() -> None:
+    """What several test files share is in conftest.py or in a file of its own beside it."""
+    for path in TESTS.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.split(".")[-1].startswith("test_") for name in named), f"{path}:{node.lineno}"
 
 
 def test_no_file_is_longer_than_four_hundred_lines_but_those_that_are_listed() -> None:

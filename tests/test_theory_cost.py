@@ -28,7 +28,7 @@ from keepset.stages.counts import selection_work
 from keepset.stages.job import Job
 from keepset.train.warmup import pick_subset
 from slow_gradients import random_state
-from test_pipeline import model_folder, quiet, recipe, write_lines  # noqa: F401 - a fixture among them
+from tiny_recipe import quiet, recipe, write_lines
 
 ROOT = Path(__file__).parents[1]
 W, V = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64), 320 * 32  # two blocks; the output head
@@ -107,11 +107,11 @@ FORMULAS = {
 
 
 @pytest.fixture(scope="module")
-def job(model_folder, tmp_path_factory) -> Job:  # noqa: F811
+def job(model_folder, tmp_path_factory) -> Job:
     return made(tmp_path_factory.mktemp("cost"), model_folder, 16)
 
 
-def test_7_1_operations_are_those_of_the_formulas_and_grow_with_the_tokens(job, model_folder, tmp_path):  # noqa: F811
+def test_7_1_operations_are_those_of_the_formulas_and_grow_with_the_tokens(job, model_folder, tmp_path):
     twice = made(tmp_path, model_folder, 32)
     assert size(twice.rows)[0] == pytest.approx(2 * size(job.rows)[0], rel=0.05)
     for name, formula in FORMULAS.items():

@@ -29,7 +29,7 @@ class Sha256Buckets:
         """Make an empty table that will remember `most` n-grams; later newcomers are digested each time."""
         self.n_buckets, self.most = n_buckets, most
         self.size = 0
-        self._allocate(20)
+        self._allocate(12)
 
     def __call__(self, hashed: Hashes, n: int) -> np.ndarray:
         """Return the buckets (t,) int32 of hashed n-grams of n tokens each; new ones are digested and kept."""

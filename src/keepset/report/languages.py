@@ -8,7 +8,8 @@
 3. A text with many brackets, semicolons and the like is `code`, whatever its words.
 
 Anything else is `unclear`: very short answers, numbers, languages not listed. Lists are our own. It knows 23 languages
-and no dialects; a mixed text gets its larger part. `tests/test_languages.py` has the sentences it was held against.
+and no dialects; a mixed text gets its larger part. `tests/report/test_languages.py` has the sentences it was held
+against.
 """
 
 from __future__ import annotations
