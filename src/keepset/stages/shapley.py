@@ -55,11 +55,9 @@ class InRun(Stage):
     word = "in-run"
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
-        """The checkpoint that it starts from."""
         return (WarmupCheckpoint(),)
 
     def inputs(self, job: Job) -> Any:
-        """The base, the template, the rows, the target and its tasks."""
         aim = job.aim(self.shots)
         return {**job.data_key(), "ids": job.ids_digest, "tasks": aim.names, "target": aim.target.fingerprint()}
 

@@ -155,7 +155,6 @@ class Sweep(Stage):
         """Tokens and operations that a shard took."""
 
     def value(self, job: Job) -> Arrays:
-        """Its columns over all rows, in their order."""
         return fetch(job, [self])[self]
 
     @classmethod

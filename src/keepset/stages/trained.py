@@ -196,12 +196,10 @@ class Warmup(Stage):
         return pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows), seed
 
     def inputs(self, job: Job) -> Any:
-        """What it is trained from."""
         picked, seed = self._rows(job)
         return train_key(job, job.recipe.warmup, job.ids[picked], seed)
 
     def works(self, job: Job) -> tuple[Work, ...]:
-        """The training."""
         sides = [job.sides[1][i] for i in self._rows(job)[0]]
         return (training(job, "warm-up", sides, job.recipe.warmup, layout.WARMUP, self.id(job)),)
 
@@ -233,7 +231,6 @@ class WarmupCheckpoint(Stage):
     word = "warmup"
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
-        """The warm-up, unless it is from elsewhere."""
         return () if job.recipe.warmup.path else (Warmup(),)
 
     def inputs(self, job: Job) -> Any:
