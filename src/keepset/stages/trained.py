@@ -74,16 +74,8 @@ def train_once(
 ) -> dict[str, Any]:  # fmt: skip
     """Train on some rows into `folder`, unless that was done.
 
-    The rows are put in the order of their ids, so that the order of the pool's files doesn't change the weights.
-
-    Args:
-        job: the job.
-        stage: whose training it is.
-        folder: where it goes.
-        rows: the sides of the rows, and their ids (n,).
-        args: how it is trained.
-        seed: of the training.
-        fit: trains on sides into a folder and returns the facts that are kept.
+    The rows are put in the order of their ids, so that the order of the pool's files doesn't change the weights. `fit`
+    trains on sides into a folder and returns the facts that are kept.
     """
     sides = [rows[0][i] for i in id_order(rows[1])]
 
