@@ -12,9 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, smallest_difference, win_tie_loss
+from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, win_tie_loss
 from keepset.pipeline.learn import epoch_points, item_metrics
 from keepset.pipeline.metrics import Metric, headline_of, headlines
+from keepset.pipeline.power import smallest_seen
 from keepset.pipeline.price import cost_of, full_training_flops, selection_cost
 from keepset.pipeline.verdict import loss_against_performance, means_of, pareto, qualities
 from keepset.runfolder import layout
@@ -119,7 +120,7 @@ def powers(groups: dict[str, list[tuple[Subset | None, Metrics]]], rivals: Rival
     found = {}
     for name, each in spreads.items():
         n, sd = each[0][0], float(np.sqrt(np.mean([sd**2 for _, sd in each])))
-        found[name] = Power(n, sd, smallest_difference(n, sd))
+        found[name] = Power(n, sd, smallest_seen(name, n, sd))
     return found
 
 
@@ -197,7 +198,7 @@ def print_comparison(result: Comparison, console: Console) -> None:
         share = f"{100 * entry.cost.select_flops / full:.0f} %" if full and entry.kind == "method" else "–"
         name = f"{entry.label} x{entry.seeds}" if entry.seeds > 1 else entry.label
         table.add_row(name, str(entry.n_rows or "–"), str(entry.n_tokens or "–"), *cells, share)
-    seen = {name: power.smallest for name, power in (result.power or {}).items()}
+    seen = {name: power.smallest for name, power in (result.power or {}).items() if not np.isnan(power.smallest)}
     if seen:
         smallest = [f"{seen[m.name]:.{m.decimals}f}" if m.name in seen else "–" for m in shown]
         table.add_section()

@@ -96,7 +96,7 @@ def what_can_be_seen(job: Job, learner: Learner) -> list[Shown]:
         if metric.name not in counts:
             continue
         n, seen = counts[metric.name], known.get(metric.name)
-        measured = smallest_difference(n, seen.sd) if seen else None
+        measured = smallest_seen(metric.name, n, seen.sd) if seen else None
         smallest: tuple[float, ...] = (smallest_difference(n, 1.0),)
         enough: tuple[int, ...] = (items_for(1.0, SMALL),)
         if is_counted(metric.name):
@@ -104,6 +104,19 @@ def what_can_be_seen(job: Job, learner: Learner) -> list[Shown]:
             enough = items_for(math.sqrt(POINTS), POINTS), items_for(math.sqrt(0.5), POINTS)
         found.append(Shown(metric.name, n, smallest, measured, enough))
     return found
+
+
+def smallest_seen(measure: str, n: int, sd: float) -> float:
+    """The difference that four of five comparisons see on n items, whose differences have a standard deviation `sd`.
+
+    Of right or wrong it is no less than the best case (docs/theory.md, 6.3): models that answer alike on every item
+    have sd 0 and say nothing about those that don't. NaN: too few items for any.
+    """
+    spread = smallest_difference(n, sd)
+    if not is_counted(measure):
+        return spread
+    best = accuracy_power(n)
+    return math.nan if best is None else max(best[0], spread)
 
 
 def items_for(sd: float, difference: float) -> int:
@@ -121,7 +134,9 @@ def print_power(found: list[dict[str, Any]], console: Console) -> None:
     for number, one in enumerate(Shown(**f) for f in found):
         sizes = " to ".join(f"{v:.2f}" for v in one.smallest) or "none"
         wanted = f"{POINTS:g}" if one.counted else f"{SMALL:g} sd"
-        measured = "–" if one.measured is None else f"{one.measured:.3g} {unit_of(one.measure)}"
+        measured = (
+            "–" if one.measured is None or math.isnan(one.measured) else f"{one.measured:.3g} {unit_of(one.measure)}"
+        )
         table.add_row(
             one.measure + (" (headline)" if number == 0 else ""), str(one.n),
             sizes + ("" if one.counted or not one.smallest else " sd"), measured,

@@ -203,8 +203,8 @@ class Judge:
         each = between_seeds(one, two, resamples=self.resamples, seed=self.seed)
         whole = between_seeds(one.whole(), two.whole(), resamples=self.resamples, seed=self.seed)
         return replace(
-            facts, between_seeds=mean(each), ceiling=noise_ceiling(each.value), between_seeds_of_mean=mean(whole),
-            ceiling_of_mean=noise_ceiling(whole.value),
+            facts, between_seeds=mean(each), ceiling=ceiling_of(each), between_seeds_of_mean=mean(whole),
+            ceiling_of_mean=ceiling_of(whole),
         )  # fmt: skip
 
     def deciles(self, label: str) -> list[Deciles]:
@@ -248,6 +248,11 @@ def target_logps(arrays: Arrays) -> PairLogps:
 def filled(values: np.ndarray) -> np.ndarray:
     """Scores (n,) with their mean in place of NaN: a row without a score speaks neither for a model nor against it."""
     return np.where(np.isnan(values), np.nanmean(values) if np.isfinite(values).any() else 0.0, values)
+
+
+def ceiling_of(agreement: Interval) -> float | None:
+    """The noise ceiling; None where no outcome varies."""
+    return None if np.isnan(agreement.value) else noise_ceiling(agreement.value)
 
 
 def mean(interval: Interval) -> Mean:

@@ -349,8 +349,8 @@ class Power(Record):
     """Four of five comparisons with Random on n items, whose differences have this `sd`, see one of `smallest`."""
 
     n: int
-    sd: float
-    smallest: float
+    sd: Number
+    smallest: Number
 
 
 @dataclass(frozen=True)

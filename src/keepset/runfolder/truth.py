@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from keepset.runfolder.records import Mean, Record
+from keepset.runfolder.records import Mean, Number, Record
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class OutcomeFacts(Record):
 
     name: str
     queries: int
-    spread: float
+    spread: Number
     unit: str
     between_seeds: Mean | None = None
     ceiling: float | None = None
@@ -69,9 +69,9 @@ class Deciles(Record):
 
     label: str
     outcome: str
-    values: tuple[float, ...]
-    spearman: float
-    p: float
+    values: tuple[Number, ...]
+    spearman: Number
+    p: Number
     seeds: int
 
 
@@ -80,7 +80,7 @@ class LeftOut(Record):
     """Rows that one training did without, and what that changed: the model on all rows is better by so much."""
 
     ids: tuple[str, ...]
-    worth: dict[str, float]
+    worth: dict[str, Number]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Validation(Record):
 
     rows: int
     tokens: int
-    seconds: float
+    seconds: Number
     designs: tuple[Design, ...]
     deciles: tuple[Deciles, ...]
     left_out: tuple[LeftOut, ...]
