@@ -17,24 +17,29 @@ HEADINGS = {
 }  # fmt: skip
 """Of the columns; pairs are the held-out ones, margin and accuracy those of like length."""
 WHAT = {
-    "halves": "{models} trainings on random halves of {rows} rows: Spearman of summed scores and outcome",
-    "leave-out": "{models} trainings, all of {rows} rows and with some left out: Spearman of summed scores and outcome",
+    "halves": "{models} trainings on random halves of {rows} rows",
+    "leave-out": "{models} trainings, on {rows} rows and with some left out",
 }
+VIEWS = "averaged over queries", "of the mean over queries"
+PERFECT = "a perfect score"
+CELL = 12
+"""Columns that an outcome takes."""
 
 
 def print_validation(result: Validation, console: Console) -> None:
     """Print every design and the tenths."""
     for design in result.designs:
         print_design(design, result.rows, console)
-    if result.deciles:
-        outcomes = list(dict.fromkeys(one.outcome for one in result.deciles))
+    labels = list(dict.fromkeys(one.label for one in result.deciles))
+    for outcomes in fitting([one.outcome for one in result.deciles], labels, console):
         table = new_table("tenths of", outcomes)
-        for label in dict.fromkeys(one.label for one in result.deciles):
+        for label in labels:
             found = {one.outcome: one for one in result.deciles if one.label == label}
-            table.add_row(label, *(f"{signed(found[o].spearman)}\np {found[o].p:.3f}" for o in outcomes))
+            table.add_row(label, *(f"{signed(found[o].spearman)}\n{chance(found[o].p)}" for o in outcomes))
         console.print(table)
+    if result.deciles:
         console.print(
-            "Spearman of a tenth's place and of what training on it gives; + where better-scored tenths do better.",
+            "Spearman of a tenth's place and of what training on it gives; + where\nbetter-scored tenths do better.",
             highlight=False,
         )
     for label, n in result.unscored.items():
@@ -42,28 +47,36 @@ def print_validation(result: Validation, console: Console) -> None:
 
 
 def print_design(design: Design, rows: int, console: Console) -> None:
-    """One table: a line a score, a column an outcome; the ceiling first."""
-    outcomes = [o.name for o in design.outcomes]
-    table = new_table("score", outcomes)
-    ceilings = ["–" if o.ceiling is None else signed(o.ceiling) for o in design.outcomes]
-    agree = ["–" if o.between_seeds is None else interval(o.between_seeds) for o in design.outcomes]
-    if any(o.ceiling is not None for o in design.outcomes):
-        table.add_row("a perfect score", *ceilings)
-        table.add_row("two seeds agree", *agree, end_section=True)
-    for label in dict.fromkeys(score.label for score in design.scores):
-        found = {score.outcome: score for score in design.scores if score.label == label}
-        table.add_row(label, *(interval(found[outcome].lds) for outcome in outcomes))
+    """A line a score, a column an outcome, the ceiling first; by query, and of the mean over queries."""
+    labels = list(dict.fromkeys(score.label for score in design.scores))
+    console.print(WHAT[design.name].format(models=design.models, rows=rows), highlight=False)
+    for whole, view in enumerate(VIEWS):
+        console.print(f"\nSpearman of summed scores and outcome, {view}:", highlight=False)
+        for names in fitting([o.name for o in design.outcomes], [*labels, PERFECT], console):
+            table, outcomes = new_table("score", names), [o for o in design.outcomes if o.name in names]
+            if design.again:
+                ceilings = [o.ceiling_of_mean if whole else o.ceiling for o in outcomes]
+                table.add_row(PERFECT, *("–" if c is None else signed(c) for c in ceilings))
+                agree = [o.between_seeds_of_mean if whole else o.between_seeds for o in outcomes]
+                table.add_row("two seeds agree", *("–" if a is None else interval(a) for a in agree), end_section=True)
+            for label in labels:
+                found = {s.outcome: s.of_mean if whole else s.lds for s in design.scores if s.label == label}
+                table.add_row(label, *(interval(found[name]) for name in names))
+            console.print(table)
     console.print(
-        WHAT[design.name].format(models=design.models, rows=rows) + ", averaged over queries", highlight=False
-    )
-    console.print(table)
-    console.print(
-        "below: 95 % interval over trainings and queries. 0: an order by chance; +: rows of\n"
-        "high score make the outcome better. pairs: the held-out ones, margin and accuracy on\n"
-        "those of like length. a perfect score: √ of how far two seeds of one half agree,\n"
-        "which is all that one training can show.",
+        "below: 95 % interval over trainings and queries. 0: an order by chance;\n"
+        "+: rows of high score make the outcome better. pairs: the held-out ones,\n"
+        "margin and accuracy on those of like length. a perfect score: √ of how far\n"
+        "two seeds of one half agree, which is all that one training can show.",
         highlight=False,
     )
+
+
+def fitting(outcomes: list[str], labels: list[str], console: Console) -> list[list[str]]:
+    """The outcomes, each once, in as many parts as the terminal is too narrow for."""
+    names = list(dict.fromkeys(outcomes))
+    each = max(1, (console.width - max(map(len, labels), default=0) - 3) // CELL)
+    return [names[start : start + each] for start in range(0, len(names), each)]
 
 
 def new_table(first: str, outcomes: list[str]) -> Table:
@@ -78,6 +91,11 @@ def new_table(first: str, outcomes: list[str]) -> Table:
 def signed(value: float) -> str:
     """`+0.31`, or a dash where there is no number."""
     return "–" if value != value else f"{value:+.2f}"
+
+
+def chance(p: float) -> str:
+    """`p .03`, or that it is below what three digits can say."""
+    return "–" if p != p else "p < 0.001" if p < 0.001 else f"p {p:.3f}"
 
 
 def interval(mean: Mean) -> str:
