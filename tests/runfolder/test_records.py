@@ -49,7 +49,8 @@ AGREEMENT = """{"n": 5, "sizes": {"2": 2}, "chance": {"2": 0.4}, "scorings": {"r
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [(Comparison, COMPARISON), (Comparison, COMPARISON[:-1] + POWER), (Validation, VALIDATION), (Agreement, AGREEMENT), (Finding, FINDING), (StoredSubset, SUBSET),
+    [(Comparison, COMPARISON), (Comparison, COMPARISON[:-1] + POWER), (Validation, VALIDATION),
+     (Agreement, AGREEMENT), (Finding, FINDING), (StoredSubset, SUBSET),
      (Point, '{"model": "rose-seed0", "epoch": 1, "metrics": {"loss.chosen": 1.5, "gsm8k.accuracy": 0}}')],
 )  # fmt: skip
 def test_a_file_s_text_comes_back_as_it_was(kind, text):
