@@ -230,6 +230,7 @@ class ControlSpec(Strict):
 
     random_seeds: list[int] = Field([0, 1, 2], description="Random of the same size, once per seed")
     longest: bool = Field(True, description="the longest completions of the same size")
+    shortest: bool = Field(False, description="the shortest completions of the same size")
     full: bool = Field(False, description="train on the whole pool")
     base: bool = Field(True, description="the untrained base")
     dpo_direct: bool = Field(False, description="no selection: DPO (beta 0.1) on the target's pairs, by `train`")
@@ -302,7 +303,8 @@ class Recipe(Strict):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"methods: label '{twice[0]}' stands twice; give one of them its own `label`")
-        taken = [label for label in labels if re.fullmatch(r"base|full|longest|dpo-direct|random-\d+", label)]
+        names = "base|full|longest|dpo-direct" + ("|shortest" if self.controls.shortest else "")
+        taken = [label for label in labels if re.fullmatch(rf"{names}|random-\d+", label)]
         if taken:
             raise ValueError(f"methods: label '{taken[0]}' is a control's name; give it another `label`")
         return self

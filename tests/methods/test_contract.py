@@ -13,6 +13,7 @@ from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
 from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
+from keepset.methods.gist import gist
 from keepset.methods.ifd import ifd
 from keepset.methods.in_run_shapley import in_run_shapley
 from keepset.methods.influence import influence
@@ -58,6 +59,7 @@ def pool(seed: int = 0) -> dict:
 QUERIES = ["add three and seven", "sum minus three", "cat dog"]
 TASKS = ["sums", "sums", "pets"]
 LR = np.array([2e-5, 1e-5, 5e-6])
+GRAM = np.stack([x @ x.T for x in np.random.default_rng(7).normal(size=(3, 3, 9))])
 VECTORS = np.random.default_rng(9).normal(size=(3, 6))
 LAYERS = np.random.default_rng(8).normal(size=(3, 2, 4))
 
@@ -99,6 +101,7 @@ CASES = {
     "less": lambda r: less(swap(r["dots"]), r["norms"].T, LR, reduce="mean")[0],
     "grad-cosine": lambda r: less(swap(r["dots"]), r["norms"].T)[0],
     "tracin": lambda r: tracin(swap(r["dots"]), LR)[0],
+    "gist": lambda r: gist(swap(r["dots"])[:, :, [0, 1, 0]] + 1, GRAM, np.array([0, 0, 1]), LR)[0],
     "influence": lambda r: influence(r["dots"][:, 0])[0],
     "influence fisher": lambda r: fisher(r["vectors"], VECTORS),
     "ekfac": lambda r: ekfac(r["layers"], LAYERS),

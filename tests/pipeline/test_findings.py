@@ -11,7 +11,7 @@ from keepset.pipeline.findings import diagnose_scores
 
 @pytest.mark.parametrize(
     ("sign", "level", "advice"),
-    [(1, "warning", "`longest` control"), (-1, "warning", "prefer: short"), (0, "info", "no strong")],
+    [(1, "warning", "`longest` control"), (-1, "warning", "controls.shortest"), (0, "info", "no strong")],
 )  # fmt: skip
 def test_a_tie_to_length_names_the_control_for_its_direction(sign, level, advice):
     rng = np.random.default_rng(0)

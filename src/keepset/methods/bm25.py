@@ -122,11 +122,14 @@ class Bm25(Method):
     k1: float = 1.5
     b: float = 0.75
     reduce: Literal["max", "mean"] = "max"
+    per: Literal["task", "query"] = "task"
 
     def score(self, features: Features) -> Scores:
         names, codes = features.tasks
         queries = features.target_texts(with_chosen=self.query == "prompt+chosen")
-        score, per_task = bm25(features.texts(), queries, codes, k1=self.k1, b=self.b, reduce=self.reduce)
+        score, per_task = bm25(features.texts(), queries, codes, k1=self.k1, b=self.b, reduce=self.reduce, per=self.per)
+        if self.per == "query":
+            names = [f"{names[code]}.{k}" for k, code in enumerate(codes)]
         return Scores(score, task_parts(names, per_task))
 
     def noise(self, columns: Columns, relative: float) -> None:

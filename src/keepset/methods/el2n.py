@@ -75,7 +75,9 @@ class GradNorm(GradientMethod):
     paper = "GraNd, arXiv 2107.07075"
     formula = "S = mean_c ‖∇ℓ(z)‖"
 
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def reduce_dots(
+        self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         return grand(norms), np.zeros((norms.shape[1], 0))
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:

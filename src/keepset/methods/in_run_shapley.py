@@ -77,11 +77,13 @@ class InRunShapley(Method):
     epochs: int = 1
     reduce: Literal["max", "mean"] = "mean"
     seed: int = 0
+    unit_norm: bool = False
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
         run = InRun(
             second_order=self.order == "second", learning_rate=float(self.learning_rate),
             batch_size=int(self.batch_size), epochs=int(self.epochs), seed=int(self.seed), shots=shots,
+            unit_norm=self.unit_norm,
         )  # fmt: skip
         return {"run": run}
 

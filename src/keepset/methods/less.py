@@ -16,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from keepset.methods.gradient import GradientMethod, checkpoint_columns, cosines_noise, of_store
-from keepset.methods.method import Columns
+from keepset.methods.gradient import GradientMethod, Per, checkpoint_columns, cosines_noise, of_store
+from keepset.methods.method import Columns, Features
 from keepset.methods.rose import CosineMethod, rose
 from keepset.methods.tasks import Reduce, reduce_tasks
 from keepset.stages.influence import InfluenceRequest
@@ -72,7 +72,7 @@ class Less(CosineMethod):
 
     @property
     def request(self) -> InfluenceRequest:
-        return InfluenceRequest(map=self.map, normalise=self.normalise)
+        return InfluenceRequest(map=self.map, normalise=self.normalise, per=self.per)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,15 @@ class TracIn(GradientMethod):
     paper = "TracIn, arXiv 2002.08484"
     formula = "S = mean_j Σ_c η_c <∇ℓ(z), ∇ℓ_j>"
     reduce: Literal["max", "mean"] = "mean"
+    per: Per = "task"
 
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def request(self) -> InfluenceRequest:
+        return InfluenceRequest(per=self.per)
+
+    def reduce_dots(
+        self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         return tracin(dots, lr, reduce=self.reduce)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
@@ -101,8 +108,15 @@ class GradCosine(GradientMethod):
     paper = "–"
     formula = "S = max_j Σ_c w_c cos(∇ℓ(z), ∇ℓ_j)"
     reduce: Literal["max", "mean"] = "max"
+    per: Per = "task"
 
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def request(self) -> InfluenceRequest:
+        return InfluenceRequest(per=self.per)
+
+    def reduce_dots(
+        self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         return less(dots, norms, lr, reduce=self.reduce)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:

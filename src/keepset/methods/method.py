@@ -104,6 +104,11 @@ class Features:
         aim = self._job.aim(self._shots)
         return aim.names, aim.codes
 
+    def column_names(self, per: str) -> list[str]:
+        """What the columns of a target-aware method are called: the tasks, or `<task>.<k>` for each encoded row."""
+        aim = self._job.aim(self._shots)
+        return aim.names if per == "task" else [f"{aim.names[code]}.{k}" for k, code in enumerate(aim.pair_codes)]
+
     @property
     def encoded_tasks(self) -> np.ndarray:
         """(m',) the tasks of the target's rows that the template takes."""

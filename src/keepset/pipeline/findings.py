@@ -30,10 +30,7 @@ NEAR_ZERO_SCORE = 0.01  # median |DavIR| below this: the reference moved nothing
 SKEWED_LENGTH = 2.0  # kept answers this many times longer, or shorter, than the pool's are told as a warning
 STRONG_LENGTH = 0.5  # |Spearman| with length from here on is told as a warning
 FOLLOWS_LENGTH = "hold the result against the `longest` control and read the length-matched figures"
-FLEES_LENGTH = (
-    "hold the result against the shortest rows of its size: add "
-    "`{name: length, label: shortest, options: {prefer: short}}` to `methods`"
-)
+FLEES_LENGTH = "hold the result against the shortest rows of its size: set `controls.shortest: true`"
 NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
 STORE_AGREES = (
     0.9  # Spearman of a gradient store's cosines with the exact ones, below which ranks are not to be trusted

@@ -109,7 +109,7 @@ def table_order(recipe: Recipe, cell: Cell) -> tuple[Any, ...]:
     if subset is None:
         return (-1,)
     labels = [m.label for m in recipe.methods] + [f"random-{k}" for k in recipe.controls.random_seeds]
-    labels += ["longest", *(m.label for m in recipe.mix), "full", "dpo-direct"]
+    labels += ["longest", "shortest", *(m.label for m in recipe.mix), "full", "dpo-direct"]
     budgets = [str(b) for b in recipe.budget]
     place = labels.index(subset.label) if subset.label in labels else len(labels)
     return place, budgets.index(subset.budget) if subset.budget in budgets else len(budgets), subset.name, seed or 0

@@ -24,7 +24,7 @@ from keepset.runfolder.records import Record
 
 TEXT_BUDGET = 12_000_000  # characters of row text in the page
 QUARANTINE_ROWS = 2_000
-CONTROLS = ("random", "longest", "length")
+CONTROLS = ("random", "longest", "shortest", "length")
 
 
 def sample_rows(data: RunData, max_rows: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from keepset.runfolder.records import Entry
 FORMATS = ("png", "svg", "pdf")
 KEPT, REST, INK = "#0b7a6f", "#a7a49c", "#26231d"
 KINDS = ("scores", "length", "losses", "comparison", "curve", "overlap")
-SIZED = ("method", "random", "longest")  # what is trained at each budget
+SIZED = ("method", "random", "longest", "shortest")  # what is trained at each budget
 DOTS = 20_000  # most dots of a scatter plot
 STYLE: Any = {
     "font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
@@ -205,7 +205,7 @@ def draw_curve(entries: Sequence[Entry], metric: str, ax: Any) -> None:
     dashes = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1))]
     for k, (label, points) in enumerate(lines.items()):
         x, y, low, high = zip(*sorted(points), strict=True)
-        colour = REST if label in ("random", "longest") else KEPT
+        colour = REST if label in ("random", "longest", "shortest") else KEPT
         ax.plot(x, y, color=colour, ls=dashes[k % 4], lw=1.2, marker="o", ms=3, label=label)
         ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
     ax.set(xlabel="rows trained on", ylabel=named(metric))

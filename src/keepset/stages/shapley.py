@@ -48,6 +48,7 @@ class InRun(Stage):
     epochs: int
     seed: int
     shots: int | None = None
+    unit_norm: bool = False  # values divided by the norm of the row's gradient
 
     word = "in-run"
 
@@ -59,7 +60,7 @@ class InRun(Stage):
         return {**job.data_key(), "ids": job.ids_digest, "tasks": aim.names, "target": aim.target.fingerprint()}
 
     def _key(self, job: Job) -> dict[str, Any]:
-        run = {k: v for k, v in vars(self).items() if k != "shots"}
+        run = {k: v for k, v in vars(self).items() if k != "shots" and (k, v) != ("unit_norm", False)}
         weights = digest(weights_of(WarmupCheckpoint().value(job).path))
         return {"version": VERSION, **self.inputs(job), "checkpoint": weights, "run": run}
 
@@ -151,7 +152,8 @@ def run_steps(job: Job, stage: InRun, model: Any, path: Path) -> dict[str, Any]:
             step = in_run_step(
                 model, rows, target, weights, learning_rate=lr, second_order=stage.second_order, token_budget=budget
             )
-            values[indices] += step_values(np.asarray(step.dots, np.float64), lr, step.curvature)
+            gained = step_values(np.asarray(step.dots, np.float64), lr, step.curvature)
+            values[indices] += gained / step.norms[:, None] if stage.unit_norm else gained
             tokens, work = stage.step_cost(job, rows)
             spent["tokens"] += tokens
             spent["flops"] += work
