@@ -14,11 +14,9 @@ from keepset.methods.dsir import dsir
 from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
 from keepset.methods.ifd import ifd
-from keepset.methods.in_run_shapley import in_run_shapley
-from keepset.methods.influence import influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
-from keepset.methods.less import less, tracin
+from keepset.methods.less import tracin
 from keepset.methods.loss import loss
 from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
@@ -27,7 +25,7 @@ from keepset.methods.rose import rose
 from keepset.methods.table import METHODS
 from keepset.methods.tmc_shapley import tmc_shapley
 from keepset.selection.select import select
-from oracles import corrected_eigenvalues, datainf, kronecker_bases
+from oracles import corrected_eigenvalues, datainf, in_run_shapley, influence, kronecker_bases
 
 N = 40
 WORDS = "sum apple river add three seven paint minus equals cloud dog cat run code loop".split()
@@ -96,8 +94,8 @@ CASES = {
     "grad-norm": lambda r: grand(r["norms"].T),
     "forgetting": lambda r: forgetting(r["losses"].T),
     "rose": lambda r: rose(swap(r["dots"]), r["norms"].T, LR)[0],
-    "less": lambda r: less(swap(r["dots"]), r["norms"].T, LR, reduce="mean")[0],
-    "grad-cosine": lambda r: less(swap(r["dots"]), r["norms"].T)[0],
+    "less": lambda r: rose(swap(r["dots"]), r["norms"].T, LR, reduce="mean")[0],
+    "grad-cosine": lambda r: rose(swap(r["dots"]), r["norms"].T)[0],
     "tracin": lambda r: tracin(swap(r["dots"]), LR)[0],
     "influence": lambda r: influence(r["dots"][:, 0])[0],
     "influence fisher": lambda r: fisher(r["vectors"], VECTORS),

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from keepset.cli.options import AsJson, Quiet, RunDir, err, open_job
 from keepset.runfolder import layout
 from keepset.runfolder.files import json_text
 
@@ -38,12 +39,10 @@ Anew = Annotated[bool, typer.Option("--anew", help="don't go on from a checkpoin
 HeldPairs = Annotated[
     list[str] | None, typer.Option("--eval_data", "--eval-data", help="held-out pairs; may be repeated")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
 
 
 def progress() -> Console:
     """Where progress goes: standard error; of several processes only the first one speaks."""
-    from keepset.cli.options import err
     from keepset.pipeline.train import is_main
 
     return Console(stderr=True, quiet=err.quiet or not is_main())
@@ -71,22 +70,20 @@ def interval(found: dict[str, Any]) -> str:
 @train_app.command()
 def subset(
     subset: Annotated[str, typer.Argument(help="a subset of the run folder, or `full`")],
-    run_dir: Annotated[Path, typer.Option("--run_dir", "--run-dir", help="the run folder")] = Path("runs/keepset"),
+    run_dir: RunDir = Path("runs/keepset"),
     seed: Seed = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="any recipe key: --set train.num_train_epochs=1; may be repeated")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only results and mistakes")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune the base on a subset, as the run's recipe says, into RUN_DIR/models/SUBSET-seedN.
 
     Example: keepset train davir --set train.num_train_epochs=1
     """
-    from keepset.cli.options import hush, open_job
     from keepset.pipeline.choose import stored_subset
     from keepset.pipeline.learn import Learner, train_final
 
-    hush(quiet)
     job = open_job(run_dir, settings=settings, force=bool(settings))
     with job.run.lock():
         facts = train_final(job, Learner(job), stored_subset(job, subset), seed)

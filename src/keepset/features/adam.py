@@ -216,7 +216,7 @@ def save_adam(state: AdamState, folder: str | Path) -> Path:
     return path
 
 
-def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamState:
+def load_adam(path: str | Path) -> AdamState:
     """Read the moments of a checkpoint folder (or of the file itself).
 
     Step, betas and eps stand in the file's header, or in `meta.json` beside it.
@@ -231,7 +231,7 @@ def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamSt
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
             meta = json.loads(header["adam"]) if "adam" in header else header
             for key in file.keys():

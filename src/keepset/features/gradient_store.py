@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 META = np.dtype([("scale", "<f4"), ("norm", "<f8"), ("shared", "<f8"), ("crc", "<u4")])  # crc: of all else, and the id
 VERSION = 3
+BLOCK = 4096  # rows read at once
 
 
 class GradientStore:
@@ -185,15 +186,15 @@ class GradientStore:
                 data = file.read(n * self.row_bytes).ljust(n * self.row_bytes, b"\0")
                 yield slice(start, start + n), np.frombuffer(data, self.dtype).reshape(n, -1)
 
-    def whole(self, ids: Sequence[str], *, block: int = 4096) -> np.ndarray:
+    def whole(self, ids: Sequence[str]) -> np.ndarray:
         """Which rows (n,) are as they were written for these ids (n,)."""
         meta = self._meta()
         out = np.zeros(self.n_rows, bool)
-        for where, rows in self._blocks(block):
+        for where, rows in self._blocks(BLOCK):
             out[where] = _fit(rows, meta[where], ids[where])
         return out
 
-    def dots(self, target: ProjectedTarget, *, block: int = 4096) -> np.ndarray:
+    def dots(self, target: ProjectedTarget, *, block: int = BLOCK) -> np.ndarray:
         """Estimate ⟨Γ_i, v_j⟩ for all rows, reading the store once, block by block.
 
         Returns:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from keepset.methods.method import Columns, Cost, Features, Method, Scores, task_parts
+from keepset.methods.tasks import Reduce, reduce_tasks
 from keepset.stages.influence import Curvature, Dots, InfluenceRequest
 from keepset.stages.stage import Stage
 from keepset.stages.trained import checkpoints
@@ -65,6 +66,7 @@ class InfluenceFunction(GradientMethod):
     """TracIn's pass at the last checkpoint, with the target multiplied by an inverse curvature."""
 
     needs: ClassVar[tuple[str, ...]] = ("warmup", "gradients", "curvature", "target")
+    reduce: Reduce = "mean"
 
     @property
     def request(self) -> InfluenceRequest:
@@ -78,6 +80,10 @@ class InfluenceFunction(GradientMethod):
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
         return {"last": Dots(self.request, -1, shots)}
+
+    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        per_task = np.asarray(dots[0], dtype=np.float64)
+        return reduce_tasks(per_task, self.reduce), per_task
 
     def noise(self, columns: Columns, relative: float) -> None:
         """Not known: the solve multiplies noise by the curvature's condition, and a label that is drawn may turn."""

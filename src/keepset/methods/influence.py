@@ -16,22 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from keepset.methods.gradient import InfluenceFunction, Labels
-from keepset.methods.tasks import Reduce, reduce_tasks
 from keepset.stages.influence import Curvature
-
-
-def influence(dots: np.ndarray, *, reduce: Reduce = "mean") -> tuple[np.ndarray, np.ndarray]:
-    """Reduce dots (n, j) = <∇ℓ(z_i), r_j> to scores (n,); per task (n, j) beside them.
-
-    Args:
-        dots: inner products with the solved targets.
-        reduce: over targets; "mean" = the influence on the mean target loss.
-    """
-    per_task = np.asarray(dots, dtype=np.float64)
-    return reduce_tasks(per_task, reduce), per_task
 
 
 @dataclass(frozen=True)
@@ -45,16 +31,12 @@ class Influence(InfluenceFunction):
     curvature_rows: int = 100
     labels: Labels = "sampled"
     damping: float = 0.1
-    reduce: Literal["max", "mean"] = "mean"
     seed: int = 0
 
     @property
     def solver(self) -> Curvature:
         solver = "cg" if self.curvature == "gauss-newton" else "fisher"
         return Curvature(solver, self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
-
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return influence(dots[0], reduce=self.reduce)
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.curvature == "gauss-newton":

@@ -27,10 +27,7 @@ def perplexity(
 ) -> np.ndarray:
     """Score rows by their mean loss.
 
-    Args:
-        nll: (n,) nats, summed over the supervised tokens.
-        n_tokens: (n,) supervised tokens; None: `nll` is a mean already (or the sum is meant).
-        prefer: which losses rank first.
+    `nll` (n,) is summed over the `n_tokens` (n,) supervised tokens, in nats; without `n_tokens` it is a mean already.
 
     Returns:
         (n,) float64. For "mid" the score depends on the other rows; a NaN loss stays NaN and is not counted among them.

@@ -338,7 +338,7 @@ class Encoder:
 
 
 def encode_all(
-    encoder: Encoder, rows: Iterable[Sequence[Mapping[str, str]]], *, n_prompt: int = 0
+    encoder: Encoder, rows: Iterable[Sequence[Mapping[str, str]]]
 ) -> tuple[list[Encoded | None], list[tuple[int, str, str]]]:
     """Encode many rows, tokenising in batches.
 
@@ -371,7 +371,7 @@ def encode_all(
         for i, messages in enumerate(rows):
             out.append(None)
             try:
-                waiting.append((i, encoder.render(messages, n_prompt=n_prompt)))
+                waiting.append((i, encoder.render(messages)))
             except RowRefused as error:
                 refused.append((i, error.reason, error.detail))
             if len(waiting) >= BATCH:

@@ -102,8 +102,9 @@ def means_of(rows: Sequence[ModelRow]) -> list[Point]:
     ]  # fmt: skip
 
 
-def print_tasks(result: Comparison, console: Console, metric: str = "accuracy.policy_mean") -> None:
-    """Print a metric of each task with its 95 % interval over items, where there are several tasks."""
+def print_tasks(result: Comparison, console: Console) -> None:
+    """Print the accuracy of each task with its 95 % interval over items, where there are several tasks."""
+    metric = "accuracy.policy_mean"
     start = f"{metric}.of."
     names = sorted({m for entry in result.summary for m in entry.metrics if m.startswith(start)})
     if not names:
