@@ -62,9 +62,9 @@ def tell(facts: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         print(line)
 
 
-def interval(found: dict[str, Any]) -> str:
+def interval(mean: dict[str, Any]) -> str:
     """`0.62 (0.50 to 0.74)`."""
-    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    return f"{mean['value']:.3f} ({mean['low']:.3f} to {mean['high']:.3f})"
 
 
 @train_app.command()

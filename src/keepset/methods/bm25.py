@@ -93,8 +93,8 @@ class _TermIds:
             hashed = hash_terms(part)
             place = np.searchsorted(vocabulary, hashed.values)
             place[place == len(vocabulary)] = 0
-            known = vocabulary[place] == hashed.values if len(vocabulary) else np.zeros(len(place), bool)
-            numbers.append(np.where(known, place, len(vocabulary)).astype(np.int32))
+            in_vocabulary = vocabulary[place] == hashed.values if len(vocabulary) else np.zeros(len(place), bool)
+            numbers.append(np.where(in_vocabulary, place, len(vocabulary)).astype(np.int32))
             counts.append(np.diff(hashed.offsets))
         self.numbers = np.concatenate(numbers)
         self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(counts))])

@@ -41,8 +41,8 @@ def perplexity(
     if prefer != "mid":
         raise ValueError(f"prefer is 'low', 'mid' or 'high', not {prefer!r}")
     out = np.full(mean.shape, np.nan)
-    known = ~np.isnan(mean)
-    out[known] = -np.abs(percentile(mean[known]) - 0.5)
+    finite = ~np.isnan(mean)
+    out[finite] = -np.abs(percentile(mean[finite]) - 0.5)
     return out
 
 

@@ -204,11 +204,11 @@ def direct_subset(job: Job) -> Subset:
 def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
     """The controls' scoring: Random by seed, and the longest completions."""
     controls = job.recipe.controls
-    found: list[tuple[MethodSpec, Kind]] = [
+    random: list[tuple[MethodSpec, Kind]] = [
         (MethodSpec(name="random", label=f"random-{seed}", options={"seed": seed}), "random")
         for seed in controls.random_seeds
     ]
-    return [*found, *([(MethodSpec(name="length", label="longest"), "longest")] if controls.longest else [])]  # type: ignore[list-item]
+    return [*random, *([(MethodSpec(name="length", label="longest"), "longest")] if controls.longest else [])]  # type: ignore[list-item]
 
 
 def finish(job: Job, subset: Subset) -> Subset:

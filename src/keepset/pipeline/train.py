@@ -71,20 +71,20 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: a word that belongs to no argument, or an argument given twice.
     """
-    found: dict[str, list[str]] = {}
+    words_of: dict[str, list[str]] = {}
     name = None
     for word in words:
         if word.startswith("--"):
             name, separator, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            if name in found:
+            if name in words_of:
                 raise RecipeError(f"--{name} stands twice")
-            found[name] = [value] if separator else []
+            words_of[name] = [value] if separator else []
         elif name is None:
             raise RecipeError(f"'{word}': write arguments as --name value; files go behind --data")
         else:
-            found[name].append(word)
-    return {name: value_of(values) for name, values in found.items()}
+            words_of[name].append(word)
+    return {name: value_of(values) for name, values in words_of.items()}
 
 
 def sections(given: dict[str, Any], config_class: type[Any]) -> Sections:
@@ -108,9 +108,9 @@ def sections(given: dict[str, Any], config_class: type[Any]) -> Sections:
         elif name in trainers:
             extra[name] = value
         else:
-            known = [*ModelSpec.model_fields, *LoraSpec.model_fields, *own, *sorted(trainers)]
+            names = [*ModelSpec.model_fields, *LoraSpec.model_fields, *own, *sorted(trainers)]
             raise RecipeError(
-                f"--{name}: neither keepset nor {config_class.__name__} has it{did_you_mean(name, known)}"
+                f"--{name}: neither keepset nor {config_class.__name__} has it{did_you_mean(name, names)}"
             )
     try:
         return Sections(ModelSpec(**model), LoraSpec(**lora), TrainSpec(**train, extra=extra))
@@ -129,11 +129,11 @@ def read_rows(paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs:
     from keepset.model.load import load_tokenizer
 
     pool = load_pool([DataSpec(path=path, pairs=pairs) for path in paths])
-    found, refused = encode_pool(pool, Encoder(load_tokenizer(spec), spec))
+    encoded, refused = encode_pool(pool, Encoder(load_tokenizer(spec), spec))
     places = pool.table.select(["file", "line"]).to_pylist()
     bad = [asdict(q) for q in pool.quarantine]
     bad += [{**places[i], "reason": reason, "detail": detail} for i, reason, detail in refused]
-    used = [i for i in np.argsort(pool.ids.astype(str), kind="stable") if found[i] is not None]
+    used = [i for i in np.argsort(pool.ids.astype(str), kind="stable") if encoded[i] is not None]
     console.print(
         f"{', '.join(paths)}: {pool.n_in} rows in = {len(used)} used + {len(bad)} quarantined", highlight=False
     )
@@ -143,7 +143,7 @@ def read_rows(paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / layout.QUARANTINE, "".join(canonical(b) + "\n" for b in bad).encode("utf-8", "replace"))
     prompts = [pool.messages(i)[: pool.table["n_prompt"][int(i)].as_py() if pairs else -1] for i in used]
-    return Rows([found[i] for i in used], [canonical(p) for p in prompts])
+    return Rows([encoded[i] for i in used], [canonical(p) for p in prompts])
 
 
 def as_pairs(rows: Rows) -> list[Pair]:

@@ -133,5 +133,5 @@ def length_correlation(score: np.ndarray, n_tokens: np.ndarray) -> dict[str, flo
     both = np.isfinite(score) & np.isfinite(n_tokens)
     if both.sum() < 3:
         return None
-    found = correlations(score[both], n_tokens[both])
-    return {"pearson": number(found.pearson, 4), "spearman": number(found.spearman, 4)}
+    link = correlations(score[both], n_tokens[both])
+    return {"pearson": number(link.pearson, 4), "spearman": number(link.spearman, 4)}

@@ -103,9 +103,9 @@ class Shards:
         """The stages whose shard of this number isn't there, or isn't whole."""
         for stage in self.stages:
             if stage not in self.read[number]:
-                found = find_shard(self.folder, self.place(stage), number, self.id_hashes[number], self.lenders)
-                if found is not None:
-                    self.read[number][stage] = found
+                arrays = find_shard(self.folder, self.place(stage), number, self.id_hashes[number], self.lenders)
+                if arrays is not None:
+                    self.read[number][stage] = arrays
         return [stage for stage in self.stages if stage not in self.read[number]]
 
     def write(self, number: int, arrays: Mapping[str, Arrays]) -> None:

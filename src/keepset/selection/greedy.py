@@ -75,9 +75,9 @@ def facility_location(
 
     whole = unit @ unit.T if 4 * n * n <= keep_bytes else None
 
-    def gains(some: np.ndarray) -> np.ndarray:
-        more = (unit[some] @ unit.T if whole is None else whole[some]) - covered
-        return base[some] + scale * np.maximum(more, 0, out=more).sum(axis=1, dtype=np.float64)
+    def gains(ranks: np.ndarray) -> np.ndarray:
+        more = (unit[ranks] @ unit.T if whole is None else whole[ranks]) - covered
+        return base[ranks] + scale * np.maximum(more, 0, out=more).sum(axis=1, dtype=np.float64)
 
     starts = range(0, n, block)
     first = np.concatenate([gains(np.arange(s, min(s + block, n))) for s in starts]) if n else np.zeros(0)
