@@ -109,12 +109,10 @@ def sft(
 
     Example: keepset train sft --data chosen.jsonl --output_dir models/a --model_name_or_path demo --learning_rate 1e-4
     """
-    from keepset.pipeline.train import parse_words, run_sft
+    from keepset.pipeline.train import FileTraining, parse_words, run_sft
 
-    facts = run_sft(
-        data, output_dir, parse_words(ctx.args), seed=seed, resume=not anew, evaluation=eval_data or [],
-        console=progress(),
-    )  # fmt: skip
+    given = parse_words(ctx.args)
+    facts = run_sft(FileTraining(data, output_dir, given, seed, not anew, eval_data or [], progress()))
     lines = []
     if "heldout_after" in facts:
         before, after = facts["heldout_before"]["token_mean"], facts["heldout_after"]["token_mean"]
@@ -140,12 +138,10 @@ def dpo(
 
     Example: keepset train dpo --data pairs.jsonl --output_dir models/b --loss davir --num_train_epochs 1
     """
-    from keepset.pipeline.train import parse_words, run_dpo
+    from keepset.pipeline.train import FileTraining, parse_words, run_dpo
 
-    facts = run_dpo(
-        data, output_dir, parse_words(ctx.args), loss=loss, beta=beta, seed=seed, resume=not anew,
-        evaluation=eval_data or [], console=progress(),
-    )  # fmt: skip
+    given = parse_words(ctx.args)
+    facts = run_dpo(FileTraining(data, output_dir, given, seed, not anew, eval_data or [], progress()), loss, beta)
     lines = []
     if "preference_after" in facts:
         for group, name in (("length_matched", "pairs of like length"), ("all", "all pairs")):
@@ -178,14 +174,12 @@ def reward(
     Example: keepset train reward --data pairs.jsonl --output_dir models/judge --model_name_or_path demo
     """
     from keepset.errors import RecipeError
-    from keepset.pipeline.train import parse_words, run_reward
+    from keepset.pipeline.train import FileTraining, parse_words, run_reward
 
     if not 0 < share < 1:
         raise RecipeError(f"--heldout_share {share}: a judge is shown with its accuracy; hold out more than 0, below 1")
-    facts = run_reward(
-        data, output_dir, parse_words(ctx.args), seed=seed, resume=not anew, evaluation=eval_data or [], share=share,
-        console=progress(),
-    )  # fmt: skip
+    given = parse_words(ctx.args)
+    facts = run_reward(FileTraining(data, output_dir, given, seed, not anew, eval_data or [], progress()), share)
     tell(facts, as_json, accuracy_lines(facts["heldout"]))
 
 

@@ -182,10 +182,8 @@ def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def ngram_vectors(texts: Sequence[str]) -> np.ndarray:
     """Embed texts without a model: signed, hashed counts of words and word pairs, each to the power 1/2, length 1.
 
-    Two n-grams share a column with a chance of 1 / dim, with a random sign (Weinberger et al. 2009).
-
-    Returns:
-        (n, dim = 512) float32; a text without words is a zero row.
+    Two n-grams share a column with a chance of 1 / dim, with a random sign (Weinberger et al. 2009). Returns (n, dim =
+    512) float32; a text without words is a zero row.
     """
     parts, dim = [], 512
     for part in chunks(texts):

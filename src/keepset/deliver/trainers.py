@@ -58,11 +58,9 @@ nothing is sent anywhere.
 def write_trainers(job: Job, subset: Subset) -> list[str]:
     """Write `trainers/` for the rows of one subset.
 
-    The recipe's `train_model` (else `model`), `lora` and `train` are carried over.
-
-    Returns:
-        The names of the files written, in the run folder; none if the recipe trains on pairs, or if the subset mixes
-        plain text with chats, which no trainer takes in one file (said on screen).
+    The recipe's `train_model` (else `model`), `lora` and `train` are carried over. Returns the names of the files
+    written, in the run folder; none if the recipe trains on pairs, or if the subset mixes plain text with chats, which
+    no trainer takes in one file (said on screen).
     """
     if job.recipe.train.loss != "sft":
         job.say(f"{FOLDER}/: not written, the configs are for SFT and this recipe trains by {job.recipe.train.loss}")

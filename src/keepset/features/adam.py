@@ -80,10 +80,7 @@ class ParameterMap:
         """Map gradients in place.
 
         `g` (n, stop − start), float32, holds the gradients of the coordinates start:stop and is overwritten and
-        returned; `scratch` has room for as many numbers.
-
-        Returns:
-            g.
+        returned; `scratch` has room for as many numbers. Returns g.
         """
         if self.kind == "sgd":
             return g
@@ -156,12 +153,6 @@ def check_map(kind: str, state: AdamState | None) -> None:
 
 def map_gradient(kind: str, state: AdamState | None, name: str, gradient: Tensor) -> Tensor:
     """Map one parameter's gradient: the readable form of what `features/influence.py` does in chunks.
-
-    Args:
-        kind: the map.
-        state: the moments, if the map needs them.
-        name: the parameter's name.
-        gradient: (…shape) of one example; left as it is.
 
     Returns:
         Γ, same shape, float32.

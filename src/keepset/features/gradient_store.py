@@ -197,8 +197,7 @@ class GradientStore:
     def dots(self, target: ProjectedTarget, *, block: int = BLOCK) -> np.ndarray:
         """Estimate ⟨Γ_i, v_j⟩ for all rows, reading the store once, block by block.
 
-        Returns:
-            (n, j) float64.
+        Returns (n, j) float64.
 
         Raises:
             KeepsetError: a row is damaged; `build_store` makes it again.
@@ -244,16 +243,8 @@ def build_store(
 
     Rows in the store that are damaged are made again.
 
-    Args:
-        store: where they go; its header names the map.
-        model: see `influence`.
-        rows: all rows, those in the store first and in its order.
-        ids: (n,) their ids.
-        adam: see `influence`.
-        token_budget: see `influence`.
-        chunk: rows written at once.
-        progress: called with the number of rows done.
-        options: `matrices`, `last_layers` of `influence`.
+    The rows in the store come first in `rows`, in its order. `chunk` rows are written at once; `progress` is told how
+    many are done; `options` are `matrices` and `last_layers` of `influence`.
 
     Raises:
         PlanMismatch: the store holds other rows than these begin with.

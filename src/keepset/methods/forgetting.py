@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 def forgetting(losses: np.ndarray) -> np.ndarray:
     """Score rows by their forgetting events; larger = forgotten more often = first.
 
-    `losses` (c, n) are mean nats a token at each checkpoint, in order of time, at least two.
-
-    Returns:
-        (n,) float64; NaN for a row with a NaN loss.
+    `losses` (c, n) are mean nats a token at each checkpoint, in order of time, at least two. Returns (n,) float64; NaN
+    for a row with a NaN loss.
 
     Raises:
         ValueError: fewer than two checkpoints.

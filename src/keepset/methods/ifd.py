@@ -33,10 +33,8 @@ def ifd(
     """Score rows by how little their prompt helps their answer.
 
     Losses (n,) are nats of the answer, summed over `n_tokens` (n,); without those they are means already.
-    `n_tokens_alone` is for where they differ: without a prompt the first token may go unpredicted.
-
-    Returns:
-        (n,) float64; NaN for a row without tokens.
+    `n_tokens_alone` is for where they differ: without a prompt the first token may go unpredicted. Returns (n,)
+    float64; NaN for a row without tokens.
     """
     given, alone = np.asarray(nll_given_prompt, dtype=np.float64), np.asarray(nll_alone, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):

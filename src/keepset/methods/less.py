@@ -27,10 +27,7 @@ def tracin(dots: np.ndarray, lr: np.ndarray | None = None, *, reduce: Reduce = "
     """Sum learning rate times plain inner product over the checkpoints (TracInCP, its equation 1).
 
     `dots` (c, n, j) are inner products of plain gradients, `lr` (c,) learning rates, not normalised, None: 1 each. The
-    mean over tasks is the influence on the mean validation loss.
-
-    Returns:
-        scores (n,) and per_task (n, j).
+    mean over tasks is the influence on the mean validation loss. Returns scores (n,) and per_task (n, j).
     """
     dots = np.asarray(dots, dtype=np.float64)
     weights = np.ones(len(dots)) if lr is None else np.asarray(lr, dtype=np.float64)

@@ -28,9 +28,8 @@ def perplexity(
     """Score rows by their mean loss.
 
     `nll` (n,) is summed over the `n_tokens` (n,) supervised tokens, in nats; without `n_tokens` it is a mean already.
-
-    Returns:
-        (n,) float64. For "mid" the score depends on the other rows; a NaN loss stays NaN and is not counted among them.
+    Returns (n,) float64. For "mid" the score depends on the other rows; a NaN loss stays NaN and is not counted among
+    them.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.asarray(nll, dtype=np.float64) / (1 if n_tokens is None else np.asarray(n_tokens))

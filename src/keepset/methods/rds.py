@@ -39,10 +39,8 @@ def rds(
 
     `pool` (n, d) and `queries` (m, d) are representations of the rows and of the target's rows with their tasks (m,).
     `per` says whether the second result has a column a task, or a query in the order given; `block` rows are compared
-    at a time.
-
-    Returns:
-        scores (n,) and per_task (n, j), or (n, m) with per="query". A zero or NaN representation gives NaN.
+    at a time. Returns scores (n,) and per_task (n, j), or (n, m) with per="query". A zero or NaN representation gives
+    NaN.
 
     Raises:
         ValueError: shapes that don't fit.

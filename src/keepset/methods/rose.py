@@ -42,10 +42,7 @@ def rose(
 
     `dots` (c, n, j) are <Γ_c(z_i), v_cj>, `norms` (c, n) ‖Γ_c(z_i)‖, `lr` (c,) each checkpoint's mean learning rate,
     None: equal weights. `cosine` divides by the row's norm, as the official code does; a zero norm gives NaN: the
-    caller quarantines it.
-
-    Returns:
-        scores (n,) and per_task (n, j).
+    caller quarantines it. Returns scores (n,) and per_task (n, j).
 
     Raises:
         ValueError: shapes that don't fit, or weights that are negative or sum to 0.

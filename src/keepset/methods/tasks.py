@@ -13,8 +13,7 @@ Reduce = Literal["max", "mean"]
 def task_columns(tasks: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Number the tasks in the order of their names.
 
-    Returns:
-        names (j,), sorted, and column (m,) int64: the task's place in names.
+    Returns names (j,), sorted, and column (m,) int64: the task's place in names.
 
     Raises:
         ValueError: there is no query.

@@ -148,10 +148,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, spec: ModelSpec, *, context: int | None = None) -> None:
         """Read the template and the special tokens.
 
-        Args:
-            tokenizer: a fast transformers tokenizer (offsets are needed).
-            spec: chat_template, supervise, max_length and overlong are used.
-            context: the model's longest input, to which `max_length` is cut; default: what `load_tokenizer` noted.
+        The tokenizer is a fast one (offsets are needed). `context` is the model's longest input, to which `max_length`
+        is cut; default: what `load_tokenizer` noted.
 
         Raises:
             ModelError: a slow tokenizer, a template file that can't be read, a plain template without an EOS token,

@@ -56,9 +56,8 @@ def scored(job: Job, spec: MethodSpec) -> None:
 def score(job: Job, spec: MethodSpec) -> pa.Table:
     """Score every usable row by one method and write `scores/<label>.parquet`.
 
-    Returns:
-        id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason (why a
-        row has no score), the method's parts. Rows are in the pool's order.
+    Returns id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason
+    (why a row has no score), the method's parts. Rows are in the pool's order.
 
     Raises:
         RecipeError: unknown method or option, or a recipe or data that the method can't score.

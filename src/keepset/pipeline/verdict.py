@@ -27,10 +27,7 @@ def qualities(summary: Sequence[Entry]) -> list[Metric]:
 def pareto(summary: Sequence[Entry], metric: str, sign: int = 1) -> list[ParetoPoint]:
     """Entries by cost (choosing + one training), with what no cheaper-or-equal entry does better marked as `front`.
 
-    `sign` is −1 where smaller is better.
-
-    Returns:
-        The points, cheapest first.
+    `sign` is −1 where smaller is better. Returns the points, cheapest first.
     """
 
     def beats(other: Entry, entry: Entry) -> bool:
@@ -68,10 +65,7 @@ def loss_against_performance(points: Sequence[Point]) -> list[Link]:
     """How well a validation loss tells performance, over models or over models and their epochs.
 
     The papers argue for a reward-oriented target because it doesn't. Expected with a useful loss: a Spearman
-    correlation near −1.
-
-    Returns:
-        A link for each loss and metric that at least three points have and that vary.
+    correlation near −1. Returns a link for each loss and metric that at least three points have and that vary.
     """
     links = []
     for loss in LOSSES:

@@ -16,10 +16,7 @@ __all__ = ["write_report"]
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write `report.html` from whatever the run folder holds so far.
 
-    What is missing in the folder leaves its section out.
-
-    Returns:
-        The path written.
+    What is missing in the folder leaves its section out. Returns the path written.
 
     Raises:
         KeepsetError: `run_dir` holds no scores, or a file of it is damaged.

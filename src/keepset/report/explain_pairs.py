@@ -181,10 +181,8 @@ def without_pairs(data: RunData, label: str, id_: str, pairs: list[dict[str, Any
     """How few validation rows would have to go for the decision to turn, the cut and all other rows as they are.
 
     A kept row loses its strongest supporters one by one, a row not kept its strongest opponents, in the task that gives
-    its score, until the score has passed the cut.
-
-    Returns:
-        `removed` (how many, of `of` in the task) and `score` then; None if nothing is kept or no removal turns it.
+    its score, until the score has passed the cut. Returns `removed` (how many, of `of` in the task) and `score` then;
+    None if nothing is kept or no removal turns it.
     """
     columns = data.columns[label]
     at = find_row(data, id_)

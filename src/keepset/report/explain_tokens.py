@@ -26,8 +26,7 @@ STRONG = 2.0  # nats of change that get the full colour
 def token_changes(run_dir: Path, row_id: str) -> dict[str, Any]:
     """Loss of every supervised token of a row under the base and under the run's reference model.
 
-    Returns:
-        `id`, `before` and `after` (summed nats) and `tokens`: [{"text", "before", "after"}] in order, nats.
+    Returns `id`, `before` and `after` (summed nats) and `tokens`: [{"text", "before", "after"}] in order, nats.
 
     Raises:
         KeepsetError: no such row, its text is gone, the run has no reference model, or the row can't be encoded.

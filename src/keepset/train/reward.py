@@ -97,8 +97,7 @@ def _train(training: Training, pairs: Sequence[Pair], out: Path) -> TrainResult:
 def reward_model(spec: ModelSpec, seed: int, folder: str | None = None) -> tuple[Any, Any]:
     """Load the base (or the model in `folder`) with a one-number head; a new head is drawn with `seed`.
 
-    Returns:
-        The model, in eval mode, and its tokenizer.
+    Returns the model, in eval mode, and its tokenizer.
 
     Raises:
         ModelError: the architecture has no sequence-classification form, or weights are missing or left over.
