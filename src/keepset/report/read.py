@@ -169,7 +169,7 @@ def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, l
         try:
             pool: Pool = load_pool(specs)
         except KeepsetError:
-            continue  # a report without some texts is better than none; the page says that they are missing
+            continue  # the page says that texts are missing
         for id_, messages in zip(pool.ids, pool.all_messages(), strict=True):
             if str(id_) in asked and str(id_) not in texts:
                 texts[str(id_)] = messages

@@ -1,4 +1,4 @@
-"""What the stages of a run cost: `costs.jsonl`, truthful also where a session was killed.
+"""What the stages of a run cost: `costs.jsonl`, with what killed sessions spent.
 
 A stage adds its entry when it ends. While it is under way its entry so far lies in `work/costs-open.json`, renewed at
 every committed shard and every few seconds. The next session finds what a killed one left there and adds it, marked

@@ -80,7 +80,7 @@ class Run:
             new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching")}}
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
         if not path.exists() or path.read_bytes() != text:
-            with self.lock():  # not under the feet of a run that is at work
+            with self.lock():  # refused while another process works in the folder
                 if not go_on:
                     seen_from = os.path.relpath(os.getcwd(), os.path.realpath(self.path))
                     write_atomic(self.path / layout.SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
