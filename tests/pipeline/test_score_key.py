@@ -206,8 +206,9 @@ def test_a_warm_up_from_elsewhere_is_its_checkpoints(base, tmp_path):
 CHANGED: dict[Any, Any] = {
     "high": "low", "low": "high", "mid": "low", "long": "short", "max": "mean", "mean": "max", "sum": "mean", 0: 1,
     "prompt": "prompt+chosen", "prompt+chosen": "prompt", "last": "weighted_mean", "weighted_mean": "last",
-    "task": "query", "ce": "focal", "chosen": "margin", "dpo": "margin", "sft": "dpo", "adam": "sgd", "base": "none", "row": "source",
-    "fisher": "gauss-newton", "sampled": "data", "data": "sampled", "all": "matrix", "first": "second", "pair": "task",
+    "task": "query", "ce": "focal", "chosen": "margin", "dpo": "margin", "sft": "dpo", "adam": "sgd", "base": "none",
+    "row": "source", "fisher": "gauss-newton", "sampled": "data", "data": "sampled", "all": "matrix", "first": "second",
+    "pair": "task",
 }  # fmt: skip
 
 

@@ -72,11 +72,11 @@ def plan(
     from keepset.pipeline.plan import plan_recipe, print_plan
     from keepset.recipe import load_recipe
 
-    found = plan_recipe(load_recipe(recipe), console=err)
+    facts = plan_recipe(load_recipe(recipe), console=err)
     if as_json:
-        print(json_text(found))
+        print(json_text(facts))
     else:
-        print_plan(found, Console())
+        print_plan(facts, Console())
 
 
 def demo(run_dir: RunDir = Path("runs/demo"), force: Force = False, quiet: Quiet = False) -> None:

@@ -26,11 +26,8 @@ def run_recipe(
 ) -> Job:
     """Do the whole job and print the comparison.
 
-    Args:
-        recipe: what to do.
-        console: where progress goes (default: standard error).
-        out: where the tables go (default: standard output).
-        force: see `Run.adopt`.
+    Progress goes to `console` (default: standard error), the tables to `out` (default: standard output). For `force`
+    see `Run.adopt`.
 
     Raises:
         KeepsetError: anything a user can mend.

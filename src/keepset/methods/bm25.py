@@ -35,7 +35,6 @@ def bm25(
     *,
     k1: float = 1.5,
     b: float = 0.75,
-    method: Literal["lucene", "robertson", "atire"] = "lucene",
     reduce: Reduce = "max",
     per: Literal["task", "query"] = "task",
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +46,6 @@ def bm25(
         tasks: (m,) their tasks.
         k1: how soon repeated words stop counting.
         b: 0 = length ignored, 1 = fully normalised.
-        method: bm25s's name of the variant.
         reduce: "max" or "mean" over tasks (over queries with per="query").
         per: columns of the second result: one a task, or one a query.
 
@@ -71,7 +69,7 @@ def bm25(
         return np.zeros(0), np.zeros((0, len(names)))
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells each step of its work at DEBUG, on stderr
-    index = bm25s.BM25(k1=k1, b=b, method=method, csc_backend="scipy")
+    index = bm25s.BM25(k1=k1, b=b, method="lucene", csc_backend="scipy")
     ids = _TermIds(docs, vocabulary)
     index.index(
         SimpleNamespace(ids=ids, vocab={str(i): i for i in range(len(vocabulary) + 1)}),
@@ -95,8 +93,8 @@ class _TermIds:
             hashed = hash_terms(part)
             place = np.searchsorted(vocabulary, hashed.values)
             place[place == len(vocabulary)] = 0
-            known = vocabulary[place] == hashed.values if len(vocabulary) else np.zeros(len(place), bool)
-            numbers.append(np.where(known, place, len(vocabulary)).astype(np.int32))
+            in_vocabulary = vocabulary[place] == hashed.values if len(vocabulary) else np.zeros(len(place), bool)
+            numbers.append(np.where(in_vocabulary, place, len(vocabulary)).astype(np.int32))
             counts.append(np.diff(hashed.offsets))
         self.numbers = np.concatenate(numbers)
         self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(counts))])

@@ -23,36 +23,11 @@ from keepset.methods.tasks import Reduce, reduce_tasks
 from keepset.stages.influence import InfluenceRequest
 
 
-def less(
-    dots: np.ndarray,
-    norms: np.ndarray,
-    lr: np.ndarray | None = None,
-    *,
-    cosine: bool = True,
-    reduce: Reduce = "max",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce inner products to one score a row; arguments and results are those of `rose.rose`.
-
-    Args:
-        dots: (c, n, j) <Γ_c(z_i), v_cj> with v_cj from the SFT loss.
-        norms: (c, n) ‖Γ_c(z_i)‖.
-        lr: (c,) mean learning rate of each checkpoint; None = equal weights.
-        cosine: divide by the row's norm.
-        reduce: "max" or "mean" over tasks.
-    """
-    return rose(dots, norms, lr, cosine=cosine, reduce=reduce)
-
-
 def tracin(dots: np.ndarray, lr: np.ndarray | None = None, *, reduce: Reduce = "mean") -> tuple[np.ndarray, np.ndarray]:
     """Sum learning rate times plain inner product over the checkpoints (TracInCP, its equation 1).
 
-    Args:
-        dots: (c, n, j) inner products of plain gradients.
-        lr: (c,) learning rates, not normalised; None = 1 each.
-        reduce: over tasks; "mean" = the influence on the mean validation loss.
-
-    Returns:
-        scores (n,) and per_task (n, j).
+    `dots` (c, n, j) are inner products of plain gradients, `lr` (c,) learning rates, not normalised, None: 1 each. The
+    mean over tasks is the influence on the mean validation loss. Returns scores (n,) and per_task (n, j).
     """
     dots = np.asarray(dots, dtype=np.float64)
     weights = np.ones(len(dots)) if lr is None else np.asarray(lr, dtype=np.float64)
@@ -117,7 +92,7 @@ class GradCosine(GradientMethod):
     def reduce_dots(
         self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        return less(dots, norms, lr, reduce=self.reduce)
+        return rose(dots, norms, lr, reduce=self.reduce)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
         return cosines_noise(columns, relative, cosine=True, map="sgd")

@@ -40,15 +40,9 @@ def rose(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reduce inner products to one score a row.
 
-    Args:
-        dots: (c, n, j) <Γ_c(z_i), v_cj>.
-        norms: (c, n) ‖Γ_c(z_i)‖.
-        lr: (c,) mean learning rate of each checkpoint; None = equal weights.
-        cosine: divide by the row's norm (the official code does). A zero norm gives NaN: the caller quarantines it.
-        reduce: "max" (the papers) or "mean" over tasks.
-
-    Returns:
-        scores (n,) and per_task (n, j).
+    `dots` (c, n, j) are <Γ_c(z_i), v_cj>, `norms` (c, n) ‖Γ_c(z_i)‖, `lr` (c,) each checkpoint's mean learning rate,
+    None: equal weights. `cosine` divides by the row's norm, as the official code does; a zero norm gives NaN: the
+    caller quarantines it. Returns scores (n,) and per_task (n, j).
 
     Raises:
         ValueError: shapes that don't fit, or weights that are negative or sum to 0.

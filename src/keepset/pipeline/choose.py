@@ -204,15 +204,15 @@ def direct_subset(job: Job) -> Subset:
 def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
     """The controls' scoring: Random by seed, the longest and the shortest completions."""
     controls = job.recipe.controls
-    found: list[tuple[MethodSpec, Kind]] = [
+    specs: list[tuple[MethodSpec, Kind]] = [
         (MethodSpec(name="random", label=f"random-{seed}", options={"seed": seed}), "random")
         for seed in controls.random_seeds
     ]
     if controls.longest:
-        found.append((MethodSpec(name="length", label="longest"), "longest"))
+        specs.append((MethodSpec(name="length", label="longest"), "longest"))
     if controls.shortest:
-        found.append((MethodSpec(name="length", label="shortest", options={"prefer": "short"}), "shortest"))
-    return found
+        specs.append((MethodSpec(name="length", label="shortest", options={"prefer": "short"}), "shortest"))
+    return specs
 
 
 def finish(job: Job, subset: Subset) -> Subset:

@@ -178,11 +178,11 @@ def diagnose_edge(subset: Subset) -> list[Finding]:
     if not edge.chosen:
         return [Finding("stability", "info", subset.name, 0, "no chosen row is within numerical noise of one left out",
                         "another batch size or machine chooses the same rows")]  # fmt: skip
-    some = ", ".join(edge.chosen[:3]) + (", ..." if len(edge.chosen) > 3 else "")
+    first_ids = ", ".join(edge.chosen[:3]) + (", ..." if len(edge.chosen) > 3 else "")
     n = len(edge.chosen)
     share = f"{n} of {subset.n_rows} chosen rows {'is' if n == 1 else 'are'}"
     return [Finding("stability", "warning", subset.name, n,
-        f"{share} within numerical noise of rows left out: {some}",
+        f"{share} within numerical noise of rows left out: {first_ids}",
         "another batch size or machine may exchange them; subsets.json names all")]  # fmt: skip
 
 

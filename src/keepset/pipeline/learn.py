@@ -155,8 +155,7 @@ def evaluate_final(
 ) -> tuple[dict[str, Any], Items]:
     """Evaluate a trained model (or the untrained base: seed None), unless that was done.
 
-    Returns:
-        The summary (tables with intervals, as `summary.json` has them), and the items.
+    Returns the summary (tables with intervals, as `summary.json` has them), and the items.
     """
     weights = None if seed is None else job.run.path / layout.model(name, seed)
     folder = layout.evaluation(name, seed)

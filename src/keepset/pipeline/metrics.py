@@ -71,14 +71,14 @@ BY_TASK = tuple(m.name for m in METRICS if m.by_task)
 
 def headlines(measured: Collection[str]) -> list[Metric]:
     """The headlines, with the held-out loss by source where there are several."""
-    found = []
+    metrics = []
     for metric in HEADLINES:
-        found.append(metric)
+        metrics.append(metric)
         if metric.name == HELD_OUT:
             start = f"{HELD_OUT}."
             sources = sorted(name for name in measured if name.startswith(start))
-            found += [replace(metric, name=s, heading="loss of\n" + s.removeprefix(start)) for s in sources]
-    return found
+            metrics += [replace(metric, name=s, heading="loss of\n" + s.removeprefix(start)) for s in sources]
+    return metrics
 
 
 def unit_of(name: str) -> str:

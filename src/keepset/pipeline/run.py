@@ -36,8 +36,8 @@ def choose_all(job: Job) -> list[Subset]:
     job.save_quarantine()
     _ = job.tokens  # the rows that every method and control share
     subsets: list[Subset] = []
-    wanted: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
-    for spec, kind in [*wanted, *control_methods(job)]:
+    methods: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
+    for spec, kind in [*methods, *control_methods(job)]:
         scored(job, spec)
         chosen = [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
         subsets += chosen

@@ -105,8 +105,8 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
 def why_of(data: RunData, ids: set[str]) -> dict[str, dict[str, Any]]:
     """What the models said about rows (`explain.write_why`), by label and id; entries of another form are left out."""
     out: dict[str, dict[str, Any]] = {}
-    for label, found in data.why.items():
-        for id_, entry in as_dict(found).items():
+    for label, entries in data.why.items():
+        for id_, entry in as_dict(entries).items():
             if label not in data.columns or id_ not in ids or not isinstance(entry, dict):
                 continue
             tokens = [t for t in entry.get("tokens") or [] if isinstance(t, list) and len(t) == 3]

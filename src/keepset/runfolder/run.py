@@ -56,8 +56,8 @@ class Run:
         """
         path = self.path / layout.RECIPE
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
-        known = path.exists() and not force
-        if known:
+        go_on = path.exists() and not force
+        if go_on:
             try:  # a key that an older keepset didn't know has its default
                 stored = self._parsed().model_dump(mode="json", exclude={"run_dir"})
                 here = Path.cwd()  # the same file may be called otherwise from another folder
@@ -80,8 +80,8 @@ class Run:
             new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching")}}
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
         if not path.exists() or path.read_bytes() != text:
-            with self.lock():  # not under the feet of a run that is at work
-                if not known:
+            with self.lock():  # refused while another process works in the folder
+                if not go_on:
                     seen_from = os.path.relpath(os.getcwd(), os.path.realpath(self.path))
                     write_atomic(self.path / layout.SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
                 write_atomic(path, text)
@@ -184,8 +184,8 @@ class Run:
         """The record's entry that fits the file as it is; None without file, record or fit."""
         try:
             entries = json.loads((self.path / layout.record(name)).read_text(encoding="utf-8"))
-            found = file_digest(self.path / name)
-            return next((e for e in entries if e["sha256"] == found and "key" in e), None)
+            sha256 = file_digest(self.path / name)
+            return next((e for e in entries if e["sha256"] == sha256 and "key" in e), None)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -334,8 +334,8 @@ class Run:
 def diff_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Say in words where two nested mappings differ: `budget: 5% -> 10%`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
+        differences = []
         for key in sorted({*old, *new}, key=str):
-            found += diff_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-        return found
+            differences += diff_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return differences
     return [] if old == new else [f"{prefix}: {old} -> {new}"]

@@ -21,7 +21,7 @@ from keepset.runfolder.files import digest
 from keepset.runfolder.shards import Arrays
 from keepset.stages.rows import Rows
 from keepset.stages.stage import VERSION, Batch, Stage, Sweep, Work
-from keepset.stages.stored import sample_of, stored_influence
+from keepset.stages.stored import gradient_passes, sample_of, stored_influence, target_passes
 from keepset.stages.trained import WarmupCheckpoint, weights_of
 from keepset.train.warmup import pick_subset
 
@@ -60,17 +60,6 @@ class InfluenceRequest:
     def key(self) -> dict[str, Any]:
         """Its fields, `curvature` only where there is one, `per` only where it is not the task."""
         return {k: v for k, v in asdict(self).items() if v is not None and (k, v) != ("per", "task")}
-
-
-def target_passes(job: Job) -> float:
-    """Forward-equivalents of plain gradients: the backward part ends below the lowest layer that is looked at."""
-    depth, layers = job.recipe.gradients.last_layers, job.loaded.model.config.get_text_config().num_hidden_layers
-    return 2.0 if depth is None else 1.0 + min(1.0, depth / layers)
-
-
-def gradient_passes(job: Job) -> float:
-    """Forward-equivalents of a gradient pass over the pool; a pair's weight in its loss takes policy and reference."""
-    return target_passes(job) + (2.0 if job.pair_gradients else 0.0)
 
 
 def gradient_key(job: Job) -> dict[str, Any]:
@@ -117,9 +106,9 @@ class TargetGradients(Stage):
         return {**data, "target": aim.target.fingerprint(), "tasks": aim.names, **gradient_key(job)}
 
     def _key(self, job: Job) -> dict[str, Any]:
-        wanted = {k: v for k, v in self.request.key().items() if k != "map"}
+        request = {k: v for k, v in self.request.key().items() if k != "map"}
         weights = digest(weights_of(WarmupCheckpoint(self.at).value(job).path))
-        return {"version": VERSION, **self.inputs(job), "checkpoint": weights, "request": wanted}
+        return {"version": VERSION, **self.inputs(job), "checkpoint": weights, "request": request}
 
     def works(self, job: Job) -> tuple[Work, ...]:
         request, aim, ids = self.request, job.aim(self.shots), (self.id(job),)
@@ -320,16 +309,13 @@ class Dots(Sweep):
         return {stage: job.once_a_recipe((stage, "stored"), partial(stage._stored, job)) for stage in stages}
 
     def _stored(self, job: Job) -> Arrays:
-        from keepset.features.adam import load_adam
-
         checkpoint, target = WarmupCheckpoint(self.at).value(job), self.target.value(job)
         works = self.works(job)
         rows = [row for (row,) in self.rows(job).tokens]
         with attached(job.loaded.model, checkpoint.path) as model:
             return stored_influence(
-                job, model, self.title(job, [self]), rows, on_device(target, model), load_adam(checkpoint.path),
-                self.request.map, digest(weights_of(checkpoint.path)), (list(works[0].ids), list(works[1].ids)),
-                gradient_passes(job),
+                job, model, self.title(job, [self]), rows, on_device(target, model), checkpoint.path,
+                self.request.map, (list(works[0].ids), list(works[1].ids)),
             )  # fmt: skip
 
     @classmethod

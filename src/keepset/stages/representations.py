@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,15 +94,22 @@ class TargetRepresentations(Stage):
         """(m, d), m the target's usable rows."""
         from keepset.features.representations import representations
 
-        aim, model = job.aim(self.shots), job.loaded.model
+        aim, model, budget = job.aim(self.shots), job.loaded.model, job.recipe.batching.token_budget
+        return queries(
+            job, self, self.pooling,
+            lambda: representations(model, aim.chosen, token_budget=budget, pooling=self.pooling),
+        )  # fmt: skip
 
-        def queries() -> Arrays:
-            (work,) = self.works(job)
-            with job.run.timed(work.stage, rows=work.rows, tokens=work.tokens, flops=work.flops, ids=list(work.ids)):
-                budget = job.recipe.batching.token_budget
-                return {"state": representations(model, aim.chosen, token_budget=budget, pooling=self.pooling)}
 
-        return job.run.once(f"queries-{self.pooling}", {"version": VERSION, **self.inputs(job)}, queries)["state"]
+def queries(job: Job, stage: Stage, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The target's vectors (m, d), made once by `make` and kept."""
+
+    def timed() -> Arrays:
+        (work,) = stage.works(job)
+        with job.run.timed(work.stage, rows=work.rows, tokens=work.tokens, flops=work.flops, ids=list(work.ids)):
+            return {"state": make()}
+
+    return job.run.once(f"queries-{name}", {"version": VERSION, **stage.inputs(job)}, timed)["state"]
 
 
 def embedding_weights(name: str) -> list[str]:
@@ -176,15 +183,8 @@ class TargetEmbeddings(Stage):
         return (embedding(title, self.id(job), aim.texts(with_chosen=True), self.model),)
 
     def value(self, job: Job) -> np.ndarray:
-        texts = job.aim(self.shots).texts(with_chosen=True)
-
-        def queries() -> Arrays:
-            (work,) = self.works(job)
-            with job.run.timed(work.stage, rows=work.rows, tokens=work.tokens, flops=work.flops, ids=list(work.ids)):
-                budget = job.recipe.batching.token_budget
-                return {"state": embedder(job, self.model)(texts, token_budget=budget)}
-
-        return job.run.once("queries-embeddings", {"version": VERSION, **self.inputs(job)}, queries)["state"]
+        texts, budget = job.aim(self.shots).texts(with_chosen=True), job.recipe.batching.token_budget
+        return queries(job, self, "embeddings", lambda: embedder(job, self.model)(texts, token_budget=budget))
 
 
 def embedder(job: Job, name: str) -> TextEncoder:

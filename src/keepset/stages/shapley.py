@@ -177,12 +177,12 @@ def load_state(path: Path) -> dict[str, np.ndarray]:
 # -- sets trained on for real -----------------------------------------------------------------------------------------
 
 
-def orders(n: int, rounds: int, seed: int, *, antithetic: bool) -> Iterator[list[np.ndarray]]:
+def orders(n: int, rounds: int, seed: int) -> Iterator[list[np.ndarray]]:
     """The random orders of n players that Monte-Carlo Shapley walks; antithetic: each with its reverse."""
     rng = np.random.default_rng(seed)
     for _ in range(rounds):
         order = rng.permutation(n)
-        yield [order, order[::-1]] if antithetic else [order]
+        yield [order, order[::-1]]
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Retraining(Stage):
     def sets(self, n: int) -> set[frozenset[int]]:
         """The sets of players that are trained on without truncation, each once."""
         seen = {frozenset[int](), frozenset(range(n))}
-        for walks in orders(n, self.permutations // 2, self.seed, antithetic=True):
+        for walks in orders(n, self.permutations // 2, self.seed):
             seen |= {frozenset(walk[:place].tolist()) for walk in walks for place in range(1, n)}
         return seen
 
