@@ -58,6 +58,7 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
     "variants": [([{"label": "v", "set": {"seed": 3}}], NONE)],
     "select": [({"policy": "mmr", "dedup": "exact"}, NONE)],
     "evaluate": [({"pairs": [{"path": "TARGET"}], "bootstrap": 200}, NONE)],
+    "validation": [],  # `validate` looks at scores
     "controls": [({"random_seeds": [7]}, NONE)],
     "train_seeds": [([1, 2], NONE)],
     "strict": [(False, NONE)],

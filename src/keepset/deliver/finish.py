@@ -13,6 +13,8 @@ from keepset.pipeline.compare import compare, print_comparison, tell_selection_c
 from keepset.pipeline.findings import COMPARED, diagnose_comparison, record
 from keepset.pipeline.manifest import write_manifest
 from keepset.pipeline.run import choose_all, train_and_evaluate
+from keepset.pipeline.tell_truth import print_validation
+from keepset.pipeline.validate import validate
 from keepset.pipeline.variants import run_variants
 from keepset.recipe import Recipe
 from keepset.report import write_report
@@ -45,6 +47,7 @@ def run_recipe(
         for label, agreement in agreements.items():
             job.say(f"{label}: agreement over variants")
             print_agreement(agreement, out)
+        truth = validate(job) if recipe.validation else None
         first = next((s for s in subsets if s.kind == "method"), None)
         if first is not None:
             write_dataset(job, first)
@@ -53,6 +56,8 @@ def run_recipe(
         write_report(job.run.path)
         if cells:
             print_comparison(result, out)
+        if truth is not None:
+            print_validation(truth, out)
         job.say(tell_selection_cost(result.selection))
         job.say(f"report: {job.run.path / layout.REPORT}")
         job.say(f"run folder: {job.run.path}")

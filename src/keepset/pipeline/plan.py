@@ -26,6 +26,9 @@ from rich.table import Table
 from keepset.evaluate.statistics import accuracy_power, bootstrap_ci
 from keepset.methods.table import method_of, needs_model
 from keepset.model.flops import count_tokens, flops
+from keepset.pipeline.bank import Bank
+from keepset.pipeline.learn import Learner
+from keepset.pipeline.power import print_power, what_can_be_seen
 from keepset.pipeline.price import Final, final_work, selection_work
 from keepset.pipeline.score import text_features
 from keepset.recipe import MethodSpec, Recipe
@@ -127,14 +130,14 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     Returns:
         JSON-ready: `steps` (stage, methods, rows, tokens, flops, seconds), `total_seconds`, `peak_gib` (of the probe),
         `disk_mib` (adapters, scores and shards), `gpus` (name -> seconds, estimates), `cheaper` (advice with figures),
-        `heldout_pairs`, and `accuracy_seen`: what `accuracy_power` says of them.
+        `heldout_pairs`, `accuracy_seen`: what `accuracy_power` says of them, and `power`: `Shown` of each measure.
     """
     job = Job(recipe, console=console)
     start = clock(lambda: job.encoder)
     read = clock(lambda: job.tokens)
     load = clock(lambda: job.loaded)
     final = final_work(job)
-    counted = [*selection_work(job, recipe.methods), *final.works]
+    counted = [*selection_work(job, recipe.methods), *final.works, *(Bank(job).works() if recipe.validation else ())]
     kinds = {str(work.kind) for work in counted}
     if "train" in kinds:
         start += clock(lambda: [importlib.import_module(name) for name in ("datasets", "peft", "trl")])
@@ -163,7 +166,15 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
         "cheaper": cheaper(job, steps),
         "heldout_pairs": pairs,
         "accuracy_seen": accuracy_power(pairs),
+        "power": [asdict(one) for one in what_can_be_seen(job, Learner(job))],
     }
+
+
+def plan_validation(job: Job) -> list[Step]:
+    """What `keepset validate` would cost here: every training and measurement, those that are done included."""
+    works = list(Bank(job).works())
+    rates = probe(job, {str(work.kind) for work in works})
+    return [priced(work, rates) for work in works]
 
 
 def text_step(job: Job, spec: MethodSpec) -> Step:
@@ -177,8 +188,6 @@ def text_step(job: Job, spec: MethodSpec) -> Step:
 
 def heldout_pairs(job: Job) -> int:
     """Usable held-out pairs."""
-    from keepset.pipeline.learn import Learner
-
     pairs = Learner(job).eval_pairs
     return len(pairs[0]) if pairs else 0
 
@@ -235,20 +244,23 @@ def cheaper(job: Job, steps: list[Step]) -> list[str]:
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
-    """Print the plan as a table."""
+    """Print the plan as a table, and what follows from it."""
+    print_steps([Step(**step) for step in plan["steps"]], console)
+    print_totals(plan, console)
+
+
+def print_steps(steps: list[Step], console: Console) -> None:
+    """One line a stage."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("stage", "for", "rows", "tokens", "TFLOP", "seconds"):
         table.add_column(name, justify="left" if name in ("stage", "for") else "right")
-    for s in plan["steps"]:
-        table.add_row(
-            s["stage"],
-            s["methods"],
-            str(s["rows"]),
-            str(s["tokens"]),
-            f"{s['flops'] / 1e12:.1f}",
-            f"{s['seconds']:.0f}",
-        )
+    for s in steps:
+        table.add_row(s.stage, s.methods, str(s.rows), str(s.tokens), f"{s.flops / 1e12:.1f}", f"{s.seconds:.0f}")
     console.print(table)
+
+
+def print_totals(plan: dict[str, Any], console: Console) -> None:
+    """What the stages add up to, what the held-out data can show, and what would be cheaper."""
     rates = plan["rates_gflops"]
     probed = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
     console.print(
@@ -268,5 +280,6 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
             else "too few to tell two models apart by accuracy (docs/theory.md, 6.3)"
         )
         console.print(pairs_line, highlight=False)
+    print_power(plan["power"], console)
     for line in plan["cheaper"]:
         console.print(f"cheaper: {line}", highlight=False)

@@ -23,6 +23,7 @@ from keepset.pipeline.findings import (
     record,
 )
 from keepset.pipeline.learn import Learner, evaluate_epochs, evaluate_final, load_items, train_final
+from keepset.pipeline.power import check_headline
 from keepset.pipeline.reference_check import check_reference
 from keepset.pipeline.score import scored
 from keepset.recipe import MethodSpec, Recipe
@@ -64,6 +65,7 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
         job.say("evaluate: the recipe names no held-out pairs or rows, so nothing is trained or compared")
         record(job, check_reference(job, learner))
         return []
+    check_headline(job, learner)
     if learner.eval_pairs:
         record(job, diagnose_leaks(job.pool, learner.eval_pairs[2], "evaluation"))
     record(job, check_reference(job, learner))

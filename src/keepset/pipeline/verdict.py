@@ -14,14 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.evaluate.statistics import correlations
-from keepset.pipeline.metrics import LOSSES, PERFORMANCE, QUALITY, Metric
+from keepset.pipeline.metrics import LOSSES, PERFORMANCE, QUALITY, Metric, headlines
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Entry, Link, ModelRow, ParetoPoint, Point
 
 
-def qualities(summary: Sequence[Entry]) -> list[Metric]:
-    """The metrics of `QUALITY` that were measured for every entry."""
-    return [metric for metric in QUALITY if summary and all(metric.name in entry.metrics for entry in summary)]
+def qualities(summary: Sequence[Entry], headline: str = "") -> list[Metric]:
+    """The headline and the metrics of `QUALITY`, as far as they were measured for every entry."""
+    first = headlines((), headline)[:1] if headline else []
+    named = [*first, *(metric for metric in QUALITY if metric.name != headline)]
+    return [metric for metric in named if summary and all(metric.name in entry.metrics for entry in summary)]
 
 
 def pareto(summary: Sequence[Entry], metric: str, sign: int = 1) -> list[ParetoPoint]:
@@ -127,7 +129,7 @@ def print_links(links: Sequence[Link], over: str, console: Console) -> None:
 def print_verdict(result: Comparison, console: Console) -> None:
     """Print accuracy by task, quality against cost, curves over budgets, and validation loss against performance."""
     print_tasks(result, console)
-    for metric in [quality.name for quality in qualities(result.summary)[:2]]:
+    for metric in [quality.name for quality in qualities(result.summary, result.headline)[:2]]:
         table = Table("trained on", "total FLOPs", "logged s", metric, "", box=SIMPLE_HEAD, pad_edge=False)
         for point in result.pareto[metric]:
             mark = "front" if point.front else ""

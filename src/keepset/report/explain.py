@@ -19,6 +19,7 @@ from keepset.report.explain_tokens import tokens_of_rows
 from keepset.report.read import RunData, find_row, read_run
 from keepset.runfolder import layout
 from keepset.runfolder.run import Run
+from keepset.runfolder.truth import Validation
 
 NEIGHBOURS = 3
 WHY_FILE = layout.WHY
@@ -38,7 +39,8 @@ def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, A
         JSON-ready: `id`, `label`, `method`, `source`, `category`, `n_tokens`, `score`, `rank`, `of`, `percentile`
         (share of scored rows below it), `selected`, `cut` (lowest kept score), `gap` (score − cut), `verdict`, `change`
         (what would turn the decision round), `reason` (why it has no score), `parts`, `tasks`, `checkpoints`, `methods`
-        (every method's view), `nearest` (kept rows most alike, by the cosine of hashed n-grams), `messages`.
+        (every method's view), `nearest` (kept rows most alike, by the cosine of hashed n-grams), `truth` (what
+        `keepset validate` found of the method, and of the row where it was left out), `messages`.
 
     Raises:
         KeepsetError: no scores in the folder, no such label, or no row (or several) of that id.
@@ -78,6 +80,7 @@ def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, A
             for name, c in data.columns.items()
         ],
         "nearest": nearest(data, at, selected, columns),
+        "truth": truth(data.validation, label, id_),
         "messages": data.messages.get(id_, []),
     }  # fmt: skip
     facts["gap"] = None if facts["score"] is None or facts["cut"] is None else facts["score"] - facts["cut"]
@@ -177,6 +180,27 @@ def change(facts: dict[str, Any], dropped: np.ndarray) -> str | None:
     return needed_score + "."
 
 
+def truth(found: Validation | None, label: str, id_: str) -> list[str]:
+    """Sentences about what trainings said: of the score, on its first outcome, and of the row that one did without."""
+    out = []
+    for design in found.designs if found else ():
+        first = next((s for s in design.scores if s.label == label and math.isfinite(s.lds.value)), None)
+        if first is None:
+            continue
+        ceiling = next((o.ceiling for o in design.outcomes if o.name == first.outcome), None)
+        most = "" if ceiling is None else f"; at most {ceiling:.2f} can be reached"
+        out.append(
+            f"{label} orders {design.models} trainings ({design.name}) by {first.outcome} at {first.lds.value:+.2f} "
+            f"[{first.lds.low:+.2f}, {first.lds.high:+.2f}], 0 being chance{most}."
+        )
+    for gone in found.left_out if found else ():
+        if id_ in gone.ids:
+            beside = f" and {len(gone.ids) - 1} more" if len(gone.ids) > 1 else ""
+            worth = ", ".join(f"{name} {value:+.2g}" for name, value in gone.worth.items())
+            out.append(f"With this row{beside} the trained model is better by: {worth}.")
+    return out
+
+
 def print_explanation(facts: dict[str, Any], console: Console) -> None:
     """Print what `explain` found."""
     where = " · ".join(str(v) for v in (facts["source"], facts["category"]) if v)
@@ -185,6 +209,8 @@ def print_explanation(facts: dict[str, Any], console: Console) -> None:
     console.print(Text(facts["verdict"]))
     if facts["change"]:
         console.print(Text(facts["change"]))
+    for line in facts["truth"]:
+        console.print(Text(line))
     for message in facts["messages"]:
         style = "green" if is_learnt(message) else ""
         console.print(Text(f"{message['role']}: ", style="dim") + Text(clip(message["content"], 600), style=style))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from keepset.errors import KeepsetError, RecipeError, did_you_mean
-from keepset.pipeline.metrics import HEADLINES, is_loss
+from keepset.pipeline.metrics import headlines, is_loss
 from keepset.report.numbers import cut_of, histogram, length_correlation, overlap
 from keepset.report.payload import CONTROLS
 from keepset.report.read import RunData, read_run
@@ -33,6 +33,11 @@ STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "keepset", "pdf.fonttype": 42, "figure.constrained_layout.use": True,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "text.parse_math": False,
 }  # fmt: skip
+
+
+def leading(data: RunData) -> list[str]:
+    """The metrics that the comparison leads with, its headline first."""
+    return [metric.name for metric in headlines((), data.comparison.headline if data.comparison else "")]
 
 
 def write_plots(
@@ -118,7 +123,7 @@ def drawings(data: RunData, asked: Sequence[str]) -> Iterator[tuple[str, float, 
             yield f"losses-{label}", 0.85, partial(draw_losses, columns, data)
     summary = data.comparison.summary if data.comparison else ()
     measured = list(dict.fromkeys(name for entry in summary for name in entry.metrics))
-    metrics = [m for m in asked or [metric.name for metric in HEADLINES] if m in measured] or measured[:4]
+    metrics = [m for m in asked or leading(data) if m in measured] or measured[:4]
     budgets = list(dict.fromkeys(e.budget for e in summary if e.kind in SIZED))
     for metric in metrics:
         first = [e for e in summary if metric in e.metrics and e.budget in (budgets[0] if budgets else None, None)]

@@ -16,6 +16,7 @@ from keepset.recipe import DataSpec, Recipe
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Finding, read_json
 from keepset.runfolder.run import Run
+from keepset.runfolder.truth import Validation
 
 Message = dict[str, str]
 PLAIN = {"id", "source", "category", "score", "rank", "selected", "n_tokens"}
@@ -35,6 +36,7 @@ class RunData:
     recipe: Recipe | None = None
     recipe_text: str = ""
     comparison: Comparison | None = None
+    validation: Validation | None = None
     findings: tuple[Finding, ...] = ()
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +67,7 @@ def read_run(path: Path, *, texts: bool = True) -> RunData:
     data.recipe = recipe
     data.recipe_text = (path / layout.RECIPE).read_text(encoding="utf-8") if recipe else ""
     data.comparison = read_json(Comparison | None, run.load_json(layout.COMPARISON), str(path / layout.COMPARISON))
+    data.validation = read_json(Validation | None, run.load_json(layout.VALIDATION), str(path / layout.VALIDATION))
     data.findings = read_json(tuple[Finding, ...], run.load_json(layout.FINDINGS, []), str(path / layout.FINDINGS))
     data.manifest = as_dict(run.load_json(layout.MANIFEST))
     data.why = as_dict(run.load_json(layout.WHY))

@@ -345,6 +345,15 @@ class Links(Record):
 
 
 @dataclass(frozen=True)
+class Power(Record):
+    """Four of five comparisons with Random on n items, whose differences have this `sd`, see one of `smallest`."""
+
+    n: int
+    sd: Number
+    smallest: Number
+
+
+@dataclass(frozen=True)
 class Comparison(Record):
     """`comparison.json`; see `keepset.pipeline.compare.compare`."""
 
@@ -354,3 +363,5 @@ class Comparison(Record):
     selection: SelectionCost
     pareto: dict[str, tuple[ParetoPoint, ...]]
     loss_vs_performance: Links
+    headline: str = ""
+    power: dict[str, Power] | None = None

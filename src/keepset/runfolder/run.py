@@ -48,7 +48,8 @@ class Run:
     def adopt(self, recipe: Recipe, *, force: bool = False) -> None:
         """Make `recipe` the folder's own, or check that it is.
 
-        Methods, variants and workers may change freely; any other difference from the stored recipe is refused.
+        Methods, variants, workers, the headline and what is validated may change freely; any other difference from the
+        stored recipe is refused.
 
         Raises:
             PlanMismatch: the folder was made by another recipe; the message lists what differs.
@@ -67,7 +68,13 @@ class Run:
                 stored = old = self.recipe_data()
                 old.pop("run_dir", None)
                 ours = new
-            free = ("methods", "variants", "batching.workers:")  # they change no number that is there
+            free = (
+                "methods",
+                "variants",
+                "batching.workers:",
+                "validate",
+                "evaluate.headline",
+            )  # they change no number that is there
             differences = [d for d in diff_keys(old, ours) if not d.startswith(free)]
             if differences:
                 shown = "; ".join(differences[:4]) + (
@@ -77,7 +84,8 @@ class Run:
                     f"{self.path} was made by another recipe ({shown}); use another --run_dir, "
                     "or --force to go on here: what still fits is kept, the rest is redone"
                 )
-            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching")}}
+            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching", "validate")}}
+            new["evaluate"] = {**stored["evaluate"], "headline": recipe.evaluate.headline}
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
         if not path.exists() or path.read_bytes() != text:
             with self.lock():  # refused while another process works in the folder
