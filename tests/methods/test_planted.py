@@ -8,6 +8,7 @@ from keepset.methods.in_run_shapley import in_run_shapley
 from keepset.methods.influence import influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.less import less, tracin
+from keepset.methods.metagradient import metagradient
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.methods.rose import rose
@@ -53,6 +54,7 @@ METHODS = {
     "influence-fisher": fisher,
     "ekfac": ekfac,
     "tmc-shapley": lambda: tmc_shapley(N, mean_likeness, permutations=40).values,
+    "metagradient": lambda: metagradient(-DOTS[0])[0],  # one step of plain SGD: u is the target's gradient
     "in-run-shapley": lambda: in_run_shapley(DOTS, np.ones(1), np.ones((1, N), bool))[0],
 }
 
