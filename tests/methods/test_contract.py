@@ -19,6 +19,7 @@ from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
 from keepset.methods.less import tracin
 from keepset.methods.loss import loss
+from keepset.methods.metagradient import metagradient
 from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
@@ -111,6 +112,8 @@ CASES = {
     "rds": lambda r: rds(r["vectors"], VECTORS, TASKS)[0],
     "rds+ query": lambda r: rds(r["vectors"], VECTORS, TASKS, per="query", reduce="mean")[0],
     "knn-shapley": lambda r: knn_shapley(r["vectors"], VECTORS, TASKS, k=3)[0],
+    "metagradient": lambda r: metagradient(r["dots"][:, 0])[0],
+    "metagradient max": lambda r: metagradient(r["dots"][:, 0], reduce="max")[0],
     "in-run-shapley": lambda r: in_run_shapley(swap(r["dots"]), LR, (r["norms"] > 2).T, swap(r["dots"]) ** 2)[0],
 }
 each = pytest.mark.parametrize("name", CASES)

@@ -6,6 +6,7 @@ import pytest
 from keepset.features.solvers import ekfac_solve, fisher_coefficients
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.less import tracin
+from keepset.methods.metagradient import metagradient
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.methods.rose import rose
@@ -50,6 +51,7 @@ METHODS = {
     "influence-fisher": fisher,
     "ekfac": ekfac,
     "tmc-shapley": lambda: tmc_shapley(N, mean_likeness, permutations=40).values,
+    "metagradient": lambda: metagradient(-DOTS[0])[0],  # one step of plain SGD: u is the target's gradient
     "in-run-shapley": lambda: in_run_shapley(DOTS, np.ones(1), np.ones((1, N), bool))[0],
 }
 

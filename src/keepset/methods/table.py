@@ -20,6 +20,7 @@ from keepset.methods.knn_shapley import KnnShapley
 from keepset.methods.length import Length
 from keepset.methods.less import GradCosine, Less, TracIn
 from keepset.methods.loss import Loss, LossRef
+from keepset.methods.metagradient import Metagradient
 from keepset.methods.method import Method
 from keepset.methods.perplexity import Perplexity
 from keepset.methods.random_ import Random
@@ -33,7 +34,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         Random, Length, Bm25, Rds, RdsPlus, Dsir, KnnShapley, Perplexity, Loss, LossRef, Ifd, El2n, Forgetting,
         GradNorm, Davir, DavirRef, RhoSum, RhoMean, Rose, Less, TracIn, GradCosine, Gist, Influence, DataInf, Ekfac,
-        InRunShapley, TmcShapley,
+        InRunShapley, TmcShapley, Metagradient,
     )
 }  # fmt: skip
 

@@ -54,10 +54,12 @@ class Segments:
     Attributes:
         groups: (start, rows, length) of each run of equally long rows; together they cover [prefix, T).
         prefix: the first `prefix` positions are a common beginning that every row attends to (0: none).
+        twice: use torch's own attention, which can be differentiated twice (under `SDPBackend.MATH`).
     """
 
     groups: tuple[Run, ...]
     prefix: int = 0
+    twice: bool = False
     masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
@@ -193,7 +195,7 @@ def packed_attention(
         if torch.is_grad_enabled() or q.device.type != "cpu" or (window is not None and window < longest):
             raise ValueError("a shared prefix is for CPU forward passes of rows no longer than the sliding window")
         return _packed_with_prefix(q, k, v, segments, scale)
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not segments.twice:
         return _PackedCpu.apply(q, k, v, segments, scale, window)
     return _packed_elsewhere(q, k, v, segments, scale, window)
 

@@ -107,6 +107,11 @@ def in_run(key: str) -> str:
     return f"{MODELS_FOLDER}/in-run-{key}"
 
 
+def metagradient(key: str) -> str:
+    """The replayed training of metagradient."""
+    return f"{MODELS_FOLDER}/metagradient-{key}"
+
+
 def evaluation(name: str, seed: int | None) -> str:
     """The evaluation of a subset's model; seed None: of the untrained `name`."""
     return f"{EVALUATION_FOLDER}/{name if seed is None else seeded(name, seed)}"
