@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from keepset.budget_text import parse_budget
 from keepset.errors import RecipeError, did_you_mean
+from keepset.executor_spec import ExecutorSpec
 from keepset.idle import idle, refuse_idle
 from keepset.keys import set_key, without_gone
 from keepset.located import located
@@ -272,6 +273,7 @@ class Recipe(Strict):
     evaluate: EvaluateSpec = EvaluateSpec()
     controls: ControlSpec = ControlSpec()
     batching: BatchSpec = BatchSpec()
+    executor: ExecutorSpec = ExecutorSpec()
     strict: bool = Field(False, description="stop at the first bad row instead of quarantining it")
 
     @field_validator("methods", mode="before")

@@ -113,6 +113,18 @@ def direct_args(job: Job) -> TrainSpec:
     return args.model_copy(update={"loss": "dpo"}) if args.loss == "sft" else args
 
 
+def final_key(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
+    """Everything that a final model depends on."""
+    direct = subset.kind == "dpo-direct"
+    args = direct_args(job) if direct else job.recipe.train
+    return {
+        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
+        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
+        "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
+        **({"each_epoch": True} if job.recipe.evaluate.each_epoch else {}),
+    }  # fmt: skip
+
+
 def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
     """Train the base on a subset, unless that was done with the same rows, arguments and seed."""
     from keepset.train.fit import fit
@@ -120,12 +132,6 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
     direct = subset.kind == "dpo-direct"
     args, rows = (direct_args(job), learner.target_pairs) if direct else (job.recipe.train, learner.rows(subset))
     folder = layout.model(subset.name, seed)
-    key = {
-        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
-        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
-        "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
-        **({"each_epoch": True} if job.recipe.evaluate.each_epoch else {}),
-    }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
         n_tokens, n_head = count_tokens(trained_sides(rows, args))
@@ -142,12 +148,25 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
             spent.update(tokens=int(n_tokens * epochs), flops=work)
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens}
 
-    return job.run.step(folder, key, work)
+    return job.run.step(folder, final_key(job, learner, subset, seed), work)
 
 
 def in_order(data: Pool | Target, group: str) -> str:
     """Name held-out data by the rows in their order, which the items are paired by, and the groups they count in."""
     return digest([data.table["id"].to_pylist(), data.table[group].to_pylist()])
+
+
+def evaluation_key(job: Job, learner: Learner, name: str, seed: int | None) -> dict[str, Any]:
+    """Everything that a model's evaluation depends on."""
+    weights = [] if seed is None else sorted((job.run.path / layout.model(name, seed)).glob("*.safetensors"))
+    pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
+    return {
+        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
+        "weights": [file_digest(p) for p in weights],
+        "pairs": in_order(pairs[2], "task") if pairs else None, "rows": in_order(rows[2], "source") if rows else None,
+        "gsm8k": in_order(load_pool(spec.gsm8k), "source") if spec.gsm8k else None,
+        "columns": "by task", "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout", "each_epoch"}),
+    }  # fmt: skip
 
 
 def evaluate_final(
@@ -162,14 +181,6 @@ def evaluate_final(
     folder = layout.evaluation(name, seed)
     if seed is not None:
         job.run.require_whole(layout.model(name, seed))
-    pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
-    key = {
-        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
-        "weights": [] if weights is None else [file_digest(p) for p in sorted(weights.glob("*.safetensors"))],
-        "pairs": in_order(pairs[2], "task") if pairs else None, "rows": in_order(rows[2], "source") if rows else None,
-        "gsm8k": in_order(load_pool(spec.gsm8k), "source") if spec.gsm8k else None,
-        "columns": "by task", "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout", "each_epoch"}),
-    }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
         with job.run.timed(f"evaluate {name if seed is None else layout.seeded(name, seed)}"):
@@ -185,7 +196,7 @@ def evaluate_final(
         job.run.save_json(f"{folder}/{layout.SUMMARY}", summary)
         return {}
 
-    job.run.step(folder, key, work)
+    job.run.step(folder, evaluation_key(job, learner, name, seed), work)
     return job.run.load_json(f"{folder}/{layout.SUMMARY}"), load_items(job.run.path / folder)
 
 

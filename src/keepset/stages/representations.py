@@ -12,7 +12,7 @@ import numpy as np
 
 from keepset.model.flops import count_tokens, flops
 from keepset.model.weights import fingerprint
-from keepset.runfolder.shards import Arrays
+from keepset.runfolder.shards import Arrays, Kept
 from keepset.stages.losses import forward
 from keepset.stages.rows import Rows
 from keepset.stages.stage import VERSION, Batch, Stage, Sweep, Work
@@ -111,7 +111,12 @@ class TargetRepresentations(Stage):
                 budget = job.recipe.batching.token_budget
                 return {"state": representations(model, aim.chosen, token_budget=budget, pooling=self.pooling)}
 
-        return job.run.once(f"queries-{self.pooling}", {"version": VERSION, **self.inputs(job)}, queries)["state"]
+        kept = self.kept(job)
+        return job.run.once(kept.name, kept.key, queries)["state"]
+
+    def kept(self, job: Job) -> Kept:
+        """As arrays."""
+        return Kept(f"queries-{self.pooling}", {"version": VERSION, **self.inputs(job)})
 
 
 def embedding_weights(name: str) -> list[str]:
@@ -203,7 +208,12 @@ class TargetEmbeddings(Stage):
                 budget = job.recipe.batching.token_budget
                 return {"state": embedder(job, self.model)(texts, token_budget=budget)}
 
-        return job.run.once("queries-embeddings", {"version": VERSION, **self.inputs(job)}, queries)["state"]
+        kept = self.kept(job)
+        return job.run.once(kept.name, kept.key, queries)["state"]
+
+    def kept(self, job: Job) -> Kept:
+        """As arrays."""
+        return Kept("queries-embeddings", {"version": VERSION, **self.inputs(job)})
 
 
 def embedder(job: Job, name: str) -> TextEncoder:
