@@ -18,12 +18,7 @@ def content_key(row_id: str) -> str:
 
 
 def uniform_by_id(ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
-    """Return (n,) float64 uniform in the open interval (0, 1), a function of (seed, id) alone.
-
-    Args:
-        ids: (n,) content ids.
-        seed: another seed gives independent numbers.
-    """
+    """Return (n,) float64 uniform in the open interval (0, 1), a function of (seed, id) alone."""
     key = int(seed).to_bytes(8, "little", signed=True)
     digests = b"".join(blake2b(str(i).encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest() for i in ids)
     return ((np.frombuffer(digests, dtype="<u8") >> np.uint64(11)) + 0.5) * 2.0**-53
@@ -39,11 +34,6 @@ def fold_of(ids: Sequence[str] | np.ndarray, folds: int, seed: int = 0) -> np.nd
 
     For cross-fitting (sample splitting, arXiv 1608.00060): each row is scored by a reference model that was not trained
     on it, since a memorised row would score high.
-
-    Args:
-        ids: (n,) content ids.
-        folds: K ≥ 2.
-        seed: another seed deals anew.
 
     Returns:
         (n,) int64 in 0 ... K − 1; the folds' numbers of different contents differ by at most one.
