@@ -64,6 +64,7 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
     "train_seeds": [([1, 2], NONE)],
     "strict": [(False, NONE)],
     "batching": [({"token_budget": 128, "shard_rows": 4, "workers": 2}, NONE)],
+    "executor": [({"name": "ray", "address": "auto", "workers": 2}, NONE)],
     "gradients.store": [("STORE", GRADIENTS)],
     "gradients.store_dim": [],  # with a store: see below
     "gradients.store_error": [],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from keepset.evaluate.statistics import correlations
 from keepset.pipeline.metrics import is_loss
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Finding, Level, read_json
+from keepset.runfolder.shards import machines
 
 if TYPE_CHECKING:
     from keepset.pipeline.choose import Subset
@@ -35,6 +37,7 @@ NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
 STORE_AGREES = (
     0.9  # Spearman of a gradient store's cosines with the exact ones, below which ranks are not to be trusted
 )
+MIXED = ("mixed-machines",)
 COMPARED = ("no-better-than-random", "worse-than-random")
 MOST_SHARES = 12  # sources or categories that a finding names
 SWAMPED = 0.5  # median cosine of the mapped gradient with the momentum that all rows share
@@ -184,6 +187,19 @@ def diagnose_edge(subset: Subset) -> list[Finding]:
     return [Finding("stability", "warning", subset.name, n,
         f"{share} within numerical noise of rows left out: {first_ids}",
         "another batch size or machine may exchange them; subsets.json names all")]  # fmt: skip
+
+
+def diagnose_machines(folder: Path) -> list[Finding]:
+    """Stages of a run folder whose shards were made with other devices, dtypes or libraries than one another."""
+    findings = []
+    for stage, made in machines(folder).items():
+        if len(made) > 1:
+            parts = "; ".join(f"{n} shards: {what}" for what, n in made.most_common())
+            text = f"{stage.split('/')[0]}: shards were made with different machines or libraries: {parts}"
+            findings.append(Finding("mixed-machines", "warning", stage, len(made), text,
+                "scores of rows may differ by rounding that is not theirs: use one kind of device and one environment, "
+                f"or delete work/{stage} and score again"))  # fmt: skip
+    return findings
 
 
 def diagnose_comparison(result: Comparison) -> list[Finding]:

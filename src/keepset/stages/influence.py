@@ -18,7 +18,7 @@ from keepset.errors import RecipeError
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops
 from keepset.runfolder.files import digest
-from keepset.runfolder.shards import Arrays
+from keepset.runfolder.shards import Arrays, Kept
 from keepset.stages.rows import Rows
 from keepset.stages.stage import VERSION, Batch, Stage, Sweep, Work
 from keepset.stages.stored import gradient_passes, sample_of, stored_influence, target_passes
@@ -139,9 +139,12 @@ class TargetGradients(Stage):
 
     def value(self, job: Job) -> Arrays:
         """`GradientTarget.arrays`."""
-        checkpoint = WarmupCheckpoint(self.at).value(job)
-        make = self._solve if self.request.curvature else self._differentiate
-        return job.run.once(f"target-{checkpoint.path.name}", self._key(job), lambda: make(job).arrays())
+        make, kept = self._solve if self.request.curvature else self._differentiate, self.kept(job)
+        return job.run.once(kept.name, kept.key, lambda: make(job).arrays())
+
+    def kept(self, job: Job) -> Kept:
+        """As arrays."""
+        return Kept(f"target-{WarmupCheckpoint(self.at).value(job).path.name}", self._key(job))
 
     def _differentiate(self, job: Job) -> GradientTarget:
         from keepset.features.targets import target_vectors

@@ -63,7 +63,9 @@ class Job:
         self._made: dict[Any, Any] = {}
         self.text_only = text_only
         self.console = console or Console(stderr=True)
-        self.run = Run(recipe.run_dir)
+        self.worker = worker
+        self.run = Run(recipe.run_dir, worker=worker)
+        self.run.machine = lambda: self.machine
         if not worker:
             self.run.adopt(recipe, force=force)
 
@@ -141,6 +143,13 @@ class Job:
             yield self.held["model"]
         finally:
             self.release()
+
+    @cached_property
+    def machine(self) -> dict[str, str]:
+        """What numbers are made with here: device, dtype and libraries, which all may round differently."""
+        from keepset.model.load import machine
+
+        return machine(self.recipe.model)
 
     @cached_property
     def encoder(self) -> Encoder:

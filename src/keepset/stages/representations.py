@@ -12,7 +12,7 @@ import numpy as np
 
 from keepset.model.flops import count_tokens, flops
 from keepset.model.weights import fingerprint
-from keepset.runfolder.shards import Arrays
+from keepset.runfolder.shards import Arrays, Kept
 from keepset.stages.losses import forward
 from keepset.stages.rows import Rows
 from keepset.stages.stage import VERSION, Batch, Stage, Sweep, Work
@@ -96,12 +96,16 @@ class TargetRepresentations(Stage):
 
         aim, model, budget = job.aim(self.shots), job.loaded.model, job.recipe.batching.token_budget
         return queries(
-            job, self, self.pooling,
+            job, self, self.kept(job),
             lambda: representations(model, aim.chosen, token_budget=budget, pooling=self.pooling),
         )  # fmt: skip
 
+    def kept(self, job: Job) -> Kept:
+        """As arrays."""
+        return Kept(f"queries-{self.pooling}", {"version": VERSION, **self.inputs(job)})
 
-def queries(job: Job, stage: Stage, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+
+def queries(job: Job, stage: Stage, kept: Kept, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The target's vectors (m, d), made once by `make` and kept."""
 
     def timed() -> Arrays:
@@ -109,7 +113,7 @@ def queries(job: Job, stage: Stage, name: str, make: Callable[[], np.ndarray]) -
         with job.run.timed(work.stage, rows=work.rows, tokens=work.tokens, flops=work.flops, ids=list(work.ids)):
             return {"state": make()}
 
-    return job.run.once(f"queries-{name}", {"version": VERSION, **stage.inputs(job)}, timed)["state"]
+    return job.run.once(kept.name, kept.key, timed)["state"]
 
 
 def embedding_weights(name: str) -> list[str]:
@@ -184,7 +188,11 @@ class TargetEmbeddings(Stage):
 
     def value(self, job: Job) -> np.ndarray:
         texts, budget = job.aim(self.shots).texts(with_chosen=True), job.recipe.batching.token_budget
-        return queries(job, self, "embeddings", lambda: embedder(job, self.model)(texts, token_budget=budget))
+        return queries(job, self, self.kept(job), lambda: embedder(job, self.model)(texts, token_budget=budget))
+
+    def kept(self, job: Job) -> Kept:
+        """As arrays."""
+        return Kept("queries-embeddings", {"version": VERSION, **self.inputs(job)})
 
 
 def embedder(job: Job, name: str) -> TextEncoder:

@@ -15,6 +15,7 @@ from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, write_atomic
+from keepset.runfolder.shards import Kept
 from keepset.stages.stage import VERSION, Stage, Work
 from keepset.stages.trained import WarmupCheckpoint, id_order, weights_of
 
@@ -96,19 +97,23 @@ class InRun(Stage):
         """
         if job.pair_gradients:
             raise RecipeError("in-run-shapley values single rows, not pairs; use rose, less or grad-cosine")
-        key, checkpoint = self._key(job), WarmupCheckpoint().value(job)
-        folder = layout.in_run(digest(key)[:8])
+        kept, checkpoint = self.kept(job), WarmupCheckpoint().value(job)
 
         def work(path: Path) -> dict[str, Any]:
             with attached(job.loaded.model, checkpoint.path) as model:
                 return run_steps(job, self, model, path / layout.STATE)
 
-        facts = job.run.step(folder, key, work)
+        facts = job.run.step(kept.folder, kept.key, work)
         if not facts["reused"]:
             job.say(
                 f"in-run Shapley: {facts['steps']} SGD steps took the target's loss down by {facts['drop']:.4f} nats"
             )
-        return load_state(job.run.path / folder / layout.STATE)["values"]
+        return load_state(job.run.path / kept.folder / layout.STATE)["values"]
+
+    def kept(self, job: Job) -> Kept:
+        """Its folder."""
+        key = self._key(job)
+        return Kept(layout.in_run(digest(key)[:8]), key, step=True)
 
 
 def run_steps(job: Job, stage: InRun, model: Any, path: Path) -> dict[str, Any]:
