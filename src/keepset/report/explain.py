@@ -29,10 +29,7 @@ ROWS = 2_000  # most rows a method
 def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, Any]:
     """Explain one row of a run.
 
-    Args:
-        run_dir: the run folder.
-        row_id: its id, or the id's beginning.
-        label: the method to explain by; default: the recipe's first.
+    The id may be given by its beginning; the method is by default the recipe's first.
 
     Returns:
         JSON-ready: `id`, `label`, `method`, `source`, `category`, `n_tokens`, `score`, `rank`, `of`, `percentile`

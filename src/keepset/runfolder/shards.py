@@ -77,12 +77,8 @@ class Shards:
     ) -> None:
         """Plan the shards; nothing is read or written.
 
-        Args:
-            folder: the run folder.
-            stages: name -> key. Everything that changes the numbers belongs into the key; another key is another stage.
-            ids: (n,) unique row ids.
-            shard_rows: see `plan_shards`.
-            lenders: other run folders whose shards of the same stage, key and rows are copied, not made again.
+        `stages` are name -> key; everything that changes the numbers belongs into the key. `lenders` are other run
+        folders whose shards of the same stage, key and rows are copied, not made again.
         """
         self.folder, self.stages, self.ids, self.lenders = folder, stages, ids, lenders
         self.parts = plan_shards(ids, shard_rows)
