@@ -21,7 +21,6 @@ from keepset.runfolder import layout
 from keepset.runfolder.run import Run
 
 NEIGHBOURS = 3
-WHY_FILE = layout.WHY
 EACH = 3  # validation rows kept for each direction
 ROWS = 2_000  # most rows a method
 
@@ -245,7 +244,7 @@ def write_why(run_dir: Path, *, console: Console | None = None) -> Path:
             why[label] = {id_: strongest(facts) for id_, facts in pair_pulls(run_dir, kept, label).items()}
     if not why:
         raise KeepsetError(f"{run_dir}: no method here keeps rows that a model explains (davir, rose, less and kin)")
-    return Run(Path(run_dir)).save_json(WHY_FILE, why)
+    return Run(Path(run_dir)).save_json(layout.WHY, why)
 
 
 def strongest(facts: dict[str, Any]) -> dict[str, Any]:
