@@ -40,14 +40,9 @@ def bm25(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score rows by their BM25 relevance to the target.
 
-    Args:
-        docs: n texts of the pool.
-        queries: m texts of the target.
-        tasks: (m,) their tasks.
-        k1: how soon repeated words stop counting.
-        b: 0 = length ignored, 1 = fully normalised.
-        reduce: "max" or "mean" over tasks (over queries with per="query").
-        per: columns of the second result: one a task, or one a query.
+    `docs` are the pool's n texts, `queries` the target's m, of tasks (m,). `k1` says how soon repeated words stop
+    counting, `b` how far length is normalised, from 0 to 1. `per` says whether the second result has a column a task,
+    or a query.
 
     Returns:
         scores (n,) and per_task (n, j), or (n, m) with per="query"; float64 of bm25s's float32 weights.

@@ -53,12 +53,9 @@ class Features:
     ) -> None:
         """Nothing is computed before it is asked for.
 
-        Args:
-            job: the job.
-            stages: the method's.
-            shots: rows a task of the target that it looks at; None: all.
-            beside: other methods' stages, computed in the same passes where they can be.
-            rows: indices of the rows that a method without stages is to score; None: all.
+        `shots` are the rows a task of the target that it looks at (None: all), `beside` other methods' stages, computed
+        in the same passes where they can be, `rows` indices of the rows that a method without stages is to score (None:
+        all).
         """
         self._job, self._shots, self._beside, self._at = job, shots, list(beside), rows
         self.stages = stages

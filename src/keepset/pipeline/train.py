@@ -181,24 +181,14 @@ def trained(spec: ModelSpec, out: Path) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class FileTraining:
-    """A training on files, as a command line asks for it.
-
-    Attributes:
-        data: what is trained on.
-        out: result folder.
-        given: arguments of model, adapter and trainer (see `sections`).
-        seed: of adapter initialisation, order and dropout.
-        resume: go on from a checkpoint, and take what is finished.
-        evaluation: held-out files.
-        console: where progress goes.
-    """
+    """A training on files, as a command line asks for it; `given` are the arguments that `sections` sorts."""
 
     data: Sequence[str]
     out: Path
     given: dict[str, Any]
     seed: int
     resume: bool
-    evaluation: Sequence[str]
+    evaluation: Sequence[str]  # held-out files
     console: Console
 
     def training(self, config_class: type[Any]) -> Training:

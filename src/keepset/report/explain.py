@@ -22,7 +22,6 @@ from keepset.runfolder.run import Run
 from keepset.runfolder.truth import Validation
 
 NEIGHBOURS = 3
-WHY_FILE = layout.WHY
 EACH = 3  # validation rows kept for each direction
 ROWS = 2_000  # most rows a method
 
@@ -30,10 +29,7 @@ ROWS = 2_000  # most rows a method
 def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, Any]:
     """Explain one row of a run.
 
-    Args:
-        run_dir: the run folder.
-        row_id: its id, or the id's beginning.
-        label: the method to explain by; default: the recipe's first.
+    The id may be given by its beginning; the method is by default the recipe's first.
 
     Returns:
         JSON-ready: `id`, `label`, `method`, `source`, `category`, `n_tokens`, `score`, `rank`, `of`, `percentile`
@@ -274,7 +270,7 @@ def write_why(run_dir: Path, *, console: Console | None = None) -> Path:
             why[label] = {id_: strongest(facts) for id_, facts in pair_pulls(run_dir, kept, label).items()}
     if not why:
         raise KeepsetError(f"{run_dir}: no method here keeps rows that a model explains (davir, rose, less and kin)")
-    return Run(Path(run_dir)).save_json(WHY_FILE, why)
+    return Run(Path(run_dir)).save_json(layout.WHY, why)
 
 
 def strongest(facts: dict[str, Any]) -> dict[str, Any]:

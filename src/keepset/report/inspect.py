@@ -51,11 +51,8 @@ def inspect_data(
 ) -> dict[str, Any]:
     """Look at one data file, folder or hub dataset.
 
-    Args:
-        data: the file; with a `DataSpec` its format, limit and columns are honoured.
-        target: few-shot rows or pairs that must not be in it.
-        evaluation: held-out pairs that must not be in it.
-        model: adds token lengths and rendered rows by this model's tokenizer and template.
+    Of a `DataSpec` format, limit and columns are honoured. Rows of `target` and `evaluation` must not be in the data.
+    `model` adds token lengths and rendered rows by its tokenizer and template.
 
     Returns:
         JSON-ready facts: `format`, `container`, `columns`, `carried` (columns and message keys that are not used),

@@ -51,13 +51,9 @@ def write_plots(
 ) -> list[Path]:
     """Draw what the run folder has figures for.
 
-    Args:
-        run_dir: the run folder.
-        out: where the files go; default `run_dir/plots`.
-        formats: png, svg, pdf.
-        only: some of `KINDS`; default: all that the run has data for.
-        metrics: those of the comparison; default: the ones it leads with (else the first four).
-        width: inches; the height follows.
+    Formats are png, svg, pdf; `only` are some of `KINDS`, by default all that the run has data for; `metrics` by
+    default those that the comparison leads with (else the first four). Files go to `out`, by default `run_dir/plots`;
+    `width` is in inches.
 
     Returns:
         The files: `scores-<label>` (histogram with the cut), `length-<label>` (score against length), `losses-<label>`

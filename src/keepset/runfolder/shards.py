@@ -112,13 +112,9 @@ class Shards:
     ) -> None:
         """Plan the shards; nothing is read or written.
 
-        Args:
-            folder: the run folder.
-            stages: name -> key. Everything that changes the numbers belongs into the key; another key is another stage.
-            ids: (n,) unique row ids.
-            shard_rows: see `plan_shards`.
-            lenders: other run folders whose shards of the same stage, key and rows are copied, not made again.
-            machine: gives what shards are made with here: device, dtype and libraries.
+        `stages` are name -> key; everything that changes the numbers belongs into the key. `lenders` are other run
+        folders whose shards of the same stage, key and rows are copied, not made again. `machine` gives what shards
+        are made with here: device, dtype and libraries.
         """
         self.folder, self.stages, self.ids, self.lenders, self.machine = folder, stages, ids, lenders, machine
         self.parts = plan_shards(ids, shard_rows)
