@@ -94,6 +94,8 @@ def idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("temperature", "`policy: sample`", select.policy == "sample"),
     ):
         yield from said("select", select, (name,), f"does nothing without {needs}; remove it", when=not there)
+    yield from said("executor", recipe.executor, ("address", "workers"), "does nothing without `name: ray`; remove it",
+                    when=recipe.executor.name != "ray")  # fmt: skip
     for k, mix in enumerate(recipe.mix):
         for m, part in enumerate(mix.parts):
             yield from said(f"mix.{k}.parts.{m}", part, ("budget",), "`method: full` takes the whole pool; remove it, "

@@ -59,3 +59,13 @@ def without_gone(data: dict[str, Any], where: str, stored: bool) -> dict[str, An
             raise RecipeError(f"{where}: {place} is gone: {now}; remove it")
         data = {**data, section: {k: v for k, v in data[section].items() if k != key}}
     return data
+
+
+def diff_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Say in words where two nested mappings differ: `budget: 5% -> 10%`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}, key=str):
+            found += diff_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return [] if old == new else [f"{prefix}: {old} -> {new}"]

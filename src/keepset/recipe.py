@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from keepset.budget_text import parse_budget
 from keepset.errors import RecipeError, did_you_mean
+from keepset.executor_spec import ExecutorSpec
 from keepset.idle import idle, refuse_idle
 from keepset.keys import set_key, without_gone
 from keepset.located import located
@@ -263,6 +264,7 @@ class Recipe(Strict):
         None, alias="validate", description="trainings that say what every score is worth: `keepset validate`"
     )
     batching: BatchSpec = BatchSpec()
+    executor: ExecutorSpec = ExecutorSpec()
     strict: bool = Field(False, description="stop at the first bad row instead of quarantining it")
 
     @field_validator("methods", mode="before")
@@ -293,7 +295,8 @@ class Recipe(Strict):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"methods: label '{twice[0]}' stands twice; give one of them its own `label`")
-        taken = [label for label in labels if re.fullmatch(r"base|full|longest|dpo-direct|random-\d+", label)]
+        names = "base|full|longest|dpo-direct" + ("|shortest" if self.controls.shortest else "")
+        taken = [label for label in labels if re.fullmatch(rf"{names}|random-\d+", label)]
         if taken:
             raise ValueError(f"methods: label '{taken[0]}' is a control's name; give it another `label`")
         return self

@@ -26,6 +26,7 @@ class ControlSpec(Strict):
 
     random_seeds: list[int] = Field([0, 1, 2], description="Random of the same size, once per seed")
     longest: bool = Field(True, description="the longest completions of the same size")
+    shortest: bool = Field(False, description="the shortest completions of the same size")
     full: bool = Field(False, description="train on the whole pool")
     base: bool = Field(True, description="the untrained base")
     dpo_direct: bool = Field(False, description="no selection: DPO (beta 0.1) on the target's pairs, by `train`")

@@ -325,3 +325,16 @@ def test_other_held_out_rows_order_or_names_are_evaluated_anew(model_folder, dat
     assert evaluated() and not evaluated()
     asked.write_text('{"question": "1+2?", "answer": "#### 3"}\n')
     assert evaluated() and not evaluated()
+
+
+def test_the_shortest_rows_are_a_control_that_is_priced_and_compared(model_folder, data, tmp_path):
+    controls = {"random_seeds": [0], "longest": True, "shortest": True}
+    made = recipe(model_folder, data, tmp_path, methods=["length"], controls=controls)
+    job = run_recipe(made, console=quiet(), out=quiet())
+    chosen = {name: entry["n_tokens"] for name, entry in job.run.load_json("subsets.json").items()}
+    assert chosen["shortest"] < chosen["random-0"] < chosen["longest"] == chosen["length"]
+    entries = {e["label"]: e for e in job.run.load_json("comparison.json")["summary"]}
+    assert entries["shortest"]["kind"] == "shortest" and entries["shortest"]["vs_random"]
+    with pytest.raises(RecipeError, match="'shortest' is a control's name"):
+        recipe(model_folder, data, tmp_path, methods=[{"name": "length", "label": "shortest"}], controls=controls)
+    recipe(model_folder, data, tmp_path, methods=[{"name": "length", "label": "shortest"}])

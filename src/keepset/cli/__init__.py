@@ -12,6 +12,7 @@ from collections.abc import Callable
 import typer
 from rich.console import Console
 
+from keepset.cli.cluster import work_on
 from keepset.cli.deliver import export, init, push, trainers
 from keepset.cli.judge import generate, judge, lm_eval, pairs
 from keepset.cli.look import doctor, explain, inspect, methods, overlap, plot, report
@@ -33,6 +34,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.command("lm-eval")(lm_eval)
+app.command("work")(work_on)
 app.add_typer(train_app, name="train")
 
 

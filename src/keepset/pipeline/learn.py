@@ -132,6 +132,18 @@ def direct_args(job: Job) -> TrainSpec:
     return args.model_copy(update={"loss": "dpo"}) if args.loss == "sft" else args
 
 
+def final_key(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
+    """Everything that a final model depends on."""
+    direct = subset.kind == "dpo-direct"
+    args = direct_args(job) if direct else job.recipe.train
+    return {
+        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
+        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
+        "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
+        **({"each_epoch": True} if job.recipe.evaluate.each_epoch else {}),
+    }  # fmt: skip
+
+
 def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
     """Train the base on a subset, unless that was done with the same rows, arguments and seed."""
     from keepset.train.fit import fit
@@ -139,12 +151,6 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
     direct = subset.kind == "dpo-direct"
     args, rows = (direct_args(job), learner.target_pairs) if direct else (job.recipe.train, learner.rows(subset))
     folder = layout.model(subset.name, seed)
-    key = {
-        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
-        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
-        "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
-        **({"each_epoch": True} if job.recipe.evaluate.each_epoch else {}),
-    }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
         n_tokens, n_head = count_tokens(trained_sides(rows, args))
@@ -161,7 +167,7 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
             spent.update(tokens=int(n_tokens * epochs), flops=work)
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens}
 
-    return job.run.step(folder, key, work)
+    return job.run.step(folder, final_key(job, learner, subset, seed), work)
 
 
 def in_order(data: Pool | Target, group: str) -> str:
@@ -187,8 +193,7 @@ def evaluate_final(
 ) -> tuple[dict[str, Any], Items]:
     """Evaluate a trained model (or the untrained base: seed None), unless that was done.
 
-    Returns:
-        The summary (tables with intervals, as `summary.json` has them), and the items.
+    Returns the summary (tables with intervals, as `summary.json` has them), and the items.
     """
     weights = None if seed is None else job.run.path / layout.model(name, seed)
     folder = layout.evaluation(name, seed)

@@ -113,14 +113,14 @@ def headlines(measured: Collection[str], first: str = "") -> list[Metric]:
 
 
 def _headlines(measured: Collection[str]) -> list[Metric]:
-    found = []
+    metrics = []
     for metric in HEADLINES:
-        found.append(metric)
+        metrics.append(metric)
         if metric.name == HELD_OUT:
             start = f"{HELD_OUT}."
             sources = sorted(name for name in measured if name.startswith(start))
-            found += [replace(metric, name=s, heading="loss of\n" + s.removeprefix(start)) for s in sources]
-    return found
+            metrics += [replace(metric, name=s, heading="loss of\n" + s.removeprefix(start)) for s in sources]
+    return metrics
 
 
 def unit_of(name: str) -> str:

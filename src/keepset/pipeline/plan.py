@@ -116,9 +116,9 @@ def probe(job: Job, kinds: set[str]) -> Rates:
         job.release()  # as a run does
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            told = train_sft(Training(job.recipe.model, job.recipe.lora, args), rows, Path(folder) / "probe")
-            overhead = time.perf_counter() - start - told.seconds
-        train = work / told.seconds
+            trained = train_sft(Training(job.recipe.model, job.recipe.lora, args), rows, Path(folder) / "probe")
+            overhead = time.perf_counter() - start - trained.seconds
+        train = work / trained.seconds
     return Rates(forward, backward, train, overhead)
 
 
@@ -180,10 +180,10 @@ def plan_validation(job: Job) -> list[Step]:
 def text_step(job: Job, spec: MethodSpec) -> Step:
     """A text method, timed on some of the rows and scaled to all."""
     n = len(job.ids)
-    method, some = method_of(spec), min(n, TEXT_ROWS)
+    method, n_timed = method_of(spec), min(n, TEXT_ROWS)
     method.score(text_features(job, np.arange(min(n, 20))))  # imports
-    seconds = clock(lambda: method.score(text_features(job, np.arange(some))))
-    return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, some))
+    seconds = clock(lambda: method.score(text_features(job, np.arange(n_timed))))
+    return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, n_timed))
 
 
 def heldout_pairs(job: Job) -> int:
@@ -220,27 +220,27 @@ def disk_bytes(job: Job, steps: list[Step]) -> float:
 
 def cheaper(job: Job, steps: list[Step]) -> list[str]:
     """What would cut the bill, with the seconds it would save."""
-    found = []
+    advice = []
     gradients = sum(s.seconds for s in steps if s.need == "gradients")
     spec = job.recipe.warmup
     if gradients and spec.checkpoints == "all" and spec.num_train_epochs > 1:
         share = 1 - 1 / np.ceil(spec.num_train_epochs)
-        found.append(
+        advice.append(
             f"warmup.checkpoints: last saves {gradients * share:.0f} s: scores at one checkpoint instead of all"
         )
     maps = [s for s in steps if s.need == "gradients"]
     if len(maps) > 1:
-        found.append(
+        advice.append(
             f"one map instead of {len(maps)} saves {sum(s.seconds for s in maps[1:]):.0f} s: a pass over the pool each"
         )
     reference = sum(s.seconds for s in steps if s.need == "reference")
     if reference and job.recipe.reference.num_train_epochs > 1:
-        found.append(
+        advice.append(
             f"reference.num_train_epochs: 1 saves {reference * (1 - 1 / job.recipe.reference.num_train_epochs):.0f} s"
         )
     if gradients and not any(m.name in ("bm25", "dsir") for m in job.recipe.methods):
-        found.append("bm25 and dsir look at the same target and cost seconds: worth a row in the table")
-    return found
+        advice.append("bm25 and dsir look at the same target and cost seconds: worth a row in the table")
+    return advice
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
@@ -272,14 +272,14 @@ def print_totals(plan: dict[str, Any], console: Console) -> None:
         gpus = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in plan["gpus"].items())
         console.print(f"estimate, not measured: at {plan['utilisation']:.0%} of peak: {gpus}", highlight=False)
     if plan["heldout_pairs"]:
-        seen, told = plan["accuracy_seen"], f"{plan['heldout_pairs']} held-out pairs: "
-        told += (
+        seen, pairs_line = plan["accuracy_seen"], f"{plan['heldout_pairs']} held-out pairs: "
+        pairs_line += (
             f"four of five comparisons tell accuracies apart that differ by {seen[0]:.3f} at best, by {seen[1]:.3f} if "
             "the models' answers are independent (docs/theory.md, 6.3)"
             if seen
             else "too few to tell two models apart by accuracy (docs/theory.md, 6.3)"
         )
-        console.print(told, highlight=False)
+        console.print(pairs_line, highlight=False)
     print_power(plan["power"], console)
     for line in plan["cheaper"]:
         console.print(f"cheaper: {line}", highlight=False)

@@ -29,10 +29,7 @@ def qualities(summary: Sequence[Entry], headline: str = "") -> list[Metric]:
 def pareto(summary: Sequence[Entry], metric: str, sign: int = 1) -> list[ParetoPoint]:
     """Entries by cost (choosing + one training), with what no cheaper-or-equal entry does better marked as `front`.
 
-    `sign` is −1 where smaller is better.
-
-    Returns:
-        The points, cheapest first.
+    `sign` is −1 where smaller is better. Returns the points, cheapest first.
     """
 
     def beats(other: Entry, entry: Entry) -> bool:
@@ -70,10 +67,7 @@ def loss_against_performance(points: Sequence[Point]) -> list[Link]:
     """How well a validation loss tells performance, over models or over models and their epochs.
 
     The papers argue for a reward-oriented target because it doesn't. Expected with a useful loss: a Spearman
-    correlation near −1.
-
-    Returns:
-        A link for each loss and metric that at least three points have and that vary.
+    correlation near −1. Returns a link for each loss and metric that at least three points have and that vary.
     """
     links = []
     for loss in LOSSES:
@@ -104,8 +98,9 @@ def means_of(rows: Sequence[ModelRow]) -> list[Point]:
     ]  # fmt: skip
 
 
-def print_tasks(result: Comparison, console: Console, metric: str = "accuracy.policy_mean") -> None:
-    """Print a metric of each task with its 95 % interval over items, where there are several tasks."""
+def print_tasks(result: Comparison, console: Console) -> None:
+    """Print the accuracy of each task with its 95 % interval over items, where there are several tasks."""
+    metric = "accuracy.policy_mean"
     start = f"{metric}.of."
     names = sorted({m for entry in result.summary for m in entry.metrics if m.startswith(start)})
     if not names:

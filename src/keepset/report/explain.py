@@ -22,7 +22,6 @@ from keepset.runfolder.run import Run
 from keepset.runfolder.truth import Validation
 
 NEIGHBOURS = 3
-WHY_FILE = layout.WHY
 EACH = 3  # validation rows kept for each direction
 ROWS = 2_000  # most rows a method
 
@@ -30,10 +29,7 @@ ROWS = 2_000  # most rows a method
 def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, Any]:
     """Explain one row of a run.
 
-    Args:
-        run_dir: the run folder.
-        row_id: its id, or the id's beginning.
-        label: the method to explain by; default: the recipe's first.
+    The id may be given by its beginning; the method is by default the recipe's first.
 
     Returns:
         JSON-ready: `id`, `label`, `method`, `source`, `category`, `n_tokens`, `score`, `rank`, `of`, `percentile`
@@ -47,8 +43,8 @@ def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, A
     """
     data = read_run(Path(run_dir))
     if label is not None and label not in data.columns:
-        known = did_you_mean(label, list(data.columns)) or f"; there are: {', '.join(data.columns)}"
-        raise KeepsetError(f"{run_dir}: no scores by '{label}'{known}")
+        hint = did_you_mean(label, list(data.columns)) or f"; there are: {', '.join(data.columns)}"
+        raise KeepsetError(f"{run_dir}: no scores by '{label}'{hint}")
     label = label or next(iter(data.columns))
     at = find_row(data, row_id)
     columns = data.columns[label]
@@ -99,20 +95,20 @@ def tasks(columns: dict[str, np.ndarray], at: int) -> list[dict[str, Any]]:
     out = []
     for name, values in columns.items():
         if name.startswith("task.") and math.isfinite(values[at]):
-            known = values[np.isfinite(values)]
-            place = int((known > values[at]).sum()) + 1
+            scored = values[np.isfinite(values)]
+            place = int((scored > values[at]).sum()) + 1
             out.append({"task": name.removeprefix("task."), "value": float(values[at]), "rank": place})
     return sorted(out, key=lambda entry: -entry["value"])
 
 
 def checkpoints(columns: dict[str, np.ndarray], at: int) -> list[dict[str, Any]]:
     """What each warm-up checkpoint said: cosine with the best task, gradient norm, learning rate, momentum share."""
-    found: dict[int, dict[str, Any]] = {}
+    parts_of: dict[int, dict[str, Any]] = {}
     for name, values in columns.items():
         head, _, part = name.partition(".")
         if head.startswith("ckpt") and head[4:].isdigit() and part:
-            found.setdefault(int(head[4:]), {})[part] = finite(values[at])
-    return [{"checkpoint": number, **parts} for number, parts in sorted(found.items())]
+            parts_of.setdefault(int(head[4:]), {})[part] = finite(values[at])
+    return [{"checkpoint": number, **parts} for number, parts in sorted(parts_of.items())]
 
 
 def nearest(data: RunData, at: int, selected: np.ndarray, columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -169,15 +165,15 @@ def change(facts: dict[str, Any], dropped: np.ndarray) -> str | None:
         return ahead + (f", or the budget below {facts['rank']:.0f} rows." if (facts["rank"] or 0) > 1 else ".")
     if facts["gap"] >= 0:
         return "A larger budget, or another quota or dedup setting, would let it in."
-    wanted = f"It comes in at a score of {cut:.4g}, or at a budget of {facts['rank']:.0f} rows"
+    needed_score = f"It comes in at a score of {cut:.4g}, or at a budget of {facts['rank']:.0f} rows"
     ini, ref = parts.get("loss_ini"), parts.get("loss_ref")
     if ini and ref is not None and math.isclose(score, (ini - ref) / ini, rel_tol=1e-6, abs_tol=1e-9):
         needed = f"{ini * (1 - cut):.4g}, not {ref:.4g}"
-        return f"{wanted}. With its base loss of {ini:.4g} nats the reference loss would have to be {needed}."
+        return f"{needed_score}. With its base loss of {ini:.4g} nats the reference loss would have to be {needed}."
     if facts["tasks"] and math.isclose(score, facts["tasks"][0]["value"], rel_tol=1e-6, abs_tol=1e-12):
         best = facts["tasks"][0]
-        return f"{wanted}: its best task, {best['task']}, gives {best['value']:.4g}."
-    return wanted + "."
+        return f"{needed_score}: its best task, {best['task']}, gives {best['value']:.4g}."
+    return needed_score + "."
 
 
 def truth(found: Validation | None, label: str, id_: str) -> list[str]:
@@ -257,24 +253,24 @@ def write_why(run_dir: Path, *, console: Console | None = None) -> Path:
     """
     data = read_run(Path(run_dir))
     say = (console or Console(stderr=True)).print
-    found: dict[str, dict[str, Any]] = {}
+    why: dict[str, dict[str, Any]] = {}
     for label, columns in data.columns.items():
         kept = [str(i) for i in data.ids[columns["selected"] > 0] if str(i) in data.messages][:ROWS]
         if not kept:
             continue
         if {"loss_ini", "loss_ref"} <= set(columns):
             say(f"{label}: the tokens of {len(kept)} kept rows, before and after", highlight=False)
-            told = tokens_of_rows(run_dir, kept)
-            found[label] = {
+            changes = tokens_of_rows(run_dir, kept)
+            why[label] = {
                 id_: {"tokens": [[t["text"], round(t["before"], 3), round(t["after"], 3)] for t in facts["tokens"]]}
-                for id_, facts in told.items()
+                for id_, facts in changes.items()
             }
         elif data.method_names.get(label) in COSINES:
             say(f"{label}: the validation rows behind {len(kept)} kept rows", highlight=False)
-            found[label] = {id_: strongest(facts) for id_, facts in pair_pulls(run_dir, kept, label).items()}
-    if not found:
+            why[label] = {id_: strongest(facts) for id_, facts in pair_pulls(run_dir, kept, label).items()}
+    if not why:
         raise KeepsetError(f"{run_dir}: no method here keeps rows that a model explains (davir, rose, less and kin)")
-    return Run(Path(run_dir)).save_json(WHY_FILE, found)
+    return Run(Path(run_dir)).save_json(layout.WHY, why)
 
 
 def strongest(facts: dict[str, Any]) -> dict[str, Any]:

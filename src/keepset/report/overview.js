@@ -7,7 +7,7 @@ let current = (DATA.methods.find((m) => !m.control) || DATA.methods[0]).label;
 
 const METRICS = new Map(DATA.metrics.map((m) => [m.name, m]));
 const lowerIsBetter = (metric) => METRICS.get(metric).lower_is_better;
-const byKind = { method: 0, mix: 1, random: 2, longest: 3, full: 4, base: 5 };
+const byKind = { method: 0, mix: 1, random: 2, longest: 3, shortest: 3, full: 4, base: 5 };
 const UNIT = DATA.summary.unit;
 const plainLabel = (row) => (row.kind === "random" ? "random" : row.label.split("@")[0]);
 
@@ -43,7 +43,7 @@ function randomMean(groups, budget) {
 }
 
 // Budgets that something was trained at, smallest first; base, full and mixes belong to none.
-const isSized = (g) => g.kind === "method" || g.kind === "random" || g.kind === "longest";
+const isSized = (g) => g.kind === "method" || ["random", "longest", "shortest"].includes(g.kind);
 const budgetsOf = (groups) => [...new Map(groups.filter(isSized).sort((a, b) => a.n_rows - b.n_rows).map((g) => [g.budget, g])).keys()];
 
 function head() {

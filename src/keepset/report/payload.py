@@ -24,7 +24,7 @@ from keepset.runfolder.records import Mean, Power, Record
 
 TEXT_BUDGET = 12_000_000  # characters of row text in the page
 QUARANTINE_ROWS = 2_000
-CONTROLS = ("random", "longest", "length")
+CONTROLS = ("random", "longest", "shortest", "length")
 
 
 def sample_rows(data: RunData, max_rows: int) -> np.ndarray:
@@ -106,8 +106,8 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
 def why_of(data: RunData, ids: set[str]) -> dict[str, dict[str, Any]]:
     """What the models said about rows (`explain.write_why`), by label and id; entries of another form are left out."""
     out: dict[str, dict[str, Any]] = {}
-    for label, found in data.why.items():
-        for id_, entry in as_dict(found).items():
+    for label, entries in data.why.items():
+        for id_, entry in as_dict(entries).items():
             if label not in data.columns or id_ not in ids or not isinstance(entry, dict):
                 continue
             tokens = [t for t in entry.get("tokens") or [] if isinstance(t, list) and len(t) == 3]

@@ -48,6 +48,14 @@ SEEN_FROM = f"{WORK_FOLDER}/seen_from"
 """Holds the way from the run folder to the folder that it was started in."""
 OPEN_COSTS = f"{WORK_FOLDER}/costs-open.json"
 RECORDS_FOLDER = f"{WORK_FOLDER}/records"
+WORKERS_COSTS = f"{WORK_FOLDER}/costs"
+"""What stages cost other processes than the one that leads, an entry a file, until that one takes it over."""
+CLAIMS_FOLDER = f"{WORK_FOLDER}/claims"
+"""What the workers of `keepset work` are at."""
+BOARD = f"{WORK_FOLDER}/board.json"
+"""What the worker that leads has for the others to do."""
+PROBE = f"{WORK_FOLDER}/ray-word"
+"""Whoever finds this process's word in it shares the folder."""
 
 # Inside the folder of a step, a stage or a model.
 DONE = "done.json"
@@ -105,6 +113,11 @@ def reference(fold: int | None = None) -> str:
 def in_run(key: str) -> str:
     """The SGD steps of in-run Shapley."""
     return f"{MODELS_FOLDER}/in-run-{key}"
+
+
+def metagradient(key: str) -> str:
+    """The replayed training of metagradient."""
+    return f"{MODELS_FOLDER}/metagradient-{key}"
 
 
 def evaluation(name: str, seed: int | None) -> str:

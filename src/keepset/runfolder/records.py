@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from keepset.errors import KeepsetError
 
-Kind = Literal["method", "random", "longest", "full", "mix", "base", "dpo-direct"]
+Kind = Literal["method", "random", "longest", "shortest", "full", "mix", "base", "dpo-direct"]
 """What a training set is in a comparison; `base` is the untrained model."""
 
 
