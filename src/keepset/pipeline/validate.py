@@ -149,6 +149,7 @@ class Judge:
 
     def measured(self, members: list[Member]) -> list[dict[str, np.ndarray]]:
         """Each model's items by outcome, trained and measured where that is not done."""
+        self.bank.share(members)
         for number, member in enumerate(members, start=1):
             if (member.name, member.seed) in self.known:
                 continue
