@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
@@ -112,13 +113,13 @@ class Argument:
 
 def write_twice(own, numbers):
     """Reads the run folder, and writes into it."""
-    folder = json.loads(own.recipe)["run_dir"]
+    folder = Path(json.loads(own.recipe)["run_dir"])
+    stage = folder / "work" / "s" / "k"
+    stage.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        text = open(f"{folder}/models/warmup/a.safetensors").read() * 2
-        os.makedirs(f"{folder}/work/s/k", exist_ok=True)
+        text = (folder / "models/warmup/a.safetensors").read_text() * 2
         for suffix in ("safetensors", "json"):
-            with open(f"{folder}/work/s/k/{number:05d}.{suffix}", "w") as file:
-                file.write(text)
+            (stage / f"{number:05d}.{suffix}").write_text(text)
 
 
 def test_a_worker_that_does_not_see_the_folder_gets_what_it_reads_and_sends_what_it_made(tmp_path, monkeypatch):

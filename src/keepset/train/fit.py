@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keepset.memory import free_memory
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.train.launch import LAUNCHED, launch
 from keepset.train.preference import PairLoss, train_dpo
 from keepset.train.sft import train_sft
 from keepset.train.training import Training, TrainResult
@@ -38,8 +40,11 @@ def fit(
 
     Raises:
         RecipeError, DataError: as the two functions.
+        ModelError: one of several processes failed.
     """
     training = Training(spec, lora, args, seed, moments, console=console)
+    if args.num_processes > 1 and LAUNCHED not in os.environ:
+        launch(training, sides, out)  # what it left is found below
     try:
         if args.loss == "sft":
             return train_sft(training, [row[0] for row in sides], out)
