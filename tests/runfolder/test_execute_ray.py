@@ -185,15 +185,36 @@ def ray_run(tiny_run, folder, *command):
     )  # fmt: skip
 
 
-def actors():
+def finished(process):
+    """What a run printed that must end well."""
+    try:
+        log, _ = process.communicate(timeout=700)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    return log
+
+
+def actors(pattern="^ray::.*(Worker|do|hello)"):
     """Process ids of Ray's actors on this machine."""
-    out = subprocess.run(["pgrep", "-f", "^ray::.*(Worker|do|hello)"], capture_output=True, text=True).stdout
-    return [int(pid) for pid in out.split()]
+    return [int(pid) for pid in subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()]
+
+
+@pytest.fixture
+def no_agents_left():
+    """A driver that is killed leaves two of Ray's helpers behind."""
+    foreign = set(actors("^ray::.*Agent"))
+    yield
+    for pid in set(actors("^ray::.*Agent")) - foreign:
+        os.kill(pid, signal.SIGTERM)
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep")
-def test_an_actor_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_process(tiny_run, tmp_path):
+def test_an_actor_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_process(
+    tiny_run, tmp_path, no_agents_left
+):
     pytest.importorskip("ray")
     folder, foreign, killed = tmp_path / "run", set(actors()), []
 
@@ -205,22 +226,22 @@ def test_an_actor_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_
         killed.append(mine[0])
 
     first = ray_run(tiny_run, folder, "-m", "keepset")
-    threading.Thread(target=kill_one, daemon=True).start()
-    while not (folder / "scores/davir.parquet").exists():
-        assert first.poll() is None, first.stdout.read()
-        time.sleep(0.05)
-    first.kill()
-    first.wait()
-    second = ray_run(tiny_run, folder, "-m", "keepset")
-    log, _ = second.communicate(timeout=280)
-    assert second.returncode == 0 and killed, log
-    assert outcome(folder) == tiny_run.outcome
+    try:
+        threading.Thread(target=kill_one, daemon=True).start()
+        while not (folder / "scores/davir.parquet").exists():
+            assert first.poll() is None, first.stdout.read()
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()
+    log = finished(ray_run(tiny_run, folder, "-m", "keepset"))
+    assert killed and outcome(folder) == tiny_run.outcome, log
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1500)
 def test_workers_that_do_not_see_the_folder_send_the_same_bytes(tiny_run, tmp_path):
     pytest.importorskip("ray")
-    done = ray_run(tiny_run, tmp_path / "run", "-c", BLIND)
-    log, _ = done.communicate(timeout=280)
-    assert done.returncode == 0 and "doesn't see the run folder: its results come back here" in log, log
-    assert outcome(tmp_path / "run") == tiny_run.outcome
+    log = finished(ray_run(tiny_run, tmp_path / "run", "-c", BLIND))
+    assert "doesn't see the run folder: its results come back here" in log
+    assert outcome(tmp_path / "run") == tiny_run.outcome, log
