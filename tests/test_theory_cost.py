@@ -102,6 +102,7 @@ FORMULAS = {
     "influence": lambda job: 2 * (forward(job.rows) + goals(job) + curvature(job)) + warm_up(job),
     "datainf": lambda job: 2 * (forward(job.rows) + goals(job) + 2 * curvature(job)) + warm_up(job),
     "ekfac": lambda job: 2 * (forward(job.rows) + goals(job) + 2 * curvature(job)) + warm_up(job),
+    "metagradient": lambda job: 8 * forward(job.rows) + 3 * goals(job, sides=2),  # one epoch
     "in-run-shapley": lambda job: 2 * (forward(job.rows) + 2 * goals(job)) + warm_up(job),  # one step holds this pool
 }
 

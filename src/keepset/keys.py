@@ -28,7 +28,9 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(inner, list):
             inner = inner[_place(inner, name, key)]
         else:
-            inner = inner.setdefault(name, {})
+            if inner.get(name) is None:  # a section that may be left out
+                inner[name] = {}
+            inner = inner[name]
         if not isinstance(inner, dict | list):
             raise RecipeError(f"key '{key}': '{name}' holds no keys")
     if isinstance(inner, list):

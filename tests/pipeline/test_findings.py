@@ -12,7 +12,7 @@ from keepset.runfolder.shards import Shards, read_machine
 
 @pytest.mark.parametrize(
     ("sign", "level", "advice"),
-    [(1, "warning", "`longest` control"), (-1, "warning", "prefer: short"), (0, "info", "no strong")],
+    [(1, "warning", "`longest` control"), (-1, "warning", "controls.shortest"), (0, "info", "no strong")],
 )  # fmt: skip
 def test_a_tie_to_length_names_the_control_for_its_direction(sign, level, advice):
     rng = np.random.default_rng(0)

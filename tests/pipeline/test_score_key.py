@@ -22,10 +22,11 @@ TEXT = {"random", "length", "bm25", "dsir"}
 STATES = {"rds", "rds+", "knn-shapley"}
 BASE = {"perplexity", "loss", "ifd", "el2n"}
 REFERENCE = {"davir", "davir-ref", "rho-sum", "rho-mean", "loss-ref"}
-LAST = {"influence", "datainf", "ekfac"}  # of the warm-up's checkpoints the last one alone
+LAST = {"influence", "datainf", "ekfac", "gist"}  # of the warm-up's checkpoints the last one alone
 GRADIENTS = {"rose", "less", "tracin", "grad-cosine", "grad-norm", *LAST}
 WARM = {"forgetting", "in-run-shapley", *GRADIENTS}
-RETRAINED = {"tmc-shapley"}
+REPLAYED = {"metagradient"}
+RETRAINED = {"tmc-shapley", *REPLAYED}
 MODEL = STATES | BASE | REFERENCE | WARM | RETRAINED
 TARGET = {"bm25", "dsir", "in-run-shapley"} | STATES | GRADIENTS | RETRAINED
 ALL, NONE = TEXT | MODEL, set[str]()
@@ -58,6 +59,7 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
     "variants": [([{"label": "v", "set": {"seed": 3}}], NONE)],
     "select": [({"policy": "mmr", "dedup": "exact"}, NONE)],
     "evaluate": [({"pairs": [{"path": "TARGET"}], "bootstrap": 200}, NONE)],
+    "validation": [],  # `validate` looks at scores
     "controls": [({"random_seeds": [7]}, NONE)],
     "train_seeds": [([1, 2], NONE)],
     "strict": [(False, NONE)],
@@ -89,7 +91,7 @@ for name, value in TRAINING.items():  # `loss` and `beta` are of pools of pairs:
     told = [] if value is None else [(value, REFERENCE)]
     FIELDS[f"reference.{name}"] = told
     FIELDS[f"warmup.{name}"] = [] if name == "full" else [(v, WARM) for v, _ in told]
-    FIELDS[f"train.{name}"] = [(v, RETRAINED if name in RETRAINING else NONE) for v, _ in told]
+    FIELDS[f"train.{name}"] = [(v, RETRAINED if name in RETRAINING else REPLAYED) for v, _ in told]
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
@@ -208,8 +210,9 @@ def test_a_warm_up_from_elsewhere_is_its_checkpoints(base, tmp_path):
 CHANGED: dict[Any, Any] = {
     "high": "low", "low": "high", "mid": "low", "long": "short", "max": "mean", "mean": "max", "sum": "mean", 0: 1,
     "prompt": "prompt+chosen", "prompt+chosen": "prompt", "last": "weighted_mean", "weighted_mean": "last",
-    "task": "query", "ce": "focal", "chosen": "margin", "dpo": "margin", "adam": "sgd", "base": "none", "row": "source",
-    "fisher": "gauss-newton", "sampled": "data", "data": "sampled", "all": "matrix", "first": "second", "pair": "task",
+    "task": "query", "ce": "focal", "chosen": "margin", "dpo": "margin", "sft": "dpo", "adam": "sgd", "base": "none",
+    "row": "source", "fisher": "gauss-newton", "sampled": "data", "data": "sampled", "all": "matrix", "first": "second",
+    "pair": "task",
 }  # fmt: skip
 
 
@@ -260,9 +263,9 @@ def test_the_loss_of_pairs_counts_for_gradients(base, tmp_path):
     first = keys(parse_recipe(pairs_pool(base, tmp_path / "a")))
     for k, change in enumerate(({"loss": "ipo"}, {"beta": 0.7})):
         other = keys(parse_recipe(pairs_pool(base, tmp_path / str(k), **change)))
-        assert {name for name in ALL if other[name] != first[name]} == GRADIENTS
+        assert {name for name in ALL if other[name] != first[name]} == GRADIENTS | REPLAYED
     plain = keys(parse_recipe(pairs_pool(base, tmp_path / "sft", loss="sft")))
-    assert {name for name in ALL if plain[name] != first[name]} == GRADIENTS
+    assert {name for name in ALL if plain[name] != first[name]} == GRADIENTS | REPLAYED
     reference = pairs_pool(base, tmp_path / "r") | {"reference": {**base[0]["reference"], "loss": "dpo"}}
     trained = keys(parse_recipe(reference))
     assert {name for name in ALL if trained[name] != first[name]} == REFERENCE

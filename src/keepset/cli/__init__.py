@@ -18,7 +18,7 @@ from keepset.cli.judge import generate, judge, lm_eval, pairs
 from keepset.cli.look import doctor, explain, inspect, methods, overlap, plot, report
 from keepset.cli.options import err
 from keepset.cli.train import train_app
-from keepset.cli.work import compare, demo, evaluate, plan, reproduce, run, score, select
+from keepset.cli.work import compare, demo, evaluate, plan, reproduce, run, score, select, validate
 from keepset.errors import KeepsetError
 from keepset.stopping import GOES_ON, Stopped, stop_on_signals, system_trouble
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    run, plan, demo, score, select, evaluate, compare, overlap, methods, report, plot, inspect, explain, init,
+    run, plan, demo, score, select, evaluate, compare, validate, overlap, methods, report, plot, inspect, explain, init,
     doctor, export, trainers, push, reproduce, generate, judge, pairs,
 ):  # fmt: skip
     app.command()(command)

@@ -59,10 +59,10 @@ def export(
     from keepset.pipeline.choose import stored_ids
 
     job = open_job(run_dir, text_only=True)
-    wanted = stored_ids(job, subset)
+    ids = stored_ids(job, subset)
     place = {row_id: i for i, row_id in enumerate(job.pool.ids)}
-    write_subset(job.pool, [place[i] for i in wanted], out, to=to)
-    print(f"{out}: {len(wanted)} rows")
+    write_subset(job.pool, [place[i] for i in ids], out, to=to)
+    print(f"{out}: {len(ids)} rows")
 
 
 def trainers(

@@ -93,10 +93,10 @@ def open_job(
         data.setdefault("model", {})["model_name_or_path"] = model
     for text in settings or []:
         apply_setting(data, text)
-    known = [m["label"] if isinstance(m, dict) else m for m in data["methods"]]
+    labels = [m["label"] if isinstance(m, dict) else m for m in data["methods"]]
     for method in methods or []:
         data["methods"] = [m for m in data["methods"] if (m["label"] if isinstance(m, dict) else m) != method["label"]]
         data["methods"].append(method)
     if not data["methods"]:
-        raise RecipeError(f"{run_dir}: nothing scored yet; start with `keepset score METHOD`; known: {known}")
+        raise RecipeError(f"{run_dir}: nothing scored yet; start with `keepset score METHOD`; known: {labels}")
     return Job(parse_recipe(data, where="options"), console=err, force=force, text_only=text_only)

@@ -13,6 +13,8 @@ from keepset.pipeline.compare import compare, print_comparison, tell_selection_c
 from keepset.pipeline.findings import COMPARED, diagnose_comparison, record
 from keepset.pipeline.manifest import write_manifest
 from keepset.pipeline.run import choose_all, train_and_evaluate
+from keepset.pipeline.tell_truth import print_validation
+from keepset.pipeline.validate import validate
 from keepset.pipeline.variants import run_variants
 from keepset.recipe import Recipe
 from keepset.report import write_report
@@ -26,11 +28,8 @@ def run_recipe(
 ) -> Job:
     """Do the whole job and print the comparison.
 
-    Args:
-        recipe: what to do.
-        console: where progress goes (default: standard error).
-        out: where the tables go (default: standard output).
-        force: see `Run.adopt`.
+    Progress goes to `console` (default: standard error), the tables to `out` (default: standard output). For `force`
+    see `Run.adopt`.
 
     Raises:
         KeepsetError: anything a user can mend.
@@ -60,6 +59,7 @@ def run_job(job: Job, out: Console, *, force: bool = False) -> None:
         for label, agreement in agreements.items():
             job.say(f"{label}: agreement over variants")
             print_agreement(agreement, out)
+        truth = validate(job) if job.recipe.validation else None
         first = next((s for s in subsets if s.kind == "method"), None)
         if first is not None:
             write_dataset(job, first)
@@ -68,6 +68,8 @@ def run_job(job: Job, out: Console, *, force: bool = False) -> None:
         write_report(job.run.path)
         if cells:
             print_comparison(result, out)
+        if truth is not None:
+            print_validation(truth, out)
         job.say(tell_selection_cost(result.selection))
         job.say(f"report: {job.run.path / layout.REPORT}")
         job.say(f"run folder: {job.run.path}")

@@ -99,7 +99,8 @@ def cell_is_there(job: Job, learner: Learner, name: str, seed: int | None) -> bo
             return False
         if epochs and job.run.done(layout.epochs(name, seed)) is None:
             return False
-    return job.run.whole(folder, evaluation_key(job, learner, name, seed)) is not None
+    weights = None if seed is None else job.run.path / layout.model(name, seed)
+    return job.run.whole(folder, evaluation_key(job, learner, weights)) is not None
 
 
 def cells_task(job: Job, names: Sequence[tuple[str, int | None]], reads: tuple[str, ...] = ()) -> Task:

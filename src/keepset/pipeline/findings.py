@@ -32,10 +32,7 @@ NEAR_ZERO_SCORE = 0.01  # median |DavIR| below this: the reference moved nothing
 SKEWED_LENGTH = 2.0  # kept answers this many times longer, or shorter, than the pool's are told as a warning
 STRONG_LENGTH = 0.5  # |Spearman| with length from here on is told as a warning
 FOLLOWS_LENGTH = "hold the result against the `longest` control and read the length-matched figures"
-FLEES_LENGTH = (
-    "hold the result against the shortest rows of its size: add "
-    "`{name: length, label: shortest, options: {prefer: short}}` to `methods`"
-)
+FLEES_LENGTH = "hold the result against the shortest rows of its size: set `controls.shortest: true`"
 NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
 STORE_AGREES = (
     0.9  # Spearman of a gradient store's cosines with the exact ones, below which ranks are not to be trusted
@@ -184,11 +181,11 @@ def diagnose_edge(subset: Subset) -> list[Finding]:
     if not edge.chosen:
         return [Finding("stability", "info", subset.name, 0, "no chosen row is within numerical noise of one left out",
                         "another batch size or machine chooses the same rows")]  # fmt: skip
-    some = ", ".join(edge.chosen[:3]) + (", ..." if len(edge.chosen) > 3 else "")
+    first_ids = ", ".join(edge.chosen[:3]) + (", ..." if len(edge.chosen) > 3 else "")
     n = len(edge.chosen)
     share = f"{n} of {subset.n_rows} chosen rows {'is' if n == 1 else 'are'}"
     return [Finding("stability", "warning", subset.name, n,
-        f"{share} within numerical noise of rows left out: {some}",
+        f"{share} within numerical noise of rows left out: {first_ids}",
         "another batch size or machine may exchange them; subsets.json names all")]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from keepset.pipeline.findings import (
     record,
 )
 from keepset.pipeline.learn import Learner, evaluate_final, load_items
+from keepset.pipeline.power import check_headline
 from keepset.pipeline.reference_check import check_reference
 from keepset.pipeline.score import make_stages, scored
 from keepset.recipe import MethodSpec, Recipe
@@ -40,9 +41,9 @@ def choose_all(job: Job) -> list[Subset]:
     job.save_quarantine()
     _ = job.tokens  # the rows that every method and control share
     subsets: list[Subset] = []
-    wanted: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
+    methods: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
     make_stages(job, job.recipe.methods)
-    for spec, kind in [*wanted, *control_methods(job)]:
+    for spec, kind in [*methods, *control_methods(job)]:
         scored(job, spec)
         chosen = [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
         subsets += chosen
@@ -70,6 +71,7 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
         job.say("evaluate: the recipe names no held-out pairs or rows, so nothing is trained or compared")
         record(job, check_reference(job, learner))
         return []
+    check_headline(job, learner)
     if learner.eval_pairs:
         record(job, diagnose_leaks(job.pool, learner.eval_pairs[2], "evaluation"))
     record(job, check_reference(job, learner))
@@ -115,7 +117,7 @@ def table_order(recipe: Recipe, cell: Cell) -> tuple[Any, ...]:
     if subset is None:
         return (-1,)
     labels = [m.label for m in recipe.methods] + [f"random-{k}" for k in recipe.controls.random_seeds]
-    labels += ["longest", *(m.label for m in recipe.mix), "full", "dpo-direct"]
+    labels += ["longest", "shortest", *(m.label for m in recipe.mix), "full", "dpo-direct"]
     budgets = [str(b) for b in recipe.budget]
     place = labels.index(subset.label) if subset.label in labels else len(labels)
     return place, budgets.index(subset.budget) if subset.budget in budgets else len(budgets), subset.name, seed or 0

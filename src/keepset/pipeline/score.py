@@ -108,9 +108,8 @@ def scored(job: Job, spec: MethodSpec) -> None:
 def score(job: Job, spec: MethodSpec) -> pa.Table:
     """Score every usable row by one method and write `scores/<label>.parquet`.
 
-    Returns:
-        id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason (why a
-        row has no score), the method's parts. Rows are in the pool's order.
+    Returns id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason
+    (why a row has no score), the method's parts. Rows are in the pool's order.
 
     Raises:
         RecipeError: unknown method or option, or a recipe or data that the method can't score.
@@ -136,9 +135,7 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
             "rank": pa.array(rank, mask=~finite),
             "selected": pa.array(np.zeros(len(values), dtype=bool)),
             "n_tokens": pa.array(job.n_tokens()),
-            "reason": pa.array(
-                [None if ok else unscored(v) for ok, v in zip(finite, values, strict=True)], pa.string()
-            ),
+            "reason": pa.array(np.where(np.isnan(values), "nan-score", "infinite-score"), pa.string(), mask=finite),
             **{name: pa.array(part) for name, part in scores.parts.items()},
         }
     ).replace_schema_metadata(
@@ -167,8 +164,3 @@ def ranking(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Indices best first; ties by id, NaN and infinite last."""
     keys = np.where(np.isfinite(scores), -scores, np.inf)
     return np.lexsort((ids.astype(str), keys))
-
-
-def unscored(value: float) -> str:
-    """Why a row has no score."""
-    return "nan-score" if np.isnan(value) else "infinite-score"

@@ -1,4 +1,4 @@
-"""What the stages of a run cost: `costs.jsonl`, truthful also where a session was killed.
+"""What the stages of a run cost: `costs.jsonl`, with what killed sessions spent.
 
 A stage adds its entry when it ends. While it is under way its entry so far lies in `work/costs-open.json`, renewed at
 every committed shard and every few seconds. The next session finds what a killed one left there and adds it, marked
@@ -108,9 +108,9 @@ class Meter:
             left = json.loads(self.open_path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             left = []
-        known = {(e.get("session"), e["stage"]) for e in self.entries()}
+        logged = {(e.get("session"), e["stage"]) for e in self.entries()}
         for entry in left if isinstance(left, list) else []:
-            if sound(entry) and (entry.get("session"), entry["stage"]) not in known and not entry.pop("skip", False):
+            if sound(entry) and (entry.get("session"), entry["stage"]) not in logged and not entry.pop("skip", False):
                 self.add(entry)
         self.open_path.unlink(missing_ok=True)
 
@@ -128,11 +128,11 @@ class Meter:
 
     def since_last(self, stage: str) -> list[dict[str, Any]]:
         """The stage's entries after its last whole one."""
-        found: list[dict[str, Any]] = []
+        stopped: list[dict[str, Any]] = []
         for entry in self.entries():
             if entry["stage"] == stage:
-                found = [*found, entry] if entry.get("stopped") else []
-        return found
+                stopped = [*stopped, entry] if entry.get("stopped") else []
+        return stopped
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append an entry to `costs.jsonl`; a worker leaves it in a file of its own."""
@@ -147,15 +147,15 @@ class Meter:
     def entries(self) -> list[dict[str, Any]]:
         """All entries of `costs.jsonl`; torn lines (a crash) are left out."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        found = []
+        whole = []
         for line in text.split("\n"):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
                 continue
             if sound(entry):
-                found.append(entry)
-        return found
+                whole.append(entry)
+        return whole
 
 
 def spent(start: float, cpu: float) -> dict[str, float]:

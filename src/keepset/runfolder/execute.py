@@ -187,7 +187,7 @@ def share_out(
                     if status:
                         log.warning("a worker %s; what it lacked is computed here", how_it_ended(status))
         look()
-    finally:  # an error or a signal here: nobody goes on behind our back
+    finally:  # after an error or a signal here no fork goes on
         for pid, report_fd in running.items():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -60,7 +60,8 @@ class Run:
     def adopt(self, recipe: Recipe, *, force: bool = False) -> None:
         """Make `recipe` the folder's own, or check that it is.
 
-        Methods, variants, workers and executor may change freely; any other difference from the stored one is refused.
+        Methods, variants, workers, executor, the headline and what is validated may change freely; any other difference
+        from the stored recipe is refused.
 
         Raises:
             PlanMismatch: the folder was made by another recipe; the message lists what differs.
@@ -68,8 +69,8 @@ class Run:
         """
         path = self.path / layout.RECIPE
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
-        known = path.exists() and not force
-        if known:
+        go_on = path.exists() and not force
+        if go_on:
             try:  # a key that an older keepset didn't know has its default
                 stored = self._parsed().model_dump(mode="json", exclude={"run_dir"})
                 here = Path.cwd()  # the same file may be called otherwise from another folder
@@ -79,7 +80,8 @@ class Run:
                 stored = old = self.recipe_data()
                 old.pop("run_dir", None)
                 ours = new
-            free = ("methods", "variants", "batching.workers:", "executor.")  # they change no number that is there
+            # they change no number that is there
+            free = ("methods", "variants", "batching.workers:", "executor.", "validate", "evaluate.headline")
             differences = [d for d in diff_keys(old, ours) if not d.startswith(free)]
             if differences:
                 shown = "; ".join(differences[:4]) + (
@@ -89,11 +91,12 @@ class Run:
                     f"{self.path} was made by another recipe ({shown}); use another --run_dir, "
                     "or --force to go on here: what still fits is kept, the rest is redone"
                 )
-            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching", "executor")}}
+            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching", "executor", "validate")}}
+            new["evaluate"] = {**stored["evaluate"], "headline": recipe.evaluate.headline}
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
         if not path.exists() or path.read_bytes() != text:
-            with self.lock():  # not under the feet of a run that is at work
-                if not known:
+            with self.lock():  # refused while another process works in the folder
+                if not go_on:
                     seen_from = os.path.relpath(os.getcwd(), os.path.realpath(self.path))
                     write_atomic(self.path / layout.SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
                 write_atomic(path, text)
@@ -212,8 +215,8 @@ class Run:
         """The record's entry that fits the file as it is; None without file, record or fit."""
         try:
             entries = json.loads((self.path / layout.record(name)).read_text(encoding="utf-8"))
-            found = file_digest(self.path / name)
-            return next((e for e in entries if e["sha256"] == found and "key" in e), None)
+            sha256 = file_digest(self.path / name)
+            return next((e for e in entries if e["sha256"] == sha256 and "key" in e), None)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 

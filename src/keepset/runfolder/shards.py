@@ -24,10 +24,8 @@ Arrays = dict[str, np.ndarray]
 def plan_shards(ids: np.ndarray, shard_rows: int | None = None) -> list[np.ndarray]:
     """Cut rows into shards: sorted by id, so that the plan is the same however the pool was ordered or split.
 
-    A shard has `shard_rows` rows; by default n / 200, at least 32 and at most 2,048.
-
-    Returns:
-        Index arrays into `ids`; together they hold every row once.
+    A shard has `shard_rows` rows; by default n / 200, at least 32 and at most 2,048. Returns index arrays into `ids`;
+    together they hold every row once.
     """
     n = len(ids)
     size = shard_rows or min(2048, max(32, n // 200))
@@ -114,13 +112,9 @@ class Shards:
     ) -> None:
         """Plan the shards; nothing is read or written.
 
-        Args:
-            folder: the run folder.
-            stages: name -> key. Everything that changes the numbers belongs into the key; another key is another stage.
-            ids: (n,) unique row ids.
-            shard_rows: see `plan_shards`.
-            lenders: other run folders whose shards of the same stage, key and rows are copied, not made again.
-            machine: gives what shards are made with here: device, dtype and libraries.
+        `stages` are name -> key; everything that changes the numbers belongs into the key. `lenders` are other run
+        folders whose shards of the same stage, key and rows are copied, not made again. `machine` gives what shards
+        are made with here: device, dtype and libraries.
         """
         self.folder, self.stages, self.ids, self.lenders, self.machine = folder, stages, ids, lenders, machine
         self.parts = plan_shards(ids, shard_rows)
@@ -139,9 +133,9 @@ class Shards:
         """The stages whose shard of this number isn't there, or isn't whole."""
         for stage in self.stages:
             if stage not in self.read[number]:
-                found = find_shard(self.folder, self.place(stage), number, self.id_hashes[number], self.lenders)
-                if found is not None:
-                    self.read[number][stage] = found
+                arrays = find_shard(self.folder, self.place(stage), number, self.id_hashes[number], self.lenders)
+                if arrays is not None:
+                    self.read[number][stage] = arrays
         return [stage for stage in self.stages if stage not in self.read[number]]
 
     def write(self, number: int, arrays: Mapping[str, Arrays]) -> None:

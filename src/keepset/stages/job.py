@@ -49,12 +49,9 @@ class Job:
     ) -> None:
         """Adopt the recipe in its run folder (see `Run.adopt` for what is refused).
 
-        Args:
-            recipe: what to do.
-            console: where progress goes; default: standard error.
-            force: go on in a folder made by another recipe.
-            text_only: never load a tokenizer; lengths are counted in words.
-            worker: take part in the work of the process that adopted the recipe.
+        Progress goes to `console` (default: standard error). `force` goes on in a folder made by another recipe.
+        `text_only` never loads a tokenizer; lengths are counted in words. A `worker` takes part in the work of the
+        process that adopted the recipe.
         """
         self.recipe = recipe
         self.held: dict[str, Loaded] = {}
