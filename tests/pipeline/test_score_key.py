@@ -22,7 +22,7 @@ TEXT = {"random", "length", "bm25", "dsir"}
 STATES = {"rds", "rds+", "knn-shapley"}
 BASE = {"perplexity", "loss", "ifd", "el2n"}
 REFERENCE = {"davir", "davir-ref", "rho-sum", "rho-mean", "loss-ref"}
-LAST = {"influence", "datainf", "ekfac"}  # of the warm-up's checkpoints the last one alone
+LAST = {"influence", "datainf", "ekfac", "gist"}  # of the warm-up's checkpoints the last one alone
 GRADIENTS = {"rose", "less", "tracin", "grad-cosine", "grad-norm", *LAST}
 WARM = {"forgetting", "in-run-shapley", *GRADIENTS}
 REPLAYED = {"metagradient"}
@@ -59,10 +59,12 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
     "variants": [([{"label": "v", "set": {"seed": 3}}], NONE)],
     "select": [({"policy": "mmr", "dedup": "exact"}, NONE)],
     "evaluate": [({"pairs": [{"path": "TARGET"}], "bootstrap": 200}, NONE)],
+    "validation": [],  # `validate` looks at scores
     "controls": [({"random_seeds": [7]}, NONE)],
     "train_seeds": [([1, 2], NONE)],
     "strict": [(False, NONE)],
     "batching": [({"token_budget": 128, "shard_rows": 4, "workers": 2}, NONE)],
+    "executor": [({"name": "ray", "address": "auto", "workers": 2}, NONE)],
     "gradients.store": [("STORE", GRADIENTS)],
     "gradients.store_dim": [],  # with a store: see below
     "gradients.store_error": [],
@@ -207,8 +209,9 @@ def test_a_warm_up_from_elsewhere_is_its_checkpoints(base, tmp_path):
 CHANGED: dict[Any, Any] = {
     "high": "low", "low": "high", "mid": "low", "long": "short", "max": "mean", "mean": "max", "sum": "mean", 0: 1,
     "prompt": "prompt+chosen", "prompt+chosen": "prompt", "last": "weighted_mean", "weighted_mean": "last",
-    "task": "query", "ce": "focal", "chosen": "margin", "dpo": "margin", "adam": "sgd", "base": "none", "row": "source",
-    "fisher": "gauss-newton", "sampled": "data", "data": "sampled", "all": "matrix", "first": "second", "pair": "task",
+    "task": "query", "ce": "focal", "chosen": "margin", "dpo": "margin", "sft": "dpo", "adam": "sgd", "base": "none",
+    "row": "source", "fisher": "gauss-newton", "sampled": "data", "data": "sampled", "all": "matrix", "first": "second",
+    "pair": "task",
 }  # fmt: skip
 
 

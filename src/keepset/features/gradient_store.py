@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 META = np.dtype([("scale", "<f4"), ("norm", "<f8"), ("shared", "<f8"), ("crc", "<u4")])  # crc: of all else, and the id
 VERSION = 3
+BLOCK = 4096  # rows read at once
 
 
 class GradientStore:
@@ -185,19 +186,18 @@ class GradientStore:
                 data = file.read(n * self.row_bytes).ljust(n * self.row_bytes, b"\0")
                 yield slice(start, start + n), np.frombuffer(data, self.dtype).reshape(n, -1)
 
-    def whole(self, ids: Sequence[str], *, block: int = 4096) -> np.ndarray:
+    def whole(self, ids: Sequence[str]) -> np.ndarray:
         """Which rows (n,) are as they were written for these ids (n,)."""
         meta = self._meta()
         out = np.zeros(self.n_rows, bool)
-        for where, rows in self._blocks(block):
+        for where, rows in self._blocks(BLOCK):
             out[where] = _fit(rows, meta[where], ids[where])
         return out
 
-    def dots(self, target: ProjectedTarget, *, block: int = 4096) -> np.ndarray:
+    def dots(self, target: ProjectedTarget, *, block: int = BLOCK) -> np.ndarray:
         """Estimate ⟨Γ_i, v_j⟩ for all rows, reading the store once, block by block.
 
-        Returns:
-            (n, j) float64.
+        Returns (n, j) float64.
 
         Raises:
             KeepsetError: a row is damaged; `build_store` makes it again.
@@ -243,16 +243,8 @@ def build_store(
 
     Rows in the store that are damaged are made again.
 
-    Args:
-        store: where they go; its header names the map.
-        model: see `influence`.
-        rows: all rows, those in the store first and in its order.
-        ids: (n,) their ids.
-        adam: see `influence`.
-        token_budget: see `influence`.
-        chunk: rows written at once.
-        progress: called with the number of rows done.
-        options: `matrices`, `last_layers` of `influence`.
+    The rows in the store come first in `rows`, in its order. `chunk` rows are written at once; `progress` is told how
+    many are done; `options` are `matrices` and `last_layers` of `influence`.
 
     Raises:
         PlanMismatch: the store holds other rows than these begin with.

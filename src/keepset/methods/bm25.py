@@ -35,21 +35,14 @@ def bm25(
     *,
     k1: float = 1.5,
     b: float = 0.75,
-    method: Literal["lucene", "robertson", "atire"] = "lucene",
     reduce: Reduce = "max",
     per: Literal["task", "query"] = "task",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score rows by their BM25 relevance to the target.
 
-    Args:
-        docs: n texts of the pool.
-        queries: m texts of the target.
-        tasks: (m,) their tasks.
-        k1: how soon repeated words stop counting.
-        b: 0 = length ignored, 1 = fully normalised.
-        method: bm25s's name of the variant.
-        reduce: "max" or "mean" over tasks (over queries with per="query").
-        per: columns of the second result: one a task, or one a query.
+    `docs` are the pool's n texts, `queries` the target's m, of tasks (m,). `k1` says how soon repeated words stop
+    counting, `b` how far length is normalised, from 0 to 1. `per` says whether the second result has a column a task,
+    or a query.
 
     Returns:
         scores (n,) and per_task (n, j), or (n, m) with per="query"; float64 of bm25s's float32 weights.
@@ -71,7 +64,7 @@ def bm25(
         return np.zeros(0), np.zeros((0, len(names)))
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells each step of its work at DEBUG, on stderr
-    index = bm25s.BM25(k1=k1, b=b, method=method, csc_backend="scipy")
+    index = bm25s.BM25(k1=k1, b=b, method="lucene", csc_backend="scipy")
     ids = _TermIds(docs, vocabulary)
     index.index(
         SimpleNamespace(ids=ids, vocab={str(i): i for i in range(len(vocabulary) + 1)}),
@@ -95,8 +88,8 @@ class _TermIds:
             hashed = hash_terms(part)
             place = np.searchsorted(vocabulary, hashed.values)
             place[place == len(vocabulary)] = 0
-            known = vocabulary[place] == hashed.values if len(vocabulary) else np.zeros(len(place), bool)
-            numbers.append(np.where(known, place, len(vocabulary)).astype(np.int32))
+            in_vocabulary = vocabulary[place] == hashed.values if len(vocabulary) else np.zeros(len(place), bool)
+            numbers.append(np.where(in_vocabulary, place, len(vocabulary)).astype(np.int32))
             counts.append(np.diff(hashed.offsets))
         self.numbers = np.concatenate(numbers)
         self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(counts))])
@@ -122,11 +115,14 @@ class Bm25(Method):
     k1: float = 1.5
     b: float = 0.75
     reduce: Literal["max", "mean"] = "max"
+    per: Literal["task", "query"] = "task"
 
     def score(self, features: Features) -> Scores:
         names, codes = features.tasks
         queries = features.target_texts(with_chosen=self.query == "prompt+chosen")
-        score, per_task = bm25(features.texts(), queries, codes, k1=self.k1, b=self.b, reduce=self.reduce)
+        score, per_task = bm25(features.texts(), queries, codes, k1=self.k1, b=self.b, reduce=self.reduce, per=self.per)
+        if self.per == "query":
+            names = [f"{names[code]}.{k}" for k, code in enumerate(codes)]
         return Scores(score, task_parts(names, per_task))
 
     def noise(self, columns: Columns, relative: float) -> None:

@@ -12,6 +12,7 @@ from keepset.methods.dsir import Dsir
 from keepset.methods.ekfac import Ekfac
 from keepset.methods.el2n import El2n, GradNorm
 from keepset.methods.forgetting import Forgetting
+from keepset.methods.gist import Gist
 from keepset.methods.ifd import Ifd
 from keepset.methods.in_run_shapley import InRunShapley
 from keepset.methods.influence import Influence
@@ -32,7 +33,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Random, Length, Bm25, Rds, RdsPlus, Dsir, KnnShapley, Perplexity, Loss, LossRef, Ifd, El2n, Forgetting,
-        GradNorm, Davir, DavirRef, RhoSum, RhoMean, Rose, Less, TracIn, GradCosine, Influence, DataInf, Ekfac,
+        GradNorm, Davir, DavirRef, RhoSum, RhoMean, Rose, Less, TracIn, GradCosine, Gist, Influence, DataInf, Ekfac,
         InRunShapley, TmcShapley, Metagradient,
     )
 }  # fmt: skip

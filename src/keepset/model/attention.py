@@ -148,10 +148,7 @@ def beside_prefix(
 
     softmax over [prefix, own] = the two softmaxes mixed by their log-sum-exps: w = sigmoid(lse_prefix - lse_own).
     Queries (1, H, T, D) and keys, values (1, Hk, T, D) are of the rows' own T tokens, `beginning` holds keys and values
-    (1, Hk, P, D) of the prefix, `segments` divides P + T. `scale` None is 1/sqrt(D).
-
-    Returns:
-        (T, H, D).
+    (1, Hk, P, D) of the prefix, `segments` divides P + T. `scale` None is 1/sqrt(D). Returns (T, H, D).
     """
     out, lse = flash(q, *beginning, 0.0, False, scale=scale)
     from_prefix = out[0].transpose(0, 1)
@@ -190,10 +187,8 @@ def packed_attention(
     """Causal attention inside each segment.
 
     Queries are (1, H, T, D), keys and values (1, Hk, T, D), H a multiple of Hk. `scale` None is 1/sqrt(D). A query sees
-    its own and the `window` - 1 tokens before it; None: the whole row.
-
-    Returns:
-        (1, T, H, D), the layout transformers' attention functions return.
+    its own and the `window` - 1 tokens before it; None: the whole row. Returns (1, T, H, D), the layout transformers'
+    attention functions return.
     """
     if segments.prefix:
         longest = segments.prefix + max(length for _, _, length in segments.groups)

@@ -112,10 +112,7 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, token_budget: int, apart: 
 
     Every row stands in exactly one batch; a row longer than the budget gets its own. Longest first: memory trouble
     shows at once, and a progress bar's estimate errs on the safe side. A row of more than `apart` tokens gets a batch
-    of its own too (`Engine.apart`).
-
-    Returns:
-        Arrays of positions in `lengths`.
+    of its own too (`Engine.apart`). Returns arrays of positions in `lengths`.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +14,11 @@ from keepset.methods.method import Features, Method
 from keepset.methods.table import METHODS, check_options, method_of
 from keepset.recipe import MethodSpec
 from keepset.runfolder import layout
+from keepset.runfolder.claims import LOOK_EVERY, Busy
 from keepset.runfolder.files import digest
+from keepset.stages.executors import executor
 from keepset.stages.influence import Dots
-from keepset.stages.stage import VERSION, Stage
+from keepset.stages.stage import VERSION, Stage, Sweep, closure, complete, make_needs
 
 if TYPE_CHECKING:
     from keepset.stages.job import Job
@@ -45,6 +50,53 @@ def stages_of(job: Job, spec: MethodSpec) -> dict[str, Stage]:
     return method_of(spec).stages(job, spec.shots)
 
 
+def make_stages(job: Job, specs: Iterable[MethodSpec]) -> None:
+    """Where others take part: have made what methods need, with as many at it as there are; else nothing.
+
+    What is left to the process that scores: gradient stores, and retraining, where each training hangs on the last.
+    """
+    stages = [stage for spec in specs for stage in stages_of(job, spec).values()]
+    if not stages or not (who := executor(job)).trains:
+        return
+    if not who.here:
+        make_needs(job, stages, who)
+    else:
+        take_part(job, stages)
+
+
+def take_part(job: Job, stages: Sequence[Stage]) -> None:
+    """Make what stages need as one of several workers: whatever is possible and nobody else is at."""
+    order = closure(job, stages)
+    left = list(order)
+    wait, job.run.wait = job.run.wait, False
+    try:
+        while left:
+            before = len(left)
+            for stage in order:
+                if stage in left and not any(need in left for need in stage.needs(job)):
+                    with suppress(Busy):
+                        for made in make(job, stage, left):
+                            left.remove(made)
+            if len(left) == before:
+                time.sleep(LOOK_EVERY)
+    finally:
+        job.run.wait = wait
+
+
+def make(job: Job, stage: Stage, left: Sequence[Stage]) -> list[Stage]:
+    """Have a stage's result in the run folder, with those that go through its pass; which these were."""
+    if isinstance(stage, Sweep):
+        if isinstance(stage, Dots) and job.recipe.gradients.store:
+            return [stage]
+        possible = [s for s in left if type(s) is type(stage) and not any(need in left for need in s.needs(job))]
+        group = [s for s in possible if isinstance(s, Sweep) and s.together(job) == stage.together(job)]
+        complete(job, group)
+        return list(group)
+    if stage.kept(job) is not None:
+        stage.value(job)
+    return [stage]
+
+
 def scored(job: Job, spec: MethodSpec) -> None:
     """Score by a method unless this folder has its whole scores, made of the same rows, models and options."""
     if job.run.saved_key(layout.scores(spec.label)) == score_key(job, spec):
@@ -56,15 +108,15 @@ def scored(job: Job, spec: MethodSpec) -> None:
 def score(job: Job, spec: MethodSpec) -> pa.Table:
     """Score every usable row by one method and write `scores/<label>.parquet`.
 
-    Returns:
-        id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason (why a
-        row has no score), the method's parts. Rows are in the pool's order.
+    Returns id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason
+    (why a row has no score), the method's parts. Rows are in the pool's order.
 
     Raises:
         RecipeError: unknown method or option, or a recipe or data that the method can't score.
     """
     method = check_options(spec)
     job.save_quarantine()
+    make_stages(job, [spec])
     with job.run.timed(f"score {spec.label}") as spent:
         features = Features(job, stages_of(job, spec), spec.shots, beside=gradients_beside(job, spec, method))
         scores = method.score(features)
@@ -83,9 +135,7 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
             "rank": pa.array(rank, mask=~finite),
             "selected": pa.array(np.zeros(len(values), dtype=bool)),
             "n_tokens": pa.array(job.n_tokens()),
-            "reason": pa.array(
-                [None if ok else unscored(v) for ok, v in zip(finite, values, strict=True)], pa.string()
-            ),
+            "reason": pa.array(np.where(np.isnan(values), "nan-score", "infinite-score"), pa.string(), mask=finite),
             **{name: pa.array(part) for name, part in scores.parts.items()},
         }
     ).replace_schema_metadata(
@@ -114,8 +164,3 @@ def ranking(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Indices best first; ties by id, NaN and infinite last."""
     keys = np.where(np.isfinite(scores), -scores, np.inf)
     return np.lexsort((ids.astype(str), keys))
-
-
-def unscored(value: float) -> str:
-    """Why a row has no score."""
-    return "nan-score" if np.isnan(value) else "infinite-score"

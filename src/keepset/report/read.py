@@ -16,6 +16,7 @@ from keepset.recipe import DataSpec, Recipe
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Finding, read_json
 from keepset.runfolder.run import Run
+from keepset.runfolder.truth import Validation
 
 Message = dict[str, str]
 PLAIN = {"id", "source", "category", "score", "rank", "selected", "n_tokens"}
@@ -35,6 +36,7 @@ class RunData:
     recipe: Recipe | None = None
     recipe_text: str = ""
     comparison: Comparison | None = None
+    validation: Validation | None = None
     findings: tuple[Finding, ...] = ()
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +67,7 @@ def read_run(path: Path, *, texts: bool = True) -> RunData:
     data.recipe = recipe
     data.recipe_text = (path / layout.RECIPE).read_text(encoding="utf-8") if recipe else ""
     data.comparison = read_json(Comparison | None, run.load_json(layout.COMPARISON), str(path / layout.COMPARISON))
+    data.validation = read_json(Validation | None, run.load_json(layout.VALIDATION), str(path / layout.VALIDATION))
     data.findings = read_json(tuple[Finding, ...], run.load_json(layout.FINDINGS, []), str(path / layout.FINDINGS))
     data.manifest = as_dict(run.load_json(layout.MANIFEST))
     data.why = as_dict(run.load_json(layout.WHY))
@@ -157,23 +160,23 @@ def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, l
 
     Rows whose text can't be found (the pool moved) are missing from the mapping; nothing is downloaded for a report.
     """
-    wanted = {str(id_) for id_ in ids}
-    found: dict[str, list[Message]] = {}
+    asked = {str(id_) for id_ in ids}
+    texts: dict[str, list[Message]] = {}
     folders = ((layout.DATA_FOLDER, "*.parquet"), (layout.SUBSETS_FOLDER, "*.*"))
     files = [file for folder, pattern in folders for file in sorted((path / folder).glob(pattern))]
     kept = [DataSpec(path=str(p)) for p in files]
     here = [spec for spec in recipe.pool if spec.path != "-" and Path(spec.path).exists()] if recipe else []
     for specs in [here, *([spec] for spec in kept)]:
-        if not specs or len(found) == len(wanted):
+        if not specs or len(texts) == len(asked):
             continue
         try:
             pool: Pool = load_pool(specs)
         except KeepsetError:
-            continue  # a report without some texts is better than none; the page says that they are missing
+            continue  # the page says that texts are missing
         for id_, messages in zip(pool.ids, pool.all_messages(), strict=True):
-            if str(id_) in wanted and str(id_) not in found:
-                found[str(id_)] = messages
-    return found
+            if str(id_) in asked and str(id_) not in texts:
+                texts[str(id_)] = messages
+    return texts
 
 
 def find_row(data: RunData, row_id: str) -> int:
@@ -185,11 +188,11 @@ def find_row(data: RunData, row_id: str) -> int:
     ids = [str(i) for i in data.ids]
     if row_id in ids:
         return ids.index(row_id)
-    found = [i for i, id_ in enumerate(ids) if id_.startswith(row_id)] if row_id else []
-    if len(found) == 1:
-        return found[0]
-    if found:
-        some = ", ".join(ids[i][:12] for i in found[:4])
-        raise KeepsetError(f"{data.path}: '{row_id}' begins {len(found)} ids ({some} ...); give more of it")
+    matches = [i for i, id_ in enumerate(ids) if id_.startswith(row_id)] if row_id else []
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        beginnings = ", ".join(ids[i][:12] for i in matches[:4])
+        raise KeepsetError(f"{data.path}: '{row_id}' begins {len(matches)} ids ({beginnings} ...); give more of it")
     quarantined = f"; {len(data.quarantine)} rows are in quarantine.jsonl" if data.quarantine else ""
     raise KeepsetError(f"{data.path}: no scored row '{row_id}'{quarantined}; ids stand in scores/*.parquet")

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +21,47 @@ import pyarrow.parquet as pq
 import yaml
 
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
+from keepset.keys import diff_keys
 from keepset.located import located
 from keepset.recipe import Recipe
 from keepset.runfolder import layout
+from keepset.runfolder.claims import Claims, alive
 from keepset.runfolder.costs import Meter
 from keepset.runfolder.files import canonical, digest, file_digest, json_text, misfits, write_atomic
-from keepset.runfolder.shards import Arrays, Shards, find_shard, stage_folder, write_shard
+from keepset.runfolder.shards import Arrays, Kept, Shards, find_shard, stage_folder, write_shard
 
 
 class Run:
     """A run folder, locked while open."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, worker: bool = False) -> None:
         """Open (and create) the folder; nothing is written before `lock` or a save.
+
+        Args:
+            path: the folder.
+            worker: another process leads the run.
 
         Attributes:
             lenders: other run folders whose shards (of the same stage, key and rows) and finished steps (of the same
                 key) are copied, not made again.
+            machine: gives what shards are made with here, for their records.
+            claims: of this process, where several work on the folder; what one of them makes, the others don't.
+            wait: whether it waits for what another one makes; else `Busy` is raised.
         """
         self.path = Path(path)
         self.lenders: list[Path] = []
-        self.meter = Meter(self.path)
+        self.meter = Meter(self.path, worker=worker)
+        self.machine: Callable[[], Mapping[str, str]] | None = None
+        self.claims: Claims | None = None
+        self.wait = True
 
     # -- the recipe ---------------------------------------------------------------------------------------------
 
     def adopt(self, recipe: Recipe, *, force: bool = False) -> None:
         """Make `recipe` the folder's own, or check that it is.
 
-        Methods, variants and workers may change freely; any other difference from the stored recipe is refused.
+        Methods, variants, workers, executor, the headline and what is validated may change freely; any other difference
+        from the stored recipe is refused.
 
         Raises:
             PlanMismatch: the folder was made by another recipe; the message lists what differs.
@@ -56,8 +69,8 @@ class Run:
         """
         path = self.path / layout.RECIPE
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
-        known = path.exists() and not force
-        if known:
+        go_on = path.exists() and not force
+        if go_on:
             try:  # a key that an older keepset didn't know has its default
                 stored = self._parsed().model_dump(mode="json", exclude={"run_dir"})
                 here = Path.cwd()  # the same file may be called otherwise from another folder
@@ -67,7 +80,8 @@ class Run:
                 stored = old = self.recipe_data()
                 old.pop("run_dir", None)
                 ours = new
-            free = ("methods", "variants", "batching.workers:")  # they change no number that is there
+            # they change no number that is there
+            free = ("methods", "variants", "batching.workers:", "executor.", "validate", "evaluate.headline")
             differences = [d for d in diff_keys(old, ours) if not d.startswith(free)]
             if differences:
                 shown = "; ".join(differences[:4]) + (
@@ -77,11 +91,12 @@ class Run:
                     f"{self.path} was made by another recipe ({shown}); use another --run_dir, "
                     "or --force to go on here: what still fits is kept, the rest is redone"
                 )
-            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching")}}
+            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching", "executor", "validate")}}
+            new["evaluate"] = {**stored["evaluate"], "headline": recipe.evaluate.headline}
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
         if not path.exists() or path.read_bytes() != text:
-            with self.lock():  # not under the feet of a run that is at work
-                if not known:
+            with self.lock():  # refused while another process works in the folder
+                if not go_on:
                     seen_from = os.path.relpath(os.getcwd(), os.path.realpath(self.path))
                     write_atomic(self.path / layout.SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
                 write_atomic(path, text)
@@ -133,12 +148,16 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process.
+        """Hold the folder for this process; with claims it is a claim that tells the worker that leads.
 
         Raises:
             KeepsetError: another process works in it, or it can't be written.
         """
         self.refuse_links()
+        if self.claims is not None:
+            self.meter.settle()
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / layout.LOCK).open("a")
@@ -149,8 +168,20 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise KeepsetError(f"{self.path}: another keepset process works in this folder; wait for it") from None
+            if alive(self.path / layout.CLAIMS_FOLDER):
+                raise KeepsetError(f"{self.path}: `keepset work` is at it; wait for its processes, or start one more")
             self.meter.settle()
             yield
+
+    def is_free(self) -> bool:
+        """Whether no process without claims holds the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / layout.LOCK).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+        return True
 
     def refuse_links(self) -> None:
         """Refuse links in the folder that lead out of it: a folder from elsewhere must not decide where is written.
@@ -184,8 +215,8 @@ class Run:
         """The record's entry that fits the file as it is; None without file, record or fit."""
         try:
             entries = json.loads((self.path / layout.record(name)).read_text(encoding="utf-8"))
-            found = file_digest(self.path / name)
-            return next((e for e in entries if e["sha256"] == found and "key" in e), None)
+            sha256 = file_digest(self.path / name)
+            return next((e for e in entries if e["sha256"] == sha256 and "key" in e), None)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -256,16 +287,30 @@ class Run:
         """Arrays that are no rows of the pool (target vectors), kept on disk as one shard of a stage of their own."""
         folder, of = stage_folder(self.path, name, key), digest(key)
         arrays = find_shard(self.path, folder, 0, of, self.lenders)
-        if arrays is None:
-            write_atomic(folder / layout.KEY, canonical(key).encode())
-            arrays = compute()
-            write_shard(folder, 0, of, arrays)
-            self.meter.note()
+        if arrays is not None:
+            return arrays
+        with self.alone(str(folder.relative_to(self.path))):
+            arrays = find_shard(self.path, folder, 0, of, self.lenders)  # whoever had the claim may have made it
+            if arrays is None:
+                write_atomic(folder / layout.KEY, canonical(key).encode())
+                arrays = compute()
+                write_shard(folder, 0, of, arrays, None if self.machine is None else self.machine())
+                self.meter.note()
         return arrays
+
+    def alone(self, name: str, *, fatal: bool = False) -> AbstractContextManager[None]:
+        """Let no other worker do the same meanwhile; see `Claims.holding`."""
+        return nullcontext() if self.claims is None else self.claims.holding(name, wait=self.wait, fatal=fatal)
+
+    def has(self, kept: Kept) -> bool:
+        """Whether a result is there, whole and of this key."""
+        if kept.step:
+            return self.whole(kept.folder, kept.key) is not None
+        return find_shard(self.path, self.path / kept.folder, 0, digest(kept.key), self.lenders) is not None
 
     def shards(self, stages: Mapping[str, Mapping[str, Any]], ids: np.ndarray, shard_rows: int | None = None) -> Shards:
         """The shards of some stages (name -> key) over rows with these ids; see `Shards`."""
-        return Shards(self.path, stages, ids, shard_rows, self.lenders)
+        return Shards(self.path, stages, ids, shard_rows, self.lenders, self.machine)
 
     # -- steps that end in a folder (training) --------------------------------------------------------------------
 
@@ -274,17 +319,31 @@ class Run:
 
         `work(path)` fills the folder and returns facts to remember (seconds, tokens ...); they come back on a re-run.
         """
+        record = self.whole(folder, key)
+        if record is None:
+            with self.alone(folder, fatal=True):
+                record = self.whole(folder, key)  # whoever had the claim may have done it
+                if record is None:
+                    return {**self._do(folder, key, work), "reused": False}
+        return {**record["facts"], "reused": True}
+
+    def whole(self, folder: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of a step that was done with this key and whose files are whole; a lender's is copied."""
         path = self.path / folder
         record = self.done(folder)
         if record and record["key"] == digest(key) and not misfits(path, record["files"]):
-            return {**record["facts"], "reused": True}
+            return record
         for lender in self.lenders:
             lent = Run(lender).done(folder)
             if lent and lent["key"] == digest(key) and not misfits(lender / folder, lent["files"]):
                 for name in lent["files"]:
                     write_atomic(path / name, (lender / folder / name).read_bytes())
                 self.save_json(layout.done(folder), lent)
-                return {**lent["facts"], "reused": True}
+                return lent
+        return None
+
+    def _do(self, folder: str, key: Mapping[str, Any], work: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        path = self.path / folder
         (path / layout.DONE).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         facts = dict(work(path))
@@ -294,7 +353,7 @@ class Run:
             if p.is_file() and p.name != layout.DONE and p.suffix in {".safetensors", ".json"}
         }
         self.save_json(layout.done(folder), {"key": digest(key), "facts": facts, "files": files, "inputs": dict(key)})
-        return {**facts, "reused": False}
+        return facts
 
     def done(self, folder: str) -> dict[str, Any] | None:
         """A step's record; None if it wasn't finished, or the record is damaged."""
@@ -329,13 +388,3 @@ class Run:
     def costs(self) -> list[dict[str, Any]]:
         """All entries of `costs.jsonl`; a torn last line (a crash) is left out."""
         return self.meter.entries()
-
-
-def diff_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Say in words where two nested mappings differ: `budget: 5% -> 10%`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted({*old, *new}, key=str):
-            found += diff_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-        return found
-    return [] if old == new else [f"{prefix}: {old} -> {new}"]

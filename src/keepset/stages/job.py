@@ -49,12 +49,9 @@ class Job:
     ) -> None:
         """Adopt the recipe in its run folder (see `Run.adopt` for what is refused).
 
-        Args:
-            recipe: what to do.
-            console: where progress goes; default: standard error.
-            force: go on in a folder made by another recipe.
-            text_only: never load a tokenizer; lengths are counted in words.
-            worker: take part in the work of the process that adopted the recipe.
+        Progress goes to `console` (default: standard error). `force` goes on in a folder made by another recipe.
+        `text_only` never loads a tokenizer; lengths are counted in words. A `worker` takes part in the work of the
+        process that adopted the recipe.
         """
         self.recipe = recipe
         self.held: dict[str, Loaded] = {}
@@ -63,7 +60,9 @@ class Job:
         self._made: dict[Any, Any] = {}
         self.text_only = text_only
         self.console = console or Console(stderr=True)
-        self.run = Run(recipe.run_dir)
+        self.worker = worker
+        self.run = Run(recipe.run_dir, worker=worker)
+        self.run.machine = lambda: self.machine
         if not worker:
             self.run.adopt(recipe, force=force)
 
@@ -141,6 +140,13 @@ class Job:
             yield self.held["model"]
         finally:
             self.release()
+
+    @cached_property
+    def machine(self) -> dict[str, str]:
+        """What numbers are made with here: device, dtype and libraries, which all may round differently."""
+        from keepset.model.load import machine
+
+        return machine(self.recipe.model)
 
     @cached_property
     def encoder(self) -> Encoder:

@@ -39,7 +39,12 @@ def fit(
     Raises:
         RecipeError, DataError: as the two functions.
     """
-    training = Training(spec, lora, args, seed, moments, console=console)
+    return fit_training(Training(spec, lora, args, seed, moments, console=console), sides, out)
+
+
+def fit_training(training: Training, sides: Sequence[Sides], out: Path) -> TrainResult:
+    """`fit` of a training, whose rows may have weights; its arguments and what it raises are there."""
+    args = training.args
     try:
         if args.loss == "sft":
             return train_sft(training, [row[0] for row in sides], out)

@@ -96,7 +96,7 @@ def make_trainer(
             "input_ids": [np.asarray(row[0].input_ids).tolist() for row in sides],
             "labels": [[i] * len(row[0].input_ids) for i, row in enumerate(sides)],
         }
-        return sft_trainer(model, tokenizer, config, Dataset.from_dict(columns), training.lora)
+        return sft_trainer(model, tokenizer, config, Dataset.from_dict(columns), training)
     loss = PairLoss.of(args.loss, args.beta)
     if loss.name not in pair_losses.NAMES:
         raise RecipeError(f"metagradient can't follow train.loss: {loss.name}")
