@@ -10,6 +10,7 @@ pytest.importorskip("trl")
 
 from safetensors.torch import load_file  # noqa: E402
 
+import architectures  # noqa: E402
 from conftest import TinyRow, random_rows, tiny_model, tiny_tokenizer  # noqa: E402
 from keepset.features.metagradient import (  # noqa: E402
     Adjoint,
@@ -21,6 +22,7 @@ from keepset.features.metagradient import (  # noqa: E402
     undo_adamw,
     weighted_gradient,
 )
+from keepset.model.load import apply_lora  # noqa: E402
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec  # noqa: E402
 from keepset.train import sft  # noqa: E402
 from keepset.train.preference import PairLoss  # noqa: E402
@@ -174,6 +176,40 @@ def test_differentiating_twice_is_nearer_than_central_differences():
             sides.append(moved)
         errors[reach] = error([(sides[0][n] - sides[1][n]) / (2 * step) for n in rough.names])
     assert twice < 1e-4 and min(errors.values()) > 5 * twice, (twice, errors)
+
+
+@pytest.mark.parametrize("name", ["llama, LongRoPE", "minicpm3", "gemma2"])
+def test_second_derivatives_of_models_that_run_in_other_ways(name):
+    """Rows that run alone, a head of the model's own code, soft caps: against differences of the first derivative."""
+    model_type, changes = architectures.VARIANTS.get(name, (name, {}))
+    model = apply_lora(
+        architectures.tiny_model(model_type, **changes), LoraSpec(lora_r=2, lora_target_modules=["o_proj"]), 0
+    ).eval()
+    names = [n for n, _ in model.named_parameters() if "lora_" in n]
+    rng = np.random.default_rng(5)
+    rows = [(architectures.Row(rng.integers(5, 390, n), np.arange(n) > n // 2),) for n in (10, 30, 41)]
+    objective, every = Objective(rows, "tokens"), np.arange(3)
+    u, start = {}, {}
+    for n in names:
+        p = model.get_parameter(n)
+        p.requires_grad_(True)
+        u[n] = torch.from_numpy(rng.normal(size=p.shape)).float()
+        start[n] = p.detach() + 0.1 * u[n].flip(0)
+    mass = objective.mass(every)
+
+    def gradient(step):
+        with torch.no_grad():
+            for n in names:
+                model.get_parameter(n).copy_(start[n] + step * u[n])
+        return weighted_gradient(model, names, objective, every, np.eye(3) / mass.sum(), 64)[1]
+
+    up, down, here = (gradient(step) for step in (2e-3, -2e-3, 0.0))
+    slopes, products = curvature(model, objective, every, {n: x[None] for n, x in u.items()}, 64)
+    want = torch.cat([((up[n] - down[n]).sum(0) / 4e-3).flatten() for n in names])
+    got = torch.cat([products[n].flatten() for n in names])
+    assert float((got - want).norm() / want.norm()) < 1e-2
+    along = np.array([sum(float((here[n][i] * u[n]).sum()) for n in names) for i in range(3)])
+    np.testing.assert_allclose(slopes[:, 0], along - mass / mass.sum() * along.sum(), atol=1e-4 * np.abs(along).max())
 
 
 def test_a_weight_of_0_is_the_row_s_answer_masked_in_the_real_trainer(tmp_path, monkeypatch):

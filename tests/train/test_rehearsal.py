@@ -106,3 +106,11 @@ def test_dropout_is_refused():
     made = Training(ModelSpec(device="cpu"), LoraSpec(lora_dropout=0.1), TrainSpec())
     with pytest.raises(RecipeError, match="dropout"):
         rehearse(made, rows, tiny_model(), tiny_tokenizer())
+
+
+def test_a_rehearsal_is_told_to_nobody():
+    rows, told = sides_of("sft"), training(extra={"report_to": "tensorboard", "save_strategy": "steps"})
+    course, _ = rehearse(told, rows, tiny_model(), tiny_tokenizer())
+    plain, _ = rehearse(training(), rows, tiny_model(), tiny_tokenizer())
+    assert [b.tolist() for b in course.batches] == [b.tolist() for b in plain.batches]
+    assert told.args.extra["report_to"] == "tensorboard"

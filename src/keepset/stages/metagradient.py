@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keepset.errors import RecipeError
+from keepset.errors import DataError, RecipeError
 from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, write_atomic
@@ -102,25 +102,22 @@ class Metagradient(Stage):
         return load_state(job.run.path / folder / layout.STATE)["values"]
 
     def _work(self, job: Job, path: Path) -> dict[str, Any]:
-        """Replay, and leave `values` alone in the folder."""
-        from safetensors.numpy import save
-
+        """Replay, and leave the values in the folder."""
         (price,) = self.works(job)
         try:
             with job.run.timed(price.stage, rows=price.rows, ids=list(price.ids)) as spent:
                 replay, goal, weights, order = self._opened(job)
-                way = Way(replay, path, job)
-                way.there()
-                values, losses = way.back(goal, weights)
+                stored = StoredReplay(replay, path, job)
+                stored.forwards()
+                losses = stored.backwards(goal, weights, order)
                 spent.update(tokens=price.tokens, flops=price.flops)
         finally:
             job.release()  # the trainer's adapter is on it
-        in_pool = np.empty_like(values)
-        in_pool[order] = values
-        write_atomic(path / layout.STATE, save({"values": in_pool}))
+        if not np.isfinite(losses).all():
+            raise DataError("metagradient: the loss became NaN or infinite in training; lower train.learning_rate")
         for file in path.glob(f"{KEPT}*"):
             file.unlink()
-        return {"steps": way.steps, "loss": float(losses.mean())}
+        return {"steps": stored.steps, "loss": float(losses.mean())}
 
     def _opened(self, job: Job) -> tuple[Replay, Objective, np.ndarray, np.ndarray]:
         """The replay, the target's loss with its rows' weights (m, j), and the order of the pool's rows in training."""
@@ -155,7 +152,7 @@ KEPT = "step-"
 """What the files of stored states begin with."""
 
 
-class Way:
+class StoredReplay:
     """A replay through a folder: forwards with states left behind, backwards with the adjoint written down."""
 
     def __init__(self, replay: Replay, path: Path, job: Job) -> None:
@@ -169,7 +166,7 @@ class Way:
         job.say(f"metagradient: {self.steps} steps, a state stored every {self.every}: {memory:.0f} MiB of memory for "
                 f"steps, {disk:.0f} MiB on disk while it runs")  # fmt: skip
 
-    def there(self) -> None:
+    def forwards(self) -> None:
         """Take the steps up to the last mark, storing the state at every mark."""
         if load_state(self.path / layout.STATE):
             return  # it is on its way back
@@ -185,19 +182,20 @@ class Way:
                     state, _ = self.replay.forward(state, t)
                     advance(1)
 
-    def back(self, goal: Objective, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Undo the steps, and return ∂J/∂w (n, j) in the order of training and J (j,) at the end.
+    def backwards(self, goal: Objective, weights: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """Undo the steps, until the folder's state holds ∂J/∂w (n, j) of the pool's rows, and return J (j,) at the end.
 
         Args:
             goal: the target's loss.
             weights: (m, j) of the target's rows in J.
+            order: (n,) the pool's rows in the order of the training's examples.
         """
         from keepset.features.metagradient import Adjoint
 
         written = load_state(self.path / layout.STATE)
         values, losses = written.get("values"), written.get("losses")
         left = int(written["step"]) if written else self.steps
-        adjoint = Adjoint(*self._read(written, "apq")) if written else None
+        adjoint = Adjoint(*self._read(written, "apq")) if written and left else None
         with self.job.tracked("metagradient, backwards", self.steps, "steps") as advance:
             advance(self.steps - left)
             for mark in reversed(self.marks):
@@ -206,16 +204,16 @@ class Way:
                 state, taken = self.replay.run(self._stored(mark), mark, left)
                 if values is None or losses is None or adjoint is None:
                     losses, gradient = self.replay.gradient_of(goal, state, weights)
-                    values, adjoint = np.zeros((len(self.replay.objective.examples), len(losses))), Adjoint.of(gradient)
+                    values, adjoint = np.zeros((len(order), len(losses))), Adjoint.of(gradient)
                 for t in range(left - 1, mark - 1, -1):
                     adjoint, slopes = self.replay.back(taken.pop(), t, adjoint)
-                    values[self.replay.course.batches[t]] += slopes
+                    values[order[self.replay.course.batches[t]]] += slopes
                     facts = {"values": values, "losses": losses, "step": np.array(t)}
-                    self._write(self.path / layout.STATE, vars(adjoint), facts)
+                    self._write(self.path / layout.STATE, vars(adjoint) if t else {}, facts)
                     advance(1)
                 left = mark
-        assert values is not None and losses is not None
-        return values, losses
+        assert losses is not None
+        return losses
 
     def _file(self, mark: int) -> Path:
         return self.path / f"{KEPT}{mark}.safetensors"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ from keepset.train.training import Training
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
 
-QUIET = {"save_strategy": "no", "logging_strategy": "no"}
+QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
+"""Also against `train.extra`: a rehearsal is told to nobody."""
 
 
 def rehearse(
@@ -86,6 +88,8 @@ def make_trainer(
     from trl import DPOConfig, SFTConfig
 
     args, n = training.args, len(sides)
+    extra = {k: v for k, v in args.extra.items() if k not in QUIET}
+    training = replace(training, args=args.model_copy(update={"extra": extra}))
     if args.loss == "sft":
         config: Any = trainer_config(SFTConfig, training, out, **QUIET)
         columns: dict[str, Any] = {
