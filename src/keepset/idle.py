@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TRAINING = (
     "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "num_processes",
     "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "full", "loss", "beta", "extra",
 )  # fmt: skip
 SHOTS = ("shots", "length_matched", "task_column")

@@ -116,6 +116,7 @@ class TrainSpec(Strict):
     learning_rate: float = 2e-4
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    num_processes: int = Field(1, ge=1, description="of this machine that share each batch; started by `keepset run`")
     lr_scheduler_type: str = "linear"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
@@ -129,7 +130,11 @@ class TrainSpec(Strict):
 
     def key(self) -> dict[str, Any]:
         """What a training's result depends on, for fingerprints; the loss is left out where it is the plain one."""
-        left_out = {"checkpoints", *({"loss", "beta"} if self.loss == "sft" else ())}
+        left_out = {
+            "checkpoints",
+            *(("num_processes",) if self.num_processes == 1 else ()),
+            *({"loss", "beta"} if self.loss == "sft" else ()),
+        }
         return self.model_dump(mode="json", exclude=left_out)
 
     @field_validator("extra")

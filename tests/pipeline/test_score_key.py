@@ -82,6 +82,7 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
 }  # fmt: skip
 TRAINING = {
     "num_train_epochs": 3, "learning_rate": 0.02, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+    "num_processes": 2,
     "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "weight_decay": 0.1, "max_grad_norm": 0.5, "full": True,
     "loss": None, "beta": None, "extra": {"adam_beta2": 0.9},
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from keepset.runfolder import layout
 from keepset.runfolder.files import json_text
 from keepset.runfolder.truth import Validation
 from keepset.stages.job import Job
+from keepset.stages.stage import JOBS
 from tiny_recipe import quiet, recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,8 +181,34 @@ def test_a_killed_bank_goes_on_and_ends_with_the_same_bytes(model_folder, data, 
         assert twin.read_bytes() == file.read_bytes()
 
 
+class Elsewhere:
+    """An executor that takes whole trainings: each is done by another process's job."""
+
+    here, trains = False, True
+
+    def __init__(self):
+        self.done = []
+
+    def run(self, task, numbers, *, is_there, advance):
+        for number in numbers:
+            assert not is_there(number)
+            JOBS.clear()
+            pickle.loads(pickle.dumps(task))([number])
+            assert is_there(number)
+            self.done.append(number)
+
+
+def test_an_executor_may_train_and_measure_the_members(model_folder, data, tmp_path, monkeypatch):
+    spec = {"models": 3, "again": 0, "leave_out": 0, "rows": 6}
+    here = validate(job_for(model_folder, data, tmp_path / "here", **spec))
+    job, who = job_for(model_folder, data, tmp_path / "there", **spec), Elsewhere()
+    monkeypatch.setattr(bank_module, "executor", lambda job: who)
+    there = validate(job)
+    assert who.done == [0, 1, 2] and replace(there, seconds=0.0) == replace(here, seconds=0.0)
+
+
 def test_tenths_are_trained_alone_and_ordered(model_folder, data, tmp_path):
-    job = job_for(model_folder, data, tmp_path, rows=20, models=0, leave_out=0, deciles=["length"], seeds=[0])
+    job = job_for(model_folder, data, tmp_path, rows=20, models=0, again=12, leave_out=0, deciles=["length"], seeds=[0])
     result = validate(job)
     assert result.designs == () and {one.outcome for one in result.deciles} >= {"loss.target", "loss.preference"}
     bank, table = Bank(job), job.run.load_table(layout.scores("length"))
@@ -203,7 +231,7 @@ def test_tenths_are_trained_alone_and_ordered(model_folder, data, tmp_path):
 
 @pytest.mark.parametrize(("spec", "message"), [
     ({"models": 2}, "validate.models: 2 trainings order nothing"),
-    ({"models": 0, "leave_out": 0}, "nothing to train"),
+    ({"models": 0, "leave_out": 0, "again": 12}, "nothing to train"),
     ({"again": 2}, "validate.again: fewer than 3"),
     ({"deciles": ["lenght"]}, r"no scores by 'lenght' \(did you mean 'length'"),
 ])  # fmt: skip

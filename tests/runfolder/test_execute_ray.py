@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
@@ -112,13 +113,13 @@ class Argument:
 
 def write_twice(own, numbers):
     """Reads the run folder, and writes into it."""
-    folder = json.loads(own.recipe)["run_dir"]
+    folder = Path(json.loads(own.recipe)["run_dir"])
+    stage = folder / "work" / "s" / "k"
+    stage.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        text = open(f"{folder}/models/warmup/a.safetensors").read() * 2
-        os.makedirs(f"{folder}/work/s/k", exist_ok=True)
+        text = (folder / "models/warmup/a.safetensors").read_text() * 2
         for suffix in ("safetensors", "json"):
-            with open(f"{folder}/work/s/k/{number:05d}.{suffix}", "w") as file:
-                file.write(text)
+            (stage / f"{number:05d}.{suffix}").write_text(text)
 
 
 def test_a_worker_that_does_not_see_the_folder_gets_what_it_reads_and_sends_what_it_made(tmp_path, monkeypatch):
@@ -184,15 +185,36 @@ def ray_run(tiny_run, folder, *command):
     )  # fmt: skip
 
 
-def actors():
+def finished(process):
+    """What a run printed that must end well."""
+    try:
+        log, _ = process.communicate(timeout=700)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    return log
+
+
+def actors(pattern="^ray::.*(Worker|do|hello)"):
     """Process ids of Ray's actors on this machine."""
-    out = subprocess.run(["pgrep", "-f", "^ray::.*(Worker|do|hello)"], capture_output=True, text=True).stdout
-    return [int(pid) for pid in out.split()]
+    return [int(pid) for pid in subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()]
+
+
+@pytest.fixture
+def no_agents_left():
+    """A driver that is killed leaves two of Ray's helpers behind."""
+    foreign = set(actors("^ray::.*Agent"))
+    yield
+    for pid in set(actors("^ray::.*Agent")) - foreign:
+        os.kill(pid, signal.SIGTERM)
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep")
-def test_an_actor_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_process(tiny_run, tmp_path):
+def test_an_actor_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_process(
+    tiny_run, tmp_path, no_agents_left
+):
     pytest.importorskip("ray")
     folder, foreign, killed = tmp_path / "run", set(actors()), []
 
@@ -204,22 +226,22 @@ def test_an_actor_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_
         killed.append(mine[0])
 
     first = ray_run(tiny_run, folder, "-m", "keepset")
-    threading.Thread(target=kill_one, daemon=True).start()
-    while not (folder / "scores/davir.parquet").exists():
-        assert first.poll() is None, first.stdout.read()
-        time.sleep(0.05)
-    first.kill()
-    first.wait()
-    second = ray_run(tiny_run, folder, "-m", "keepset")
-    log, _ = second.communicate(timeout=280)
-    assert second.returncode == 0 and killed, log
-    assert outcome(folder) == tiny_run.outcome
+    try:
+        threading.Thread(target=kill_one, daemon=True).start()
+        while not (folder / "scores/davir.parquet").exists():
+            assert first.poll() is None, first.stdout.read()
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()
+    log = finished(ray_run(tiny_run, folder, "-m", "keepset"))
+    assert killed and outcome(folder) == tiny_run.outcome, log
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(1500)
 def test_workers_that_do_not_see_the_folder_send_the_same_bytes(tiny_run, tmp_path):
     pytest.importorskip("ray")
-    done = ray_run(tiny_run, tmp_path / "run", "-c", BLIND)
-    log, _ = done.communicate(timeout=280)
-    assert done.returncode == 0 and "doesn't see the run folder: its results come back here" in log, log
-    assert outcome(tmp_path / "run") == tiny_run.outcome
+    log = finished(ray_run(tiny_run, tmp_path / "run", "-c", BLIND))
+    assert "doesn't see the run folder: its results come back here" in log
+    assert outcome(tmp_path / "run") == tiny_run.outcome, log

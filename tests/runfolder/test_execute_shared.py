@@ -24,8 +24,8 @@ def make(folder, numbers):
 
 
 def take_part(folder, begin=0.0, wait=True, task=make):
-    claims, seen = Claims(folder / "claims", 1.0), []
-    Shared(claims, wait, begin).run(
+    claims, seen = Claims(folder / "claims", 1.0, begin), []
+    Shared(claims, wait).run(
         Task(task, folder, "s"), list(NUMBERS), is_there=lambda n: (folder / f"shard-{n}").exists(), advance=seen.append
     )
     return seen

@@ -1,4 +1,4 @@
-"""Who computes for a job, and where among its fellows a worker begins."""
+"""Who computes for a job."""
 
 from __future__ import annotations
 
@@ -8,31 +8,9 @@ from keepset.errors import RecipeError
 from keepset.recipe import parse_recipe
 from keepset.runfolder.claims import Claims
 from keepset.runfolder.execute import Forks, Here, Shared
-from keepset.stages.executors import executor, place_among
+from keepset.stages.executors import executor
 from keepset.stages.job import Job
 from tiny_recipe import quiet
-
-LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN",
-             "SLURM_PROCID", "SLURM_NTASKS", "JOB_COMPLETION_INDEX")  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("environment", "place"),
-    [
-        ({}, 0.0),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, 0.75),
-        ({"SLURM_ARRAY_TASK_ID": "11", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "10"}, 0.25),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 0.5),
-        ({"RANK": "x", "WORLD_SIZE": "4"}, 0.0),
-        ({"RANK": "9", "WORLD_SIZE": "0"}, 0.0),
-    ],
-)
-def test_where_a_worker_begins(environment, place, monkeypatch):
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert place_among() == place
 
 
 def job(tmp_path, **more):
@@ -45,7 +23,7 @@ def test_the_recipe_says_who_computes_and_claims_go_before(tmp_path, monkeypatch
     assert executor(job(tmp_path / "b", batching={"workers": 3})) == Forks(3)
     shared = job(tmp_path / "c", executor="ray")
     shared.run.claims, shared.run.wait = Claims(tmp_path), False
-    assert executor(shared) == Shared(shared.run.claims, False, place_among())
+    assert executor(shared) == Shared(shared.run.claims, False)
     shared.run.claims = None
     asked = []
     monkeypatch.setattr("keepset.runfolder.execute_ray.ray_executor", lambda *a: asked.append(a))

@@ -24,6 +24,7 @@ from keepset.recipe import Recipe
 from keepset.runfolder import layout
 from keepset.runfolder.claims import LOOK_EVERY, PATIENCE, Busy, Claims
 from keepset.runfolder.files import digest, share_folder
+from keepset.runfolder.launchers import place_among, stand_alone
 from keepset.runfolder.run import Run
 from keepset.stages.executors import executor
 from keepset.stages.job import Job
@@ -47,7 +48,8 @@ def work(
     for spec in recipe.methods:
         check_options(spec)
     run = Run(recipe.run_dir, worker=True)
-    run.claims = claims = Claims(run.path / layout.CLAIMS_FOLDER, patience)
+    run.claims = claims = Claims(run.path / layout.CLAIMS_FOLDER, patience, place_among())
+    stand_alone()
     share_folder(digest(claims.owner)[:8])
     with claims.holding("adopt", wait=True):
         if not run.is_free():

@@ -98,10 +98,14 @@ def lds(
     if not np.isfinite(outcome.items).all():
         raise ValueError("a measured outcome is NaN or infinite")
 
+    columns = np.concatenate(list(sums.values()), axis=1).T  # ranked at once: a draw's time is that of its calls
+    ends_at = np.cumsum([values.shape[1] for values in sums.values()])[:-1]
+
     def rho(models: np.ndarray, times: np.ndarray) -> dict[str, float]:
         values, weights = outcome.by_query(models, times)
         ranks = standard_ranks(values)
-        each = {name: (standard_ranks(v[models].T) * ranks).sum(axis=1) for name, v in sums.items()}
+        parts = np.split(standard_ranks(columns[:, models]), ends_at)
+        each = {name: (part * ranks).sum(axis=1) for name, part in zip(sums, parts, strict=True)}
         return {name: float((r * weights).sum() / weights.sum()) for name, r in each.items()}
 
     everything, once = np.arange(m), np.ones(k)

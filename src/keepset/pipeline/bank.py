@@ -7,7 +7,7 @@ by their rows alone. Each training and each measurement is a step of the run fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,11 @@ from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.pipeline.learn import Learner, evaluation_key, in_order, measure_model, trained_model
 from keepset.recipe import ValidateSpec
 from keepset.runfolder import layout
+from keepset.runfolder.execute import Task
 from keepset.runfolder.files import digest
+from keepset.stages.executors import executor
 from keepset.stages.losses import forward
-from keepset.stages.stage import VERSION, Work
+from keepset.stages.stage import VERSION, Work, job_of, recipe_of
 from keepset.stages.trained import id_order
 
 if TYPE_CHECKING:
@@ -50,6 +52,25 @@ class Member:
     seed: int
     kept: np.ndarray
     alone: bool = False
+
+
+@dataclass(frozen=True)
+class Members:
+    """Members of a recipe's bank, for any process: name, seed, 1 for each row that counts, `alone`."""
+
+    recipe: str
+    plan: tuple[tuple[str, int, str, bool], ...]
+
+
+def make_members(own: Members, numbers: Sequence[int]) -> None:
+    """Train and measure some members, in whatever process; what was done before is kept."""
+    job = job_of(own.recipe)
+    bank = job.once_a_recipe("bank", lambda: Bank(job))
+    for number in numbers:
+        name, seed, kept, alone = own.plan[number]
+        member = Member(name, seed, np.array([c == "1" for c in kept]), alone)
+        bank.train(member)
+        bank.measure(member)
 
 
 class Bank:
@@ -158,17 +179,11 @@ class Bank:
         from keepset.train.training import Training
 
         job, learner, args = self.job, self.learner, self.job.recipe.train
-        folder, ids = layout.validation_model(member.name, member.seed), [str(i) for i in self.ids]
-        kept = [i for i, is_in in zip(ids, member.kept, strict=True) if is_in]
-        key = {
-            "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
-            "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(), "seed": member.seed,
-            "ids": digest(kept if member.alone else ids), "kept": digest(kept),
-        }  # fmt: skip
+        folder = layout.validation_model(member.name, member.seed)
 
         def work(path: Path) -> dict[str, Any]:
             tokens, operations = self.cost(member)
-            with job.run.timed(f"train {folder}", rows=len(kept)) as spent:
+            with job.run.timed(f"train {folder}", rows=int(member.kept.sum())) as spent:
                 job.release()
                 learner.holder.release()
                 weights = None if member.alone else member.kept.astype(float).tolist()
@@ -176,9 +191,47 @@ class Bank:
                 training = Training(learner.spec, job.recipe.lora, args, member.seed, weights=weights)
                 result = fit_training(training, sides, path)
                 spent.update(tokens=tokens, flops=operations)
-            return {"seconds": result.seconds, "steps": result.steps, "rows": len(kept), "tokens": tokens}
+            return {"seconds": result.seconds, "steps": result.steps, "rows": int(member.kept.sum()),
+                    "tokens": tokens}  # fmt: skip
 
-        job.run.step(folder, key, work)
+        job.run.step(folder, self.key(member), work)
+
+    def key(self, member: Member) -> dict[str, Any]:
+        """Everything that a training depends on."""
+        learner, args, ids = self.learner, self.job.recipe.train, [str(i) for i in self.ids]
+        kept = [i for i, is_in in zip(ids, member.kept, strict=True) if is_in]
+        return {
+            "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
+            "lora": None if args.full else self.job.recipe.lora.model_dump(), "args": args.key(), "seed": member.seed,
+            "ids": digest(kept if member.alone else ids), "kept": digest(kept),
+        }  # fmt: skip
+
+    def share(self, members: list[Member]) -> None:
+        """Have members trained and measured by the job's executor, where it takes whole trainings."""
+        job, who = self.job, executor(self.job)
+        if not who.trains:
+            return
+        plan = tuple((m.name, m.seed, "".join(map(str, m.kept.astype(int))), m.alone) for m in members)
+        task = Task(make_members, Members(recipe_of(job), plan), digest(["members", plan])[:16])
+
+        def is_there(number: int) -> bool:
+            member = members[number]
+            folder = layout.validation_measured(member.name, member.seed)
+            trained = job.run.whole(layout.validation_model(member.name, member.seed), self.key(member))
+            return trained is not None and job.run.whole(folder, self.measured_key(member)) is not None
+
+        missing = [number for number in range(len(members)) if not is_there(number)]
+        if missing:
+            job.say(f"validate: {len(missing)} of {len(members)} models are trained and measured by workers")
+            who.run(task, missing, is_there=is_there, advance=lambda n: job.say(f"{members[n].name}: done"))
+            job.run.meter.collect()
+
+    def measured_key(self, member: Member | None) -> dict[str, Any]:
+        """Everything that a model's arrays depend on."""
+        job = self.job
+        weights = None if member is None else job.run.path / layout.validation_model(member.name, member.seed)
+        target = in_order(job.target, "task") if job.recipe.target else None
+        return {**evaluation_key(job, self.learner, weights), "target": target}
 
     def measure(self, member: Member | None) -> dict[str, np.ndarray]:
         """The arrays that outcomes are made of, of a trained model or (None) the base; measured once.
@@ -191,8 +244,6 @@ class Bank:
         name, seed = ("base", None) if member is None else (member.name, member.seed)
         weights = None if member is None else job.run.path / layout.validation_model(name, member.seed)
         folder = layout.validation_measured(name, seed)
-        target = in_order(job.target, "task") if job.recipe.target else None
-        key = {**evaluation_key(job, learner, weights), "target": target}
 
         def work(path: Path) -> dict[str, Any]:
             operations = flops(learner.loaded.model, *count_tokens(self.looked_at()), passes=1)
@@ -206,7 +257,7 @@ class Bank:
             save_file(arrays, str(path / layout.ITEMS))
             return {}
 
-        job.run.step(folder, key, work)
+        job.run.step(folder, self.measured_key(member), work)
         return load_file(str(job.run.path / folder / layout.ITEMS))
 
     def measure_target(self, model: Any) -> dict[str, np.ndarray]:

@@ -72,8 +72,10 @@ def validate(job: Job) -> Validation:
         RecipeError: nothing to measure, fewer than three trainings of a kind, or a label without scores.
     """
     bank = Bank(job)
-    if not bank.looked_at():
-        raise RecipeError("validate: nothing to measure: the recipe has no target, no evaluate.pairs and no heldout")
+    if not bank.looked_at() and job.recipe.evaluate.gsm8k is None:
+        raise RecipeError(
+            "validate: nothing to measure: the recipe has no target and no held-out data under `evaluate`"
+        )
     tables = scores_of(job, bank)
     for label in bank.spec.deciles:
         if label not in tables:
@@ -81,10 +83,12 @@ def validate(job: Job) -> Validation:
             raise RecipeError(f"validate.deciles: no scores by '{label}'{hint}")
     bank.check()
     works = list(bank.works())
-    trainings = sum(work.trainings for work in works if work.kind == "train")
-    job.say(f"validate: {trainings} trainings on parts of {len(bank.ids)} rows, {sum(w.tokens for w in works)} tokens")
-    base = Items.from_arrays(bank.measure(None)), bank.measure(None)
-    judge = Judge(job, bank, tables, base)
+    training = [work for work in works if work.kind == "train"]
+    tokens = sum(work.tokens for work in training)
+    job.say(
+        f"validate: {sum(w.trainings for w in training)} trainings on parts of {len(bank.ids)} rows, {tokens} tokens"
+    )
+    judge = Judge(job, bank, tables, bank.measure(None))
     halves, again, left_out = bank.halves(), bank.again(), bank.left_out()
     designs = [judge.design("halves", halves, again)] if halves else []
     designs += [judge.design("leave-out", left_out, [])] if left_out else []
@@ -93,8 +97,8 @@ def validate(job: Job) -> Validation:
     place = f"evaluate {layout.VALIDATION_FOLDER}/"
     spent = [e for e in job.run.costs() if e["stage"] in titles or e["stage"].startswith(place)]
     result = Validation(
-        rows=len(bank.ids), tokens=sum(work.tokens for work in works if work.kind == "train"),
-        seconds=round(sum(e["seconds"] for e in spent), 2), designs=tuple(designs), deciles=tuple(deciles),
+        rows=len(bank.ids), tokens=tokens, seconds=round(sum(e["seconds"] for e in spent), 2),
+        designs=tuple(designs), deciles=tuple(deciles),
         left_out=tuple(judge.worth(left_out)),
         unscored={label: int(np.isnan(t["score"]).sum()) for label, t in tables.items() if np.isnan(t["score"]).any()},
     )  # fmt: skip
@@ -132,27 +136,30 @@ def scores_of(job: Job, bank: Bank) -> dict[str, Arrays]:
 class Judge:
     """Holds scores against models."""
 
-    def __init__(self, job: Job, bank: Bank, tables: Mapping[str, Arrays], base: tuple[Items, Arrays]) -> None:
-        self.job, self.bank, self.tables, self.base = job, bank, tables, base
+    def __init__(self, job: Job, bank: Bank, tables: Mapping[str, Arrays], base: Arrays) -> None:
+        self.job, self.bank, self.tables, self.base = job, bank, tables, (Items.from_arrays(base), base)
+        self.known: dict[tuple[str, int], dict[str, np.ndarray]] = {}
         self.resamples, self.seed = job.recipe.evaluate.bootstrap, job.recipe.seed
         share, learner = job.recipe.evaluate.length_match, bank.learner
         pairs = learner.eval_pairs[1] if learner.eval_pairs else np.zeros(0, dtype=str)
-        logps = base[0].pairs
+        logps = self.base[0].pairs
         matched = length_matched(logps["n_chosen"], logps["n_rejected"], share) if logps else np.zeros(0, dtype=bool)
         target = learner.target_sides[1] if job.recipe.target else np.zeros(0, dtype=str)
         self.tasks = Tasks(target, pairs, pairs[matched])
 
     def measured(self, members: list[Member]) -> list[dict[str, np.ndarray]]:
         """Each model's items by outcome, trained and measured where that is not done."""
-        done = []
+        self.bank.share(members)
         for number, member in enumerate(members, start=1):
+            if (member.name, member.seed) in self.known:
+                continue
             self.job.say(f"{member.name}, seed {member.seed}: {number} of {len(members)}")
             self.bank.train(member)
             arrays = self.bank.measure(member)
             metrics = item_metrics(Items.from_arrays(arrays), self.base[0], self.job.recipe.evaluate.length_match)
             metrics |= target_metrics(arrays, self.base[1])
-            done.append({name: metrics[name] for name in OUTCOMES if name in metrics})
-        return done
+            self.known[member.name, member.seed] = {name: metrics[name] for name in OUTCOMES if name in metrics}
+        return [self.known[member.name, member.seed] for member in members]
 
     def outcome(self, name: str, models: list[dict[str, np.ndarray]]) -> Outcome:
         """One measure on some models, larger is better."""

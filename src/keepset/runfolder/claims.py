@@ -32,14 +32,15 @@ class Busy(Exception):
 class Claims:
     """The claims of one process in one folder."""
 
-    def __init__(self, folder: Path, patience: float = PATIENCE) -> None:
+    def __init__(self, folder: Path, patience: float = PATIENCE, begin: float = 0.0) -> None:
         """Nothing is written before `take`.
 
         Args:
             folder: where the claims lie.
             patience: seconds without a sign of life after which an owner counts as dead.
+            begin: from 0 to below 1: where in a list of work this process begins to look, so that few meet.
         """
-        self.folder, self.patience = folder, patience
+        self.folder, self.patience, self.begin = folder, patience, begin
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
         self.held: dict[str, Path] = {}
         self.fatal: set[str] = set()

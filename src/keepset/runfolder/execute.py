@@ -116,12 +116,10 @@ class Shared:
     Attributes:
         claims: this process's.
         wait: stay until others have done what they claimed; else go, so that the caller finds other work.
-        begin: from 0 to 1: where in the shards this process begins to look, so that few meet.
     """
 
     claims: Claims
     wait: bool = True
-    begin: float = 0.0
     here: ClassVar[bool] = True
     trains: ClassVar[bool] = True
 
@@ -133,7 +131,7 @@ class Shared:
         Raises:
             Busy: nothing is left but what others are at, and `wait` is False.
         """
-        first = int(self.begin * len(numbers))
+        first = int(self.claims.begin * len(numbers))
         waiting = [*numbers[first:], *numbers[:first]]
         while waiting:
             before = len(waiting)

@@ -365,3 +365,8 @@ class Comparison(Record):
     loss_vs_performance: Links
     headline: str = ""
     power: dict[str, Power] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; the last two only where they are known: files of before lack them."""
+        whole = asdict(self)
+        return whole if self.power is not None else {k: v for k, v in whole.items() if k not in ("headline", "power")}

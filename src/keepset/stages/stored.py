@@ -107,20 +107,15 @@ def filled(
     """The store with all rows in it."""
     from keepset.features.gradient_store import build_store
 
-    before = done = store.n_rows
-    job.say(f"store {store.path}: {before} rows kept, {max(0, len(rows) - before)} to add")
-    with spending(job, what, rows[before:], ids), job.tracked(what, len(rows)) as advance:
-        advance(before)
-
-        def progress(now: int) -> None:
-            nonlocal done
-            advance(now - done)
-            done = now
-
+    pool, chunk = [str(i) for i in job.ids], len(plan_shards(job.ids, job.recipe.batching.shard_rows)[0])
+    lacking = [rows[i] for _, places in store.missing(pool, chunk) for i in places]
+    kept = len(rows) - len(lacking)
+    job.say(f"store {store.path}: {kept} rows kept, {len(lacking)} to add")
+    with spending(job, what, lacking, ids), job.tracked(what, len(rows)) as advance:
+        advance(kept)
         return build_store(
-            store, model, rows, [str(i) for i in job.ids], adam=adam, token_budget=job.recipe.batching.token_budget,
-            chunk=len(plan_shards(job.ids, job.recipe.batching.shard_rows)[0]), progress=progress,
-            last_layers=job.recipe.gradients.last_layers,
+            store, model, rows, pool, adam=adam, token_budget=job.recipe.batching.token_budget, chunk=chunk,
+            progress=advance, last_layers=job.recipe.gradients.last_layers,
         )  # fmt: skip
 
 
