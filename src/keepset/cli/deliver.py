@@ -50,8 +50,10 @@ def export(
 
     job = open_job(run_dir, text_only=True)
     wanted = stored_ids(job, subset)
-    place = {row_id: i for i, row_id in enumerate(job.pool.ids)}
-    write_subset(job.pool, [place[i] for i in wanted], out, to=to)
+    places = job.pool.ids.places(wanted)
+    if len(places) and places.min() < 0:
+        raise KeyError(wanted[int(places.argmin())])
+    write_subset(job.pool, places, out, to=to)
     print(f"{out}: {len(wanted)} rows")
 
 

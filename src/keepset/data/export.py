@@ -51,11 +51,11 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
             dialect, or the file can't be written.
     """
     path = Path(path)
-    chosen = pool.take(indices)
+    places = pool.places(indices)
     if to is not None and to not in DIALECTS and to not in CONTAINERS.values():
         raise DataError(f"to '{to}' is not known; known: {', '.join([*dict.fromkeys(CONTAINERS.values()), *DIALECTS])}")
     named = container_of(path)
-    container = to if to is not None and to not in DIALECTS else named or _own_container(chosen)
+    container = to if to is not None and to not in DIALECTS else named or _own_container(places)
     packed = path.suffix.lower() in (".gz", ".zst")
     if named not in (None, container) or path.suffix.lower() in _FOREIGN or (container == "parquet" and packed):
         raise DataError(f"{path}: the name is none of a {container} file: name it .{container}")
@@ -65,19 +65,21 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
         if part.is_symlink():  # opening it would write where it leads
             part.unlink()
         if container == "parquet":
+            chosen = pool.take(indices)
             table = rows_table(texts_in(chosen, to)) if to in DIALECTS else pool_table(chosen)
             try:
                 pq.write_table(table, part)
             except pa.ArrowException as error:
                 raise DataError(f"{path}: Parquet can't hold it: {str(error).splitlines()[0]}; write .jsonl") from None
         else:
-            dialect = to if to in DIALECTS else common_dialect(chosen)
+            dialect = to if to in DIALECTS else common_dialect(places)
             lost = Lost()
             with opened(part, path) as out:
-                WRITERS[container](texts_in(chosen, dialect), out, lost)
+                texts = (text for some in pool.taken(indices) for text in texts_in(some, dialect))
+                WRITERS[container](texts, out, lost)
             lost.say(path)
             if dialect is None:
-                _say_bytes(chosen, path)
+                _say_bytes(places, path)
         with open(part, "rb+") as done:
             os.fsync(done.fileno())
         os.replace(part, path)

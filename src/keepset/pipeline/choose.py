@@ -14,9 +14,11 @@ import pyarrow.compute as pc
 from keepset.budget_text import parse_budget
 from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
+from keepset.lazy import Lazy
 from keepset.methods.method import NOISE
 from keepset.methods.table import METHODS, method_of
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label
+from keepset.row_ids import BLOCK, Ids
 from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
 from keepset.runfolder.records import Kind, StoredEdge, StoredSubset, read_json
@@ -52,7 +54,7 @@ class Subset:
         """Rows kept (or pairs)."""
         return self.pairs or len(self.indices)
 
-    def ids(self, job: Job) -> np.ndarray:
+    def ids(self, job: Job) -> Ids:
         """Their ids, best first."""
         return job.ids[self.indices]
 
@@ -104,14 +106,15 @@ def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stabi
         noise = method_of(spec).noise(columns, relative)
     if noise is None:
         return None
-    chosen = pc.is_in(table["id"], pa.array(job.ids[indices].astype(str))).to_numpy()
+    chosen = pc.is_in(table["id"], job.ids[indices].arrow()).to_numpy()
     return stability(columns["score"], table["id"].to_numpy(zero_copy_only=False), chosen, noise=noise)
 
 
 def scored_tokens(job: Job, spec: MethodSpec) -> np.ndarray:
     """(n,) tokens that a method's losses are summed over: of a pair the chosen side's, ends of turns as it wants."""
     rows = job.rows_of(method_of(spec).summed_over)
-    return np.array([int(row.supervised.sum()) for row in rows.tokens])
+    counts = rows.tokens.counts() if isinstance(rows.tokens, Lazy) else None
+    return np.array([int(row.supervised.sum()) for row in rows.tokens]) if counts is None else counts[1].astype(int)
 
 
 def apply_overrides(table: pa.Table, path: Path) -> pa.Table:
@@ -140,30 +143,46 @@ def select_rows(
     job: Job, table: pa.Table, budget: int | str, spec: SelectSpec, *, source: str | None = None
 ) -> np.ndarray:
     """Indices into the job's usable rows, best first, by the scores in `table`; only rows of `source`, if given."""
-    place = {row_id: i for i, row_id in enumerate(job.ids)}
-    scored = table.filter(pc.is_valid(table["score"]))
+    columns = [name for name in table.column_names if name.startswith("task.")]
+    grouped = "source" if spec.quota_by == "source" else "category"
+    table = table.select(["id", "source", *{"category", grouped} - {"source"}, "score", *columns])
+    scored = table if not table["score"].null_count else table.filter(pc.is_valid(table["score"]))
     if source is not None:
         scored = scored.filter(pc.equal(scored["source"], source))
-    keep = np.array([place[i] for i in scored["id"].to_pylist() if i in place], dtype=np.int64)
-    scored = scored.filter(pa.array([i in place for i in scored["id"].to_pylist()], pa.bool_()))
+    keep = places_of(job.ids, scored["id"])
+    if len(keep) and keep.min() < 0:  # rows that are no longer in the pool
+        scored, keep = scored.filter(pa.array(keep >= 0)), keep[keep >= 0]
+    ids = job.ids if len(keep) == len(job.ids) and np.array_equal(keep, np.arange(len(keep))) else job.ids[keep]
     n_tokens = job.n_tokens()[keep]
     parsed = parse_budget(budget, len(keep), int(n_tokens.sum()))
-    columns = [name for name in scored.column_names if name.startswith("task.")]
-    groups = scored["source" if spec.quota_by == "source" else "category"].to_pylist()
+    groups = None if spec.quota == "none" else ["" if g is None else g for g in scored[grouped].to_pylist()]
     wants_text = spec.dedup != "none" or spec.policy in ("mmr", "facility_location")
     texts = job.texts() if wants_text else None
     chosen = select(
         scored["score"].to_numpy(),
-        job.ids[keep],
+        ids,
         parsed,
         spec=spec,
         n_tokens=n_tokens,
-        groups=["" if g is None else g for g in groups],
+        groups=groups,
         per_task=np.stack([scored[name].to_numpy() for name in columns], axis=1) if columns else None,
-        texts=[texts[i] for i in keep] if texts is not None else None,
+        texts=texts.take(keep) if texts is not None else None,
         seed=job.recipe.seed,
     )
     return keep[chosen]
+
+
+def places_of(ids: Ids, column: pa.ChunkedArray) -> np.ndarray:
+    """Where a column's ids stand among a job's, (k,); -1 for one that doesn't."""
+    places = np.empty(len(column), dtype=np.int64)
+    start = 0
+    for batch in pa.table({"id": column}).to_batches(max_chunksize=BLOCK):
+        names = batch.column(0).to_pylist()
+        end = start + len(names)
+        alike = end <= len(ids) and list(ids[start:end]) == names  # a table of scores has the pool's order
+        places[start:end] = np.arange(start, end) if alike else ids.places(names)
+        start = end
+    return places
 
 
 def choose_mix(job: Job, mix: MixSpec) -> Subset:
@@ -247,7 +266,7 @@ def mark_selected(job: Job, subset: Subset) -> None:
     if subset.name != first or not (job.run.path / name).exists():
         return
     table = job.run.load_table(name)
-    chosen = pc.is_in(table["id"], pa.array(subset.ids(job).astype(str)))
+    chosen = pc.is_in(table["id"], subset.ids(job).arrow())
     place = table.column_names.index("selected")
     job.run.save_table(name, table.set_column(place, "selected", chosen))
 
@@ -295,6 +314,7 @@ def stored_subset(job: Job, name: str) -> Subset:
     if name == "dpo-direct":
         return direct_subset(job)
     stored = find_subset(job.run, name)
-    place = {row_id: i for i, row_id in enumerate(job.ids)}
-    indices = np.array([place[i] for i in stored.ids], dtype=np.int64)
+    indices = job.ids.places(stored.ids)
+    if len(indices) and indices.min() < 0:
+        raise KeyError(stored.ids[int(indices.argmin())])
     return Subset(name, stored.label, stored.kind, stored.budget, indices, stored.n_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +14,18 @@ from safetensors.numpy import load_file, save_file
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
 from keepset.evaluate.preference import PairLogps, correct, length_matched, margins, pair_logps, preference_table
+from keepset.lazy import pick
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.pipeline.choose import Subset
 from keepset.pipeline.metrics import BY_TASK, HELD_OUT
 from keepset.recipe import TrainSpec
+from keepset.row_ids import id_order
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, file_digest
 from keepset.runfolder.records import Items, Point, read_json
 from keepset.stages.encoded import encode_pairs, encode_pool
 from keepset.stages.stage import VERSION
-from keepset.stages.trained import id_order
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded, Encoder
@@ -54,11 +56,11 @@ class Learner:
         """Its tokenizer and template."""
         return self.loaded.encoder if self.transfer else self.job.encoder
 
-    def rows(self, subset: Subset) -> list[tuple[Encoded, ...]]:
+    def rows(self, subset: Subset) -> Sequence[tuple[Encoded, ...]]:
         """The sides of the subset's rows as this model's tokens, by id; what its template refuses is said."""
         indices = subset.indices[id_order(subset.ids(self.job))]
         if not self.transfer:
-            return [self.job.sides[1][i] for i in indices]
+            return pick(self.job.sides[1], indices)
         rows, refused = encode_pool(self.job.pool.take(self.job.usable[indices]), self.encoder)
         if refused:
             self.job.say(f"{subset.name}: {len(refused)} rows left out by the other model's template: {refused[0][1]}")

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.evaluate.statistics import accuracy_power, bootstrap_ci
+from keepset.lazy import take
 from keepset.methods.table import method_of, needs_model
 from keepset.model.flops import count_tokens, flops
 from keepset.pipeline.price import Final, final_work, selection_work
@@ -84,11 +85,11 @@ def probe(job: Job, kinds: set[str]) -> Rates:
     from keepset.train.training import Training
 
     model, budget = job.loaded.model, job.recipe.batching.token_budget
-    order = np.argsort([len(r.input_ids) for r in job.rows], kind="stable")
+    order = np.argsort(job.encoded.counts()[0][:, 0], kind="stable")
 
     def spread(kind: str) -> list[Any]:
         places = np.linspace(0, len(order) - 1, min(PROBE_ROWS[kind], len(order)) + 2)[1:-1].round().astype(int)
-        return [job.rows[i] for i in np.unique(order[places])]
+        return take(job.rows, np.unique(order[places]))
 
     rows = spread("forward")
     row_losses(model, rows[:2], token_budget=budget)  # warm up
@@ -142,7 +143,7 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
         start += clock(lambda: [importlib.import_module(name) for name in ("datasets", "peft", "trl")])
     rates = probe(job, kinds) if counted else None
     pairs = heldout_pairs(job)
-    n, n_tokens = len(job.rows), int(sum(len(side.input_ids) for row in job.sides[1] for side in row))
+    n, n_tokens = len(job.rows), int(job.encoded.counts()[0].sum())
     steps = [
         Step("start, load the model", "all", 0, 0, 0.0, start + load),
         Step("read and tokenise", "all", n, n_tokens, 0.0, read),

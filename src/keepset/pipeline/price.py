@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keepset.budget_text import parse_budget
+from keepset.lazy import pick
 from keepset.pipeline.learn import Learner, direct_args
 from keepset.pipeline.reference_check import rows_to_check
 from keepset.pipeline.score import stages_of
@@ -123,7 +124,7 @@ def final_work(job: Job) -> Final:
     sides += learner.eval_rows[0] if learner.eval_rows else []
     if not sides:
         return Final([], 0)
-    lengths = np.array([len(r.input_ids) for r in job.rows])
+    lengths = job.encoded.counts()[0][:, 0]
     works, models = [], 1
     for budget in recipe.budget:
         unit, amount = parse_budget(budget, len(job.rows), int(job.n_tokens().sum()))
@@ -131,11 +132,11 @@ def final_work(job: Job) -> Final:
         middle = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[:n_rows]
         longest = np.argsort(-job.n_tokens(), kind="stable")[:n_rows]
         count = (len(recipe.methods) + len(recipe.mix)) * len(recipe.train_seeds) + len(recipe.controls.random_seeds)
-        one = training(job, "", [job.sides[1][i] for i in middle], recipe.train)
+        one = training(job, "", pick(job.sides[1], middle), recipe.train)
         works.append(times(one, count, f"train {count} models on {budget}", "methods, random"))
         models += count
         if recipe.controls.longest:
-            one = training(job, "", [job.sides[1][i] for i in longest], recipe.train)
+            one = training(job, "", pick(job.sides[1], longest), recipe.train)
             works.append(times(one, 1, f"train on the longest {budget}", "longest"))
             models += 1
     if recipe.controls.full:

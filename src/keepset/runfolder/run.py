@@ -10,10 +10,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +23,14 @@ import yaml
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
 from keepset.located import located
 from keepset.recipe import Recipe
+from keepset.row_ids import Ids
 from keepset.runfolder import layout
 from keepset.runfolder.costs import Meter
 from keepset.runfolder.files import canonical, digest, file_digest, json_text, misfits, write_atomic
 from keepset.runfolder.shards import Arrays, Shards, find_shard, stage_folder, write_shard
+
+ROW_GROUP = 1 << 20
+"""Rows of a Parquet file that stand together."""
 
 
 class Run:
@@ -38,8 +42,10 @@ class Run:
         Attributes:
             lenders: other run folders whose shards (of the same stage, key and rows) and finished steps (of the same
                 key) are copied, not made again.
+            held: whether this process may write: it has locked the folder, or works for the process that has.
         """
         self.path = Path(path)
+        self.held = False
         self.lenders: list[Path] = []
         self.meter = Meter(self.path)
 
@@ -150,7 +156,11 @@ class Run:
             except OSError:
                 raise KeepsetError(f"{self.path}: another keepset process works in this folder; wait for it") from None
             self.meter.settle()
-            yield
+            before, self.held = self.held, True
+            try:
+                yield
+            finally:
+                self.held = before
 
     def refuse_links(self) -> None:
         """Refuse links in the folder that lead out of it: a folder from elsewhere must not decide where is written.
@@ -178,12 +188,15 @@ class Run:
             data: its bytes.
             key: hash of what the content was made of (see `saved_key`); default: the key it has.
         """
-        old = self._entry(name)
-        kept = old["key"] if old else None
-        entries = [{"sha256": digest(data), "key": key if key is not None else kept}, *([old] if old else [])]
-        write_atomic(self.path / layout.record(name), canonical(entries).encode())
+        self._record(name, digest(data), key)
         write_atomic(self.path / name, data)
         return self.path / name
+
+    def _record(self, name: str, sha256: str, key: str | None) -> None:
+        old = self._entry(name)
+        kept = old["key"] if old else None
+        entries = [{"sha256": sha256, "key": key if key is not None else kept}, *([old] if old else [])]
+        write_atomic(self.path / layout.record(name), canonical(entries).encode())
 
     def _entry(self, name: str) -> dict[str, Any] | None:
         """The record's entry that fits the file as it is; None without file, record or fit."""
@@ -231,11 +244,17 @@ class Run:
         except (ValueError, RecursionError):
             raise KeepsetError(f"{path}: damaged (not JSON); delete it and run the same command again") from None
 
-    def save_table(self, name: str, table: pa.Table, key: str | None = None) -> Path:
-        """Write a Parquet file (see `save`)."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        return self.save(name, sink.getvalue().to_pybytes(), key)
+    def save_table(self, name: str, table: pa.Table, key: str | None = None, *, solid: bool = False) -> Path:
+        """Write a Parquet file (see `save`); with `solid` its bytes don't depend on the table's chunks."""
+
+        def write(file: IO[bytes]) -> None:
+            with pq.ParquetWriter(file, table.schema, compression="zstd") as out:
+                for start in range(0, max(1, table.num_rows), ROW_GROUP):
+                    part = table.slice(start, ROW_GROUP)
+                    out.write_table(part.combine_chunks() if solid else part, row_group_size=ROW_GROUP)
+
+        write_atomic(self.path / name, write, lambda part: self._record(name, file_digest(part), key))
+        return self.path / name
 
     def load_table(self, name: str) -> pa.Table:
         """Read a Parquet file of the folder.
@@ -268,9 +287,15 @@ class Run:
             self.meter.note()
         return arrays
 
-    def shards(self, stages: Mapping[str, Mapping[str, Any]], ids: np.ndarray, shard_rows: int | None = None) -> Shards:
+    def shards(
+        self,
+        stages: Mapping[str, Mapping[str, Any]],
+        ids: Ids | np.ndarray,
+        shard_rows: int | None = None,
+        held: Collection[str] | None = None,
+    ) -> Shards:
         """The shards of some stages (name -> key) over rows with these ids; see `Shards`."""
-        return Shards(self.path, stages, ids, shard_rows, self.lenders)
+        return Shards(self.path, stages, ids, shard_rows, self.lenders, held)
 
     # -- steps that end in a folder (training) --------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from keepset.row_ids import Ids, id_order
 from keepset.runfolder import layout
 from keepset.runfolder.files import canonical, digest, write_atomic
 
 Arrays = dict[str, np.ndarray]
 
 
-def plan_shards(ids: np.ndarray, shard_rows: int | None = None) -> list[np.ndarray]:
+def plan_shards(ids: Ids | np.ndarray, shard_rows: int | None = None) -> list[np.ndarray]:
     """Cut rows into shards: sorted by id, so that the plan is the same however the pool was ordered or split.
 
     Args:
@@ -31,7 +32,7 @@ def plan_shards(ids: np.ndarray, shard_rows: int | None = None) -> list[np.ndarr
     """
     n = len(ids)
     size = shard_rows or min(2048, max(32, n // 200))
-    order = np.argsort(ids.astype(str), kind="stable") if n else np.zeros(0, dtype=np.int64)
+    order = id_order(ids)
     return [order[start : start + size] for start in range(0, n, size)]
 
 
@@ -75,9 +76,10 @@ class Shards:
         self,
         folder: Path,
         stages: Mapping[str, Mapping[str, Any]],
-        ids: np.ndarray,
+        ids: Ids | np.ndarray,
         shard_rows: int | None = None,
         lenders: Sequence[Path] = (),
+        held: Collection[str] | None = None,
     ) -> None:
         """Plan the shards; nothing is read or written.
 
@@ -87,8 +89,9 @@ class Shards:
             ids: (n,) unique row ids.
             shard_rows: see `plan_shards`.
             lenders: other run folders whose shards of the same stage, key and rows are copied, not made again.
+            held: columns that stay in memory once a shard is there; None: all.
         """
-        self.folder, self.stages, self.ids, self.lenders = folder, stages, ids, lenders
+        self.folder, self.stages, self.ids, self.lenders, self.held = folder, stages, ids, lenders, held
         self.parts = plan_shards(ids, shard_rows)
         self.read: list[dict[str, Arrays]] = [{} for _ in self.parts]
 
@@ -101,13 +104,20 @@ class Shards:
         """Where a stage's shards lie."""
         return stage_folder(self.folder, stage, self.stages[stage])
 
+    def file(self, stage: str, number: int) -> Path:
+        """A shard's file."""
+        return self.place(stage) / f"{number:05d}.safetensors"
+
+    def _holding(self, arrays: Arrays) -> Arrays:
+        return arrays if self.held is None else {name: arrays[name].copy() for name in self.held}
+
     def missing(self, number: int) -> list[str]:
         """The stages whose shard of this number isn't there, or isn't whole."""
         for stage in self.stages:
             if stage not in self.read[number]:
                 found = find_shard(self.folder, self.place(stage), number, self.id_hashes[number], self.lenders)
                 if found is not None:
-                    self.read[number][stage] = found
+                    self.read[number][stage] = self._holding(found)
         return [stage for stage in self.stages if stage not in self.read[number]]
 
     def write(self, number: int, arrays: Mapping[str, Arrays]) -> None:
@@ -117,10 +127,10 @@ class Shards:
             if not (place / layout.KEY).exists():
                 write_atomic(place / layout.KEY, canonical(self.stages[stage]).encode())
             write_shard(place, number, self.id_hashes[number], columns)
-            self.read[number][stage] = columns
+            self.read[number][stage] = self._holding(columns)
 
     def gather(self) -> dict[str, Arrays]:
-        """Each stage's columns over all rows, in the order of the ids.
+        """Each stage's (held) columns over all rows, in the order of the ids.
 
         Raises:
             KeyError: a shard is missing.

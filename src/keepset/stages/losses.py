@@ -205,7 +205,7 @@ def forward(
     part: str = "",
 ) -> Work:  # fmt: skip
     """A forward pass over `rows`, with the output head on supervised positions or without it."""
-    n_tokens, n_head = count_tokens(list(rows))
+    n_tokens, n_head = count_tokens(rows)
     work = flops(job.loaded.model, n_tokens, n_head if head else 0)
     return Work(stage, "forward", len(rows), n_tokens, work, ids=(id_,) if id_ else (), titles=titles, part=part)
 

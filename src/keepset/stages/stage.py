@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from rich.console import Console
 
 from keepset.errors import RecipeError
+from keepset.lazy import take
 from keepset.recipe import parse_recipe
 from keepset.runfolder.execute import Executor, Forks, Here, Task
 from keepset.runfolder.files import canonical, digest
@@ -197,7 +198,7 @@ def sweep(job: Job, stages: Sequence[Sweep]) -> dict[Sweep, Arrays]:
                 advance(len(rows.ids) - sum(len(shards.parts[n]) for n in numbers))
 
                 def committed(number: int) -> None:
-                    part = [rows.tokens[i] for i in shards.parts[number]]
+                    part = take(rows.tokens, shards.parts[number])
                     tokens, work = kind.spent(job, part, lacking[number])
                     entry.update(
                         rows=entry["rows"] + len(part), tokens=entry["tokens"] + tokens, flops=entry["flops"] + work
@@ -274,5 +275,5 @@ def make_shards(own: Pass, numbers: Sequence[int]) -> None:
         for number in numbers:
             stages = own.lacking(job, shards, number)
             if stages:
-                arrays = batch([rows.tokens[i] for i in shards.parts[number]], stages)
+                arrays = batch(take(rows.tokens, shards.parts[number]), stages)
                 shards.write(number, {stage.name(job): columns for stage, columns in arrays.items()})

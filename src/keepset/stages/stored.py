@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keepset.lazy import take
 from keepset.model.flops import count_tokens, flops
 from keepset.runfolder.files import digest
 from keepset.runfolder.shards import Arrays, plan_shards
@@ -27,7 +29,7 @@ def stored_influence(
     job: Job,
     model: Any,
     what: str,
-    rows: list[Encoded],
+    rows: Sequence[Encoded],
     target: GradientTarget,
     adam: AdamState,
     kind: str,
@@ -106,7 +108,7 @@ def stored_influence(
     rms = spearman = float("nan")
     if spec.store_sample:
         at = sample_of(len(rows), spec.store_sample)
-        some = [rows[i] for i in at]
+        some = take(rows, at)
         with job.run.timed(f"sample of {what}", rows=len(at), ids=ids[1]) as spent:
             n_tokens, n_head = count_tokens(some)
             spent.update(tokens=n_tokens, flops=flops(model, n_tokens, n_head, passes=passes))
