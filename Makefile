@@ -41,9 +41,10 @@ test-slow: .venv/.ready  ## the long tests too, with the real models
 architectures: .venv/.ready  ## every causal architecture of transformers: equal to 1e-4, or refused (3 minutes)
 	$(BIN)/python tests/architectures.py --out docs/architectures.md
 
+LINTED := src tests benchmarks experiments docs/make_*.py docs/site.py
 lint: .venv/.ready  ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks experiments docs/make_cli.py docs/make_tour.py docs/site.py
-	$(BIN)/ruff format --check src tests benchmarks experiments docs/make_cli.py
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/mypy
 
 bench-gradients: .venv/.model  ## gradient scoring over the plain forward + backward floor
@@ -65,6 +66,7 @@ first-use: .venv/.model  ## a fresh environment to BM25's choice in under 60 s; 
 
 docs: .venv/.docs  ## the documentation site, strictly, into build/site
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_architecture.py
 	$(BIN)/python docs/make_tour.py --site
 	$(BIN)/mkdocs build --strict
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
 
 from keepset.runfolder import layout
 
@@ -12,11 +16,17 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/keepset"
 TESTS = ROOT / "tests"
 
-ROOMS = [
-    "cli", "deliver", "report", "judging", "pipeline", "selection", "methods", "stages", "train", "evaluate",
-    "features", "model", "data", "runfolder", "root",
-]  # fmt: skip
-"""Top to bottom: a file imports from its own room and those below, also inside functions."""
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+house = script("make_architecture")
+ROOMS, modules, room, imported = house.ROOMS, house.modules, house.room, house.imported
 
 DOORS = {
     "keepset.__main__": {"keepset.cli"},
@@ -36,37 +46,6 @@ OTHER_FOLDERS = {"data/readers.py": {"data"}, "model/gguf.py": {"models", ".lock
 
 OF_SEVERAL = {"methods/test_contract.py", "methods/test_docs.py", "methods/test_losses.py", "methods/test_planted.py"}
 """Test files that stand in a room for several of its modules."""
-
-
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        parts = path.relative_to(SOURCE).with_suffix("").parts
-        found[".".join(("keepset", *parts)).removesuffix(".__init__")] = path
-    return found
-
-
-def room(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "root"
-
-
-def imported(path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules of keepset that a file imports, those for types only left out."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            for_types |= {inner for line in node.body for inner in ast.walk(line)}
-    found = set()
-    for node in ast.walk(tree):
-        if node in for_types:
-            continue
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "keepset":
-            found |= {full if (full := f"{node.module}.{a.name}") in known else str(node.module) for a in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {a.name for a in node.names if a.name.split(".")[0] == "keepset"}
-    return found
 
 
 def test_no_import_goes_up_but_the_doors() -> None:
@@ -183,5 +162,33 @@ def test_every_source_file_that_pages_and_docstrings_name_is_there() -> None:
     made_up = {"methods/yours.py", "methods/distinct.py"}  # what whoever adds a method writes
     rooms = "|".join(ROOMS[:-1])
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *SOURCE.rglob("*.py")]:
-        for name in re.findall(rf"(?<!tests/)\b((?:{rooms})/[a-z_]+\.py)\b", page.read_text(encoding="utf-8")):
+        for name in re.findall(rf"\b((?:{rooms})/(?!test_)[a-z_]+\.py)\b", page.read_text(encoding="utf-8")):
             assert name in made_up or (SOURCE / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_picture_of_the_rooms_is_current() -> None:
+    """Rooms, files and arrows to the letter, lines within a tenth, so that not every commit changes the picture."""
+    there, made = house.PICTURE.read_text(encoding="utf-8"), house.picture()
+    lines = re.compile(r"([\d,]+) lines")
+    assert lines.sub("lines", there) == lines.sub("lines", made), "run `python docs/make_architecture.py`"
+    for old, new in zip(lines.findall(there), lines.findall(made), strict=True):
+        assert int(old.replace(",", "")) == pytest.approx(int(new.replace(",", "")), rel=0.1)
+
+
+def test_an_arrow_of_the_picture_is_an_import() -> None:
+    arrows = house.arrows()
+    assert arrows["judging", "evaluate"] == sum(
+        "from keepset.evaluate" in p.read_text(encoding="utf-8") for p in (SOURCE / "judging").glob("*.py")
+    )
+    assert ("data", "model") not in arrows
+
+
+def test_the_page_on_the_architecture_names_what_is_there() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"((?:`[\w.]+`(?:, | and )?)+)\s+(?:\(|in\s+)`([a-z_]+(?:/[a-z_]+)?\.py)`", text)
+    assert len(named) > 25
+    for names, file in named:
+        tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert set(name.split(".")) <= defined, f"{file} has no {name}"

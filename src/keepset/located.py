@@ -17,13 +17,9 @@ SETTINGS_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "resume_from
 def located(recipe: Recipe, folder: Path, *, here_first: bool = False, real: bool = False) -> Recipe:
     """Return the recipe with `folder` put before the relative paths of what stands there: data, models, templates.
 
-    Names of the hub, `demo`, and what isn't there stay as they are.
-
-    Args:
-        recipe: the recipe; it is not changed.
-        folder: what relative paths are relative to.
-        here_first: a path that is found from the working directory stays as it is.
-        real: absolute paths without links and `..`, also of what was absolute: to compare two recipes by.
+    Names of the hub, `demo`, and what isn't there stay as they are. With `here_first` a path that is found from the
+    working directory stays as it is; `real`: absolute paths without links and `..`, also of what was absolute, to
+    compare two recipes by.
     """
 
     def place(path: Any, there: Callable[[Path], bool] = Path.exists) -> Any:

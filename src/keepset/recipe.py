@@ -331,10 +331,7 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 def parse_recipe(data: Any, *, where: str = "recipe", stored: bool = False) -> Recipe:
     """Check a mapping against `Recipe`.
 
-    Args:
-        data: the mapping.
-        where: what messages begin with.
-        stored: it was taken up before: options that do nothing may stand in it.
+    Messages begin with `where`. A `stored` recipe was taken up before: options that do nothing may stand in it.
 
     Raises:
         RecipeError: one line with the key's place, what is wrong and, for an unknown key, the closest known one.

@@ -77,19 +77,19 @@ def put(value, path, new):
 @pytest.mark.parametrize(
     ("path", "new", "message"),
     [
-        (("summary",), None, "it has no 'summary'"),
-        (("summary", 0, "cost", "train_flops"), None, r"summary\[0\].cost has no 'train_flops'"),
-        (("summary", 0, "kind"), "evil", r"summary\[0\].kind is 'evil'"),
-        (("rows", 1, "metrics", "loss.chosen", "value"), "<b>", r"rows\[1\].metrics.loss.chosen.value is '<b>'"),
-        (("rows", 1, "n_rows"), True, r"rows\[1\].n_rows is 'True'"),
-        (("rows",), 3, "rows is '3'"),
-        (("pareto",), [], r"pareto is '\[\]'"),
+        (("summary",), None, "summary: Field required"),
+        (("summary", 0, "cost", "train_flops"), None, "summary.0.cost.train_flops: Field required"),
+        (("summary", 0, "kind"), "evil", "summary.0.kind: Input should be 'method'"),
+        (("rows", 1, "metrics", "loss.chosen", "value"), "<b>", "rows.1.metrics.loss.chosen.value.int: .*integer"),
+        (("rows", 1, "n_rows"), True, "rows.1.n_rows: .*integer"),
+        (("rows",), 3, "rows: .*array"),
+        (("pareto",), [], "pareto: .*object"),
     ],
 )
 def test_another_form_is_refused_by_its_place(path, new, message):
     value = json.loads(COMPARISON)
     put(value, path, new)
-    whole = f"^run/comparison.json: not as this keepset writes it .{message}.; delete it"
+    whole = f"^run/comparison.json: not as this keepset writes it .{message}.*; delete it"
     with pytest.raises(KeepsetError, match=whole):
         Comparison.from_json(value, "run/comparison.json")
 

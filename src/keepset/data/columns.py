@@ -88,9 +88,6 @@ class ChatColumn:
 def unique_ids(digests: bytes) -> tuple[pa.Array, int]:
     """Turn 16-byte digests into hex ids; the 2nd, 3rd … copy of one gets -1, -2 … appended.
 
-    Args:
-        digests: n digests of 16 bytes, in row order.
-
     Returns:
         The ids (n,) as strings, and how many rows are copies of an earlier one.
     """

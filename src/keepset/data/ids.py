@@ -21,12 +21,7 @@ def content_key(row_id: str) -> str:
 
 
 def uniform_by_id(ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
-    """Return (n,) float64 uniform in the open interval (0, 1), a function of (seed, id) alone.
-
-    Args:
-        ids: (n,) content ids.
-        seed: another seed gives independent numbers.
-    """
+    """Return (n,) float64 uniform in the open interval (0, 1), a function of (seed, id) alone."""
     key = int(seed).to_bytes(8, "little", signed=True)
     out = np.empty(len(ids))
     source = iter(ids)
@@ -49,11 +44,6 @@ def fold_of(ids: Sequence[str] | np.ndarray, folds: int, seed: int = 0) -> np.nd
 
     For cross-fitting (sample splitting, arXiv 1608.00060): each row is scored by a reference model that was not trained
     on it, since a memorised row would score high.
-
-    Args:
-        ids: (n,) content ids.
-        folds: K ≥ 2.
-        seed: another seed deals anew.
 
     Returns:
         (n,) int64 in 0 ... K − 1; the folds' numbers of different contents differ by at most one.

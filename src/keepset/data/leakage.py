@@ -22,10 +22,8 @@ def _join(messages: list[Message]) -> str:
 def find_leaks(pool: Pool, target: Target, *, min_chars: int = 20) -> np.ndarray:
     """Find the pool rows that a target (few shots or held-out pairs) already holds; case and white space don't count.
 
-    Args:
-        pool: n rows; the last message is the answer, what stands before it (less a system turn) the prompt.
-        target: prompts with their chosen and rejected answers.
-        min_chars: shorter answers ("Yes.") are no evidence of a leak on their own.
+    A row's last message is its answer, what stands before it (less a system turn) the prompt. Answers shorter than
+    `min_chars` ("Yes.") are no evidence on their own.
 
     Returns:
         (n,) object array of str: "row" (prompt and answer), "prompt", "answer", or "" for none.

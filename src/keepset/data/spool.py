@@ -19,7 +19,7 @@ IN_MEMORY = 64 * 2**20
 class Spool:
     """A table that grows by batches."""
 
-    def __init__(self, schema: pa.Schema, folder: Path | None = None, in_memory: int = IN_MEMORY) -> None:
+    def __init__(self, schema: pa.Schema, folder: Path | None = None, in_memory: int | None = None) -> None:
         """Nothing is written yet.
 
         Args:
@@ -27,7 +27,8 @@ class Spool:
             folder: where the file is made; default, and where that can't be written: the system's temporary folder.
             in_memory: bytes from which on the batches go to the file.
         """
-        self.schema, self.folder, self.room = schema, folder, in_memory
+        self.schema, self.folder = schema, folder
+        self.room = IN_MEMORY if in_memory is None else in_memory
         self.batches: list[pa.RecordBatch] = []
         self.file: IO[bytes] | None = None
         self.writer: pa.RecordBatchFileWriter | None = None

@@ -120,10 +120,8 @@ def _other_content(content: Any, message: dict[str, Any], place: str) -> str:
 def check_chat(turns: list[Turn], *, n_prompt: int = 0) -> list[Turn]:
     """Return the turns if they can be trained on.
 
-    Args:
-        turns: the chat.
-        n_prompt: the first turns that are only context (a pair's prompt): empty answers among them are let through,
-            since real preference data holds them and nothing of them is supervised.
+    The first `n_prompt` turns are only context (a pair's prompt): empty answers among them are let through, since real
+    preference data holds them and nothing of them is supervised.
 
     Raises:
         RowProblem: a system turn that is not first, the same speaker twice, an empty turn, no assistant at the end, no

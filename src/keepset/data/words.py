@@ -98,9 +98,7 @@ def chunks(texts: Iterable[str], characters: int = 1 << 19) -> Iterator[list[str
 def hash_tokens(texts: Sequence[str], *, punctuation: bool = False) -> Hashes:
     """Hash the tokens of some texts (a chunk: memory is about 40 bytes a character).
 
-    Args:
-        texts: any strings.
-        punctuation: runs of other visible characters count as tokens too.
+    With `punctuation` runs of other visible characters count as tokens too.
     """
     lower = [folded(text) for text in texts]
     joined = "\n".join(lower) + "\n"  # a line break is in no token, so no token crosses two texts

@@ -19,10 +19,7 @@ def push_to_hub(run_dir: Path, repo_id: str, *, private: bool = True) -> str:
     The card goes first: `datasets` then writes the configurations into its header. Paths of this machine are cut to
     file names in the manifest; the quarantine (it quotes rows that were refused) stays here.
 
-    Args:
-        run_dir: a finished run folder.
-        repo_id: `user/name`.
-        private: of a repository made by this call; one that exists stays as it is.
+    `private` is what a repository made by this call is; one that exists stays as it is.
 
     Returns:
         The repository's address.

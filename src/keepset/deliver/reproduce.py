@@ -77,10 +77,7 @@ def recipe_of(manifest: dict[str, Any], folder: Path, run_dir: Path) -> Recipe:
 def reproduce(manifest_path: Path, run_dir: Path, *, console: Console | None = None) -> Reproduction:
     """Run a manifest's recipe in `run_dir` and compare hashes.
 
-    Args:
-        manifest_path: the manifest, or its run folder.
-        run_dir: the new folder; it must not be the old one.
-        console: where progress goes.
+    The manifest may be named by its run folder; `run_dir` must not be that folder.
 
     Raises:
         KeepsetError: no manifest, the same folder, or anything `keepset run` refuses.

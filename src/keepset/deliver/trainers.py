@@ -58,9 +58,7 @@ nothing is sent anywhere.
 def write_trainers(job: Job, subset: Subset) -> list[str]:
     """Write `trainers/` for the rows of one subset.
 
-    Args:
-        job: the job; its recipe's `train_model` (else `model`), `lora` and `train` are carried over.
-        subset: the rows.
+    The recipe's `train_model` (else `model`), `lora` and `train` are carried over.
 
     Returns:
         The names of the files written, in the run folder; none if the recipe trains on pairs, or if the subset mixes

@@ -41,10 +41,6 @@ class Generated:
 def prompt_ids(encoder: Any, prompt: Sequence[Message]) -> tuple[np.ndarray, int | None]:
     """Return a prompt's tokens (L,) and the first token that ends the answer's turn (None if the template writes none).
 
-    Args:
-        encoder: the model's `keepset.model.encode.Encoder`.
-        prompt: messages, the last one being the user's.
-
     Raises:
         keepset.model.encode.RowRefused: the template refuses the prompt, or it is too long.
     """
@@ -69,17 +65,8 @@ def generate(
 ) -> list[Generated]:
     """Answer every prompt, greedily unless `temperature` is positive; the order is kept.
 
-    Prompts of similar length run together, padded on the left.
-
-    Args:
-        model: causal LM or PeftModel.
-        encoder: its encoder.
-        prompts: n prompts of messages.
-        max_new_tokens: longest answer.
-        batch_size: prompts that run together.
-        temperature: 0 is greedy; otherwise sampling.
-        seed: of the sampling.
-        advance: called with the number of prompts done.
+    Prompts of similar length run together, padded on the left. `batch_size` prompts of similar length run together,
+    padded on the left; `advance` is told how many are done.
 
     Raises:
         DataError: a prompt that the template refuses or that leaves no room in the model's context.
@@ -155,11 +142,7 @@ def _answer(ids: list[int], ends: set[Any], tokenizer: Any) -> Generated:
 def write_model_outputs(path: str | Path, generator: str, instructions: Sequence[str], outputs: Sequence[str]) -> None:
     """Write AlpacaEval's `model_outputs.json`, on which the official tool can be run.
 
-    Args:
-        path: the file.
-        generator: the model's name in its leaderboard.
-        instructions: n prompts, word for word as in AlpacaEval.
-        outputs: n answers.
+    `generator` is the model's name in its leaderboard, `instructions` (n) stand there word for word as in AlpacaEval.
 
     Raises:
         ValueError: the two differ in number.

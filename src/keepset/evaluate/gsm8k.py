@@ -27,11 +27,7 @@ NUMBER = re.compile(r"(?<![A-Za-z0-9_.])-?[$€£]?\s?(?:[0-9][0-9,]*(?:\.[0-9]+
 
 
 def official_answer(text: str) -> str | None:
-    """Return the number as the official evaluation extracts it, or None.
-
-    Args:
-        text: a gold or generated answer.
-    """
+    """Return the number as the official evaluation extracts it, or None."""
     match = OFFICIAL.search(text)
     return match[1].strip().replace(",", "") if match else None
 
@@ -40,9 +36,6 @@ def final_number(text: str) -> Decimal | None:
     """Return the number after the last `####`, else the last number in the text; None if there is none.
 
     Currency signs, thousands commas, a trailing full stop and zeros after the point make no difference.
-
-    Args:
-        text: a gold or generated answer.
     """
     marked = MARKED.findall(text)
     numbers = marked or NUMBER.findall(_plain(text))
@@ -63,10 +56,6 @@ def _number(text: str) -> Decimal | None:
 
 def score(gold: str, answer: str) -> tuple[bool, bool]:
     """Return `(right by number, right by the official rule)`.
-
-    Args:
-        gold: the data set's answer, with its `####`.
-        answer: the model's.
 
     Raises:
         DataError: the gold answer has no number.
@@ -90,16 +79,6 @@ def evaluate_gsm8k(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Answer the first `limit` questions and score them.
-
-    Args:
-        model: causal LM or PeftModel.
-        encoder: its encoder.
-        data: DataSpec (or path) of question/answer rows.
-        limit: questions.
-        max_new_tokens: longest answer.
-        token_budget: tokens a batch holds, for the loss.
-        resamples: bootstrap draws.
-        seed: of the draws.
 
     Returns:
         JSON-able: `accuracy` (interval, by number), `accuracy_official` (interval), `loss` (nats a token of the gold

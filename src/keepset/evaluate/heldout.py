@@ -24,13 +24,7 @@ class Heldout:
 
 
 def heldout_losses(model: Any, rows: Sequence[Encoded], *, token_budget: int = 1024) -> Heldout:
-    """Run the model (adapter on, if it has one) over the rows.
-
-    Args:
-        model: causal LM or PeftModel.
-        rows: encoded rows, each with at least one supervised token.
-        token_budget: tokens a batch holds.
-    """
+    """Run the model (adapter on, if it has one) over the rows."""
     from keepset.features.losses import row_losses
 
     losses = row_losses(model, list(rows), token_budget=token_budget)
@@ -41,12 +35,6 @@ def heldout_table(
     heldout: Heldout, sources: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Summarise held-out losses with bootstrap 95 % intervals over rows.
-
-    Args:
-        heldout: what `heldout_losses` gave.
-        sources: (n,) names to break the table down by.
-        resamples: bootstrap draws.
-        seed: of the draws.
 
     Returns:
         JSON-able: `{"n", "tokens", "token_mean", "row_mean"}` and, with sources, `"sources": {name: the same}`.

@@ -42,11 +42,7 @@ metadata: {{version: 1}}
 def write_pair_task(folder: Path, name: str, tokenizer: Any, pairs: Sequence[tuple[Encoded, Encoded]]) -> Path:
     """Write `<name>.yaml` and `<name>.jsonl` into `folder`.
 
-    Args:
-        folder: for lm-eval's `--include_path`.
-        name: the task's name.
-        tokenizer: what the pairs were encoded with; their text is what its tokens say.
-        pairs: (chosen, rejected) encoded rows.
+    `folder` is for lm-eval's `--include_path`; a pair's text is what the tokenizer says of its tokens.
 
     Returns:
         The YAML's path.

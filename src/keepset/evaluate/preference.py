@@ -68,11 +68,6 @@ def pair_logps(model: Any, pairs: Sequence[tuple[Encoded, Encoded]], *, token_bu
     The base's own numbers are the same for every trained model: compute them once, with the base model, and hand both
     to `preference_table`.
 
-    Args:
-        model: causal LM or PeftModel as `keepset.model.load.load` gives it.
-        pairs: (chosen, rejected) as encoded rows.
-        token_budget: tokens a batch holds.
-
     Raises:
         ValueError: a pair without a rejected side.
     """
@@ -88,10 +83,6 @@ def pair_logps(model: Any, pairs: Sequence[tuple[Encoded, Encoded]], *, token_bu
 
 def margins(policy: PairLogps, base: PairLogps | None = None) -> dict[str, np.ndarray]:
     """Return the margins (m,) of each form in the module docstring; the implicit ones need the base.
-
-    Args:
-        policy: the model in question.
-        base: the untrained model on the same pairs.
 
     Raises:
         ValueError: the two were not made from the same pairs.
@@ -118,13 +109,7 @@ def correct(margin: ArrayLike) -> np.ndarray:
 
 
 def length_matched(n_chosen: ArrayLike, n_rejected: ArrayLike, share: float = 0.2) -> np.ndarray:
-    """Return which pairs' sides differ by at most `share` of the longer one; (m,) bool.
-
-    Args:
-        n_chosen: (m,) tokens of the chosen side.
-        n_rejected: (m,) tokens of the rejected side.
-        share: 0.2 = a fifth.
-    """
+    """Return which pairs' sides differ by at most `share` of the longer one; (m,) bool."""
     w, l = np.asarray(n_chosen), np.asarray(n_rejected)
     return np.abs(w - l) <= share * np.maximum(w, l)
 
@@ -178,13 +163,7 @@ def preference_table(
 ) -> dict[str, Any]:
     """Summarise pairs: accuracies and margins with bootstrap 95 % intervals over pairs, for everything and per task.
 
-    Args:
-        policy: the model in question.
-        base: the untrained model on the same pairs; without it there are no implicit forms.
-        tasks: (m,) task names; without them there is no `tasks` part.
-        length_match: see `length_matched`.
-        resamples: bootstrap draws.
-        seed: of the draws.
+    Without `base` there are no implicit forms; without `tasks` (m,) there is no `tasks` part.
 
     Returns:
         JSON-able: `{"all": S, "length_matched": S, "tasks": {name: {"all": S, "length_matched": S}}}`, where S holds

@@ -11,11 +11,8 @@ import numpy as np
 def reward_scores(model: Any, rows: Sequence[np.ndarray], *, batch_size: int = 8) -> np.ndarray:
     """Score token rows with a reward model, (n,) float64.
 
-    Args:
-        model: a sequence classifier with one label, or a PeftModel of one; its config names the pad token, as
-            transformers needs it to find a row's last token.
-        rows: n arrays of token ids.
-        batch_size: rows scored together.
+    The model is a sequence classifier with one label; its config names the pad token, by which transformers finds a
+    row's last token.
     """
     import torch
 

@@ -1,7 +1,8 @@
 """Intervals, tests and correlations; NumPy and SciPy only.
 
 Every function that draws takes a seed and draws with `numpy.random.default_rng(seed)`, so a number in a report can be
-made again. Nothing here drops a NaN: it raises, because a mean over "what was left" is another quantity.
+made again. Arrays are (n,), one number an item; two systems have the same items. Nothing here drops a NaN: it raises,
+because a mean over "what was left" is another quantity.
 """
 
 from __future__ import annotations
@@ -115,11 +116,6 @@ def _resampled_sums(columns: np.ndarray, resamples: int, seed: int) -> np.ndarra
 def bootstrap_ci(values: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> Interval:
     """Percentile bootstrap of the mean over items (Efron 1979).
 
-    Args:
-        values: (n,) one number an item.
-        resamples: draws of n items with replacement.
-        seed: of the draws.
-
     Returns:
         The mean with its interval. One item has no spread: low = high = value.
 
@@ -131,11 +127,6 @@ def bootstrap_ci(values: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> 
 
 def bootstrap_columns(columns: Mapping[str, ArrayLike], *, resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
     """`bootstrap_ci` of several columns (n,) over the same items, with the same draws for each.
-
-    Args:
-        columns: name -> (n,) numbers.
-        resamples: draws.
-        seed: of the draws.
 
     Raises:
         ValueError: see `bootstrap_ci`; or the columns differ in length.
@@ -156,12 +147,6 @@ def bootstrap_columns(columns: Mapping[str, ArrayLike], *, resamples: int = 2000
 def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> Interval:
     """Interval of sum(numerator) / sum(denominator) over items drawn together: a loss per token, for example.
 
-    Args:
-        numerator: (n,) for example summed nats a row.
-        denominator: (n,) for example tokens a row.
-        resamples: draws.
-        seed: of the draws.
-
     Raises:
         ValueError: different lengths, empty, not finite, or a denominator that is not positive.
     """
@@ -179,12 +164,6 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, s
     Exact (all 2^n flips) up to 14 items; otherwise (1 + hits) / (1 + resamples), which is never 0. SciPy's
     `permutation_test` takes 7 to 40 times as long and splits ties where the observed sum is 0 but for rounding: it
     tells 0.89 instead of 1 for three times 0.1, 0.2, −0.3.
-
-    Args:
-        a: (n,) first system.
-        b: (n,) second system, same items.
-        resamples: random flips when there are too many to enumerate.
-        seed: of the flips.
 
     Raises:
         ValueError: different lengths, empty or not finite.
@@ -211,11 +190,7 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, s
 def paired_test(a: ArrayLike, b: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> Test:
     """Return mean(a − b), its bootstrap interval (items drawn in pairs) and the permutation p-value.
 
-    Args:
-        a: (n,) first system.
-        b: (n,) second system, same items.
-        resamples: bootstrap draws (the permutation test takes at least 10,000 flips).
-        seed: of both.
+    The permutation test takes at least 10,000 flips.
 
     Raises:
         ValueError: different lengths, empty or not finite.
@@ -231,9 +206,6 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 
     p₍ᵢ₎' = max over j ≤ i of min(1, (m − j + 1) · p₍ⱼ₎). NaN (a comparison that could not be made) stays NaN and does
     not count in m.
-
-    Args:
-        p_values: (m,) two-sided p-values.
 
     Raises:
         ValueError: a p-value outside 0..1.
@@ -258,11 +230,8 @@ def smallest_difference(n: int, sd: float) -> float:
     """Mean difference that a two-sided paired test of n items at 0.05 finds four times in five.
 
     (z(0.975) + z(0.8))·sd/√n, a normal approximation (Chow, Shao & Wang 2008, chapter 3). Of right or wrong answers sd²
-    is at most the share of items that the two systems answer differently.
-
-    Args:
-        n: items.
-        sd: standard deviation of the items' differences, in the metric's unit.
+    is at most the share of items that the two systems answer differently. `sd` is that of the items' differences, in
+    the metric's unit.
 
     Raises:
         ValueError: n below 1, or a negative sd.
@@ -286,12 +255,7 @@ def accuracy_power(n: int) -> tuple[float, float] | None:
 
 
 def win_tie_loss(a: ArrayLike, b: ArrayLike) -> tuple[int, int, int]:
-    """Count the items where a is better, equal and worse; larger is better.
-
-    Args:
-        a: (n,) first system.
-        b: (n,) second system, same items.
-    """
+    """Count the items where a is better, equal and worse; larger is better."""
     first, second = _pair(a, b)
     wins, losses = int((first > second).sum()), int((first < second).sum())
     return wins, first.size - wins - losses, losses
@@ -299,10 +263,6 @@ def win_tie_loss(a: ArrayLike, b: ArrayLike) -> tuple[int, int, int]:
 
 def correlations(x: ArrayLike, y: ArrayLike) -> Correlation:
     """Pearson and Spearman (ties get mean ranks). NaN where a column is constant or there are fewer than 3 items.
-
-    Args:
-        x: (n,) first column.
-        y: (n,) second column.
 
     Raises:
         ValueError: different lengths, empty or not finite.

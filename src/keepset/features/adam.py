@@ -79,11 +79,8 @@ class ParameterMap:
     def apply_(self, g: Tensor, scratch: Tensor, start: int, stop: int) -> Tensor:
         """Map gradients in place.
 
-        Args:
-            g: (n, stop − start) float32 gradients of the coordinates start:stop; overwritten.
-            scratch: at least as many float32 numbers as g; overwritten.
-            start: first coordinate.
-            stop: one past the last.
+        `g` (n, stop − start), float32, holds the gradients of the coordinates start:stop and is overwritten and
+        returned; `scratch` has room for as many numbers.
 
         Returns:
             g.
@@ -114,12 +111,7 @@ def parameter_map(
 ) -> ParameterMap:
     """Prepare the map of one parameter.
 
-    Args:
-        kind: `sgd`, `adam`, `adam-less`, `precondition` or `sign`.
-        state: the checkpoint's moments; `sgd` and `sign` need none.
-        name: the parameter's name in `state`.
-        shape: the parameter's shape, checked against the moments'.
-        device: where the gradients will be; default: where the moments are.
+    `sgd` and `sign` need no moments; `shape` is checked against the moments'; the default device is where those are.
 
     Raises:
         RecipeError: unknown kind, or a kind that needs moments without any.
@@ -190,9 +182,7 @@ def momentum_direction(prepared: ParameterMap) -> Tensor | None:
 def from_optimizer(optimizer: torch.optim.Optimizer, named_parameters: dict[str, Tensor]) -> AdamState:
     """Read a live torch Adam / AdamW optimiser's moments by parameter name.
 
-    Args:
-        optimizer: after at least one step.
-        named_parameters: name to parameter, as `dict(model.named_parameters())`; those without state are left out.
+    The optimiser has taken at least one step; parameters without state are left out.
 
     Raises:
         ModelError: the optimiser holds no Adam moments, or its parameters took different numbers of steps or settings.

@@ -159,13 +159,7 @@ def _datainf(
 
 
 def kronecker_factors(model: nn.Module, rows: Sequence[Row], **options: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Σ a aᵀ (b, b) and Σ δ δᵀ (a, a) of every matrix (a, b), float64, over all tokens of the rows.
-
-    Args:
-        model: a PeftModel in eval mode.
-        rows: encoded rows.
-        options: `token_budget`, `labels`, `seed` of `run_batches`.
-    """
+    """Σ a aᵀ (b, b) and Σ δ δᵀ (a, a) of every matrix (a, b), float64, over all tokens of the rows."""
     factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(name: str, left: Tensor, right: Tensor, scale: float, places: Places) -> None:

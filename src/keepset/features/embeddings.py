@@ -29,9 +29,7 @@ class TextEncoder:
     def __init__(self, name: str, *, device: str | torch.device = "cpu") -> None:
         """Load it.
 
-        Args:
-            name: hub name or folder with safetensors weights; no code from its repository is run.
-            device: where it runs; `meta`: no weights are read, to count what it would cost.
+        No code from the repository `name` is run. Device `meta`: no weights are read, to count what it would cost.
 
         Raises:
             ModelError: it can't be loaded.
@@ -59,12 +57,7 @@ class TextEncoder:
         self.most = max(8, min(MOST_TOKENS, int(positions) - 2))
 
     def __call__(self, texts: Sequence[str], *, token_budget: int = 1024) -> np.ndarray:
-        """Return (n, d) float32 in the order of `texts`; a text of more than 512 tokens (or the model's most) is cut.
-
-        Args:
-            texts: any text, the empty one too.
-            token_budget: padded tokens a batch holds.
-        """
+        """Return (n, d) float32 in the order of `texts`; texts are cut at 512 tokens (or the model's most)."""
         ids = self.tokens(texts)
         out = np.zeros((len(texts), int(self.model.config.hidden_size)), dtype=np.float32)
         order = np.argsort([len(i) for i in ids], kind="stable")

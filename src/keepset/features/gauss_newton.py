@@ -31,12 +31,7 @@ class GaussNewton:
     ) -> None:
         """Prepare the batches.
 
-        Args:
-            model: a PeftModel with one LoRA and a plain linear head, in eval mode.
-            rows: the curvature rows.
-            names: the LoRA parameters that count, in the vectors' order.
-            token_budget: tokens a batch holds.
-            damping: λ, added to every product.
+        `names` are the LoRA parameters that count, in the vectors' order; λ = `damping` is added to every product.
         """
         self.model, self.damping = model, damping
         parameters = dict(model.named_parameters())

@@ -60,13 +60,8 @@ class GradientStore:
     ) -> GradientStore:
         """Open the store at `path`, making it first if there is none.
 
-        Args:
-            path: its folder.
-            depends: what the rows depend on, by name: model, adapter, tokenizer, template ... fingerprints.
-            dim: numbers per row, k.
-            dtype: `float16` or `int8`.
-            seed: of the projection.
-            map: the gradient map.
+        `depends` names the fingerprints of what the rows depend on: model, adapter, tokenizer, template ...; `dim` is
+        numbers a row.
 
         Raises:
             RecipeError: another dtype, or a dimension below 1.
@@ -99,11 +94,8 @@ class GradientStore:
     def append(self, ids: Sequence[str], sketches: np.ndarray, norms: np.ndarray, shared: np.ndarray) -> None:
         """Add rows.
 
-        Args:
-            ids: (n,) their ids.
-            sketches: (n, k) float32, S(Γ⊥).
-            norms: (n,) exact ‖Γ‖.
-            shared: (n,) exact ⟨Γ, c⟩; zeros for a map that shares nothing.
+        Sketches are (n, k), of Γ⊥; norms (n,) exact ‖Γ‖; `shared` (n,) exact ⟨Γ, c⟩, zeros for a map that shares
+        nothing.
 
         Raises:
             ValueError: shapes that don't fit, or numbers that aren't finite.
@@ -203,10 +195,6 @@ class GradientStore:
 
     def dots(self, target: ProjectedTarget, *, block: int = 4096) -> np.ndarray:
         """Estimate ⟨Γ_i, v_j⟩ for all rows, reading the store once, block by block.
-
-        Args:
-            target: of `project_target`.
-            block: rows held in float32 at once.
 
         Returns:
             (n, j) float64.

@@ -44,13 +44,8 @@ def recording(
 ) -> Iterator[Recorder]:
     """Replace the recorded layers' `forward` and freeze everything; both are undone afterwards.
 
-    With the adapter off (`disable_adapter()`) a LoRA layer runs its own forward and nothing is recorded.
-
-    Args:
-        model: see `find_linears`.
-        matrices: see `find_linears`.
-        last_layers: see `find_linears`.
-        written: use the written-out pass where it serves the model; False: always autograd, the same numbers.
+    With the adapter off (`disable_adapter()`) a LoRA layer runs its own forward and nothing is recorded. For the model
+    and its matrices see `find_linears`. `written` False: always autograd, the same numbers.
     """
     linears = find_linears(model, matrices=matrices, last_layers=last_layers)
     recorded = {name: linear for name, linear in linears.items() if linear.recorded}

@@ -51,14 +51,8 @@ def in_run_step(
 ) -> Step:
     """Value a batch's rows and take the step.
 
-    Args:
-        model: a PeftModel with one LoRA, in eval mode; its LoRA is moved.
-        batch: the step's rows.
-        target: the target's rows.
-        weights: (m, j) of `task_weights`.
-        learning_rate: η.
-        second_order: also the curvature, for two more passes over the target.
-        token_budget: tokens a batch holds; changes the time, not the numbers.
+    The model's LoRA is moved; weights (m, j) are of `task_weights`; `second_order` takes two more passes over the
+    target.
     """
     options: dict[str, Any] = {"token_budget": token_budget}
     parameters = dict(model.named_parameters())

@@ -68,13 +68,7 @@ class StoreError:
 
 
 def shared_direction(kind: str, adam: AdamState | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The unit vector c along which a map moves every row, by parameter (p,); empty for a map without one.
-
-    Args:
-        kind: the map's name.
-        adam: its moments.
-        shapes: the parameters' shapes.
-    """
+    """The unit vector c along which a map moves every row, by parameter (p,); empty for a map without one."""
     directions = {n: momentum_direction(parameter_map(kind, adam, n, s, "cpu")) for n, s in shapes.items()}
     blocks = {n: d for n, d in directions.items() if d is not None}
     length = math.sqrt(sum(float(d.double().square().sum()) for d in blocks.values()))
@@ -92,14 +86,7 @@ def project(sketch: Sketch, blocks: Mapping[str, Tensor], n: int) -> np.ndarray:
 def project_target(
     sketch: Sketch, target: GradientTarget, *, map: str = "sgd", adam: AdamState | None = None
 ) -> ProjectedTarget:
-    """Sketch every target vector, without the direction that the map gives to all rows.
-
-    Args:
-        sketch: the store's.
-        target: of `target_vectors`.
-        map: the store's.
-        adam: the checkpoint's moments, for the Adam maps.
-    """
+    """Sketch every target vector, without the direction that the map gives to all rows."""
     sketches = project(sketch, target.blocks, target.n_targets)
     shapes = {n: tuple(b.shape[1:]) for n, b in target.blocks.items()}
     common = shared_direction(map, adam, shapes)
@@ -112,14 +99,7 @@ def project_target(
 
 
 def store_error(estimated: np.ndarray, exact: np.ndarray, norms: np.ndarray, lengths: np.ndarray) -> StoreError:
-    """Compare a store's dots with exact ones on the same rows.
-
-    Args:
-        estimated: (n, j) of `GradientStore.dots`.
-        exact: (n, j) of `influence`.
-        norms: (n,) ‖Γ‖.
-        lengths: (j,) ‖v_j‖.
-    """
+    """Compare a store's dots (n, j) with exact ones on the same rows; `norms` (n,) are ‖Γ‖, `lengths` (j,) ‖v_j‖."""
     from scipy.stats import spearmanr
 
     error = (estimated - exact) / (norms[:, None] * lengths)

@@ -109,11 +109,8 @@ def recorded_forward(linear: Linear, recorder: Recorder) -> Any:
 def products(left: Tensor, right: Tensor, places: Places, out: Tensor) -> Tensor:
     """Form leftᵢᵀ·rightᵢ for every row of a batch.
 
-    Args:
-        left: (positions, a) float32; wide where rows share a prefix of P tokens: n·P, then the rows' own.
-        right: (positions, b) float32; compact: P, then the rows' own.
-        places: where the rows' positions are.
-        out: (n, a, b) float32, overwritten.
+    `left` (positions, a) is wide where rows share a prefix of P tokens: n·P, then the rows' own; `right` (positions, b)
+    is compact: P, then the rows' own; `out` (n, a, b) is overwritten.
     """
     n, p = len(places.lengths), places.prefix
     if p:

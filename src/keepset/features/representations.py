@@ -33,12 +33,6 @@ def representations(
 ) -> np.ndarray:
     """Return one state a row, (n, d) float32, in the order of `rows`.
 
-    Args:
-        model: causal LM, or PeftModel around one.
-        rows: encoded rows; supervision plays no part.
-        token_budget: tokens a batch holds.
-        pooling: see the module docstring.
-
     Raises:
         ValueError: an unknown pooling.
     """

@@ -37,16 +37,7 @@ class Retraining:
     ) -> None:
         """Take the model's LoRA as the start.
 
-        Args:
-            model: a PeftModel with a fresh LoRA, in eval mode.
-            rows: the players' rows.
-            target: the target's rows (m).
-            tasks: (m,) task of each.
-            learning_rate: AdamW's.
-            epochs: passes over a set.
-            batch_size: rows a step.
-            token_budget: tokens that run together.
-            seed: of the order of rows.
+        The model has a fresh LoRA; `tasks` (m,) are those of the target's rows, `epochs` passes over a set by AdamW.
         """
         self.model, self.rows, self.target, self.tasks = model, rows, target, np.asarray(tasks)
         self.learning_rate, self.epochs, self.batch_size = learning_rate, epochs, batch_size

@@ -37,14 +37,8 @@ def each_gradient(
 ) -> dict[str, tuple[int, int]]:
     """Show a visitor every row's gradient, and return the parameters' shapes in the model's order.
 
-    Args:
-        model: a PeftModel with one LoRA, in eval mode.
-        rows: encoded rows.
-        visit: called once a parameter and batch; the tensor is its own to keep.
-        token_budget: tokens a batch holds; changes the time, not the numbers.
-        labels: `data`, or `sampled` from the model, by random numbers that hang on the row's tokens and the seed.
-        seed: of the labels.
-        last_layers: only the top so many layers' matrices.
+    `visit` is called once a parameter and batch; the tensor is its own to keep. Sampled labels hang on the row's tokens
+    and the seed. `token_budget` changes the time, not the numbers.
     """
 
     def sink_of(indices: np.ndarray) -> Sink:
@@ -94,12 +88,6 @@ def weighted_gradients(
     model: nn.Module, rows: Sequence[Row], weights: dict[str, np.ndarray] | np.ndarray, **options: Any
 ) -> dict[str, Tensor]:
     """Σ_i weight_ij · g_i for every column j, nothing else held.
-
-    Args:
-        model: see `each_gradient`.
-        rows: encoded rows.
-        weights: (n, j), or one such array a parameter name.
-        options: `token_budget`, `labels`, `seed` of `each_gradient`.
 
     Returns:
         Parameter name to (j, a, b) float32.

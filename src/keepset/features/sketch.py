@@ -55,11 +55,7 @@ class Sketch:
     def add_(self, out: Tensor, name: str, values: Tensor, start: int) -> Tensor:
         """Add the sketch of some coordinates of n vectors.
 
-        Args:
-            out: (n, k) float32, added to.
-            name: the parameter.
-            values: (n, m) float32: coordinates start:start+m; left as they are.
-            start: the first coordinate.
+        `out` (n, k) is added to; `values` (n, m) are the coordinates start:start+m, and stay as they are.
         """
         stop = start + values.shape[1]
         key = name, start, stop, str(values.device)

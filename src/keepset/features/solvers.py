@@ -16,10 +16,7 @@ def fisher_coefficients(gram: np.ndarray, dots: np.ndarray, *, damping: float) -
 
         (F + λI)⁻¹ v = (v − Σ_i c_i g_i) / λ,     c = (G Gᵀ + hλI)⁻¹ G v
 
-    Args:
-        gram: (h, h) G Gᵀ, inner products of the rows' gradients.
-        dots: (h, j) G v of each target.
-        damping: λ, above 0.
+    `gram` (h, h) is G Gᵀ, `dots` (h, j) G v of each target.
 
     Returns:
         c (h, j) float64.
@@ -38,12 +35,7 @@ def cg_solve(
 ) -> np.ndarray:
     """Solve (H + λ I) r = v by conjugate gradients (Hestenes & Stiefel 1952); needs products with H alone.
 
-    Args:
-        product: maps a vector (p,) to H times it, (p,).
-        targets: (j, p).
-        damping: λ.
-        tolerance: stop when the residual's norm is below this share of the target's.
-        max_steps: products spent on a target.
+    `product` maps (p,) to H times it; targets are (j, p). The residual's norm ends below `tolerance` of the target's.
 
     Returns:
         (j, p) float64.
@@ -84,11 +76,7 @@ def datainf_shares(
 ) -> tuple[np.ndarray, float]:
     """Return one layer's weights of the rows in r, and its λ: r = (v − mean_i share_i · g_i) / λ.
 
-    Args:
-        dots: (n, j) <g_i, v_j>.
-        squares: (n,) ‖g_i‖².
-        size: numbers in the layer, d.
-        damping: the factor 0.1 of λ.
+    `dots` (n, j) are <g_i, v_j>, `squares` (n,) ‖g_i‖², `size` the numbers in the layer, d.
 
     Returns:
         shares (n, j) float64 and λ; both 0 for a layer whose gradients are all zero.
@@ -107,12 +95,8 @@ def ekfac_solve(
 ) -> np.ndarray:
     """Return r (j, out, in) for targets V (j, out, in).
 
-    Args:
-        targets: the target's gradients in this layer.
-        q_a: (in, in) eigenvectors of A.
-        q_b: (out, out) eigenvectors of B.
-        eigenvalues: Λ (out, in).
-        damping: λ; None: 0.1 · mean(Λ).
+    `q_a` (in, in) and `q_b` (out, out) are the eigenvectors of A and B, `eigenvalues` Λ (out, in); `damping` None: 0.1
+    · mean(Λ).
     """
     lam = 0.1 * eigenvalues.mean() if damping is None else damping
     return q_b @ ((q_b.T @ np.asarray(targets, dtype=np.float64) @ q_a) / (eigenvalues + lam)) @ q_a.T

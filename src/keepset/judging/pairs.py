@@ -71,10 +71,6 @@ def best_against_worst(
 
     Ties of score are broken by the text itself, so the order of the answers does not matter.
 
-    Args:
-        items: prompts with scored answers.
-        rule: which answers qualify.
-
     Returns:
         The pairs; and the skipped prompts.
     """
@@ -144,10 +140,7 @@ def group_answers(
 ) -> list[ScoredAnswers]:
     """Collect rows of one answer each (Stack Exchange posts, generated answers) by prompt, in order of appearance.
 
-    Args:
-        rows: mappings.
-        columns: where prompt, answer, score and task stand.
-        scored: False doesn't look at the scores: all are 0, and a judge is to give them.
+    With `scored` False the scores are not looked at: all are 0, and a judge is to give them.
 
     Raises:
         KeyError: a row without one of the columns.
@@ -166,9 +159,6 @@ def shp_answers(rows: Iterable[Mapping[str, Any]]) -> list[ScoredAnswers]:
     """Collect SHP's rows (`history`, two answers with scores) into questions with all their answers.
 
     SHP holds many pairs of one post; an answer that stands in several counts once, with its best score.
-
-    Args:
-        rows: SHP's own columns: history, human_ref_A, human_ref_B, score_A, score_B, domain.
     """
     grouped: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:

@@ -65,12 +65,8 @@ def win_rate(
 ) -> WinRate:
     """Compute both win rates with bootstrap 95 % intervals over prompts.
 
-    Args:
-        preference: (n,) in [0, 1], 1 = the model's answer is better.
-        length: (n,) length of the model's answers; characters as in AlpacaEval, or tokens.
-        baseline_length: (n,) length of the baseline's, in the same unit.
-        ridge: strength of the prior that length has no effect; see the module docstring.
-        resamples: bootstrap draws; the regression is fitted again in each.
+    Lengths are characters, as in AlpacaEval, or tokens; preferences (n,) lie in [0, 1]. The regression is fitted anew
+    in each of the bootstrap's draws.
 
     Raises:
         ValueError: different numbers of items, none, or a preference outside [0, 1].

@@ -146,7 +146,6 @@ class Bm25(Method):
     reduce: Literal["max", "mean"] = "max"
 
     def score(self, features: Features) -> Scores:
-        """Relevance to each task's queries."""
         names, codes = features.tasks
         queries = features.target_texts(with_chosen=self.query == "prompt+chosen")
         score, per_task = bm25(features.texts(), queries, codes, k1=self.k1, b=self.b, reduce=self.reduce)

@@ -37,9 +37,7 @@ class DataInf(InfluenceFunction):
 
     @property
     def solver(self) -> Curvature:
-        """The mean of one-row inverses."""
         return Curvature("datainf", self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
 
     def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `influence`."""
         return influence(dots[0], reduce=self.reduce)

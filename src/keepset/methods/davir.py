@@ -101,11 +101,9 @@ class LossDrop(Method):
 
     @property
     def summed_over(self) -> Literal["chosen", "content"]:
-        """The answers, with or without the tokens that end a turn."""
         return "chosen" if self.end_of_turn else "content"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """Losses under base and reference."""
         of = self.summed_over
         return {"ini": Losses(token_loss=self.token_loss, of=of), "ref": reference_losses(job, self.token_loss, of)}
 
@@ -114,7 +112,6 @@ class LossDrop(Method):
         """The score (n,) of summed losses (n,) in nats, before its sign is turned."""
 
     def score(self, features: Features) -> Scores:
-        """The drop, and both losses."""
         ini, ref = features["ini"], features["ref"]
         score = self.drop(ini["nll"], ref["nll"], ini["n_tokens"])
         return Scores(signed(score, self.prefer), {"loss_ini": ini["nll"], "loss_ref": ref["nll"]})
@@ -129,7 +126,6 @@ class Davir(LossDrop):
     side: Literal["chosen", "rejected", "margin"] = "chosen"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """Losses under base and reference, of both sides where both count."""
         if self.side == "chosen":
             return super().stages(job, shots)
         if not self.end_of_turn:
@@ -139,11 +135,9 @@ class Davir(LossDrop):
         return super().stages(job, shots) | more
 
     def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
-        """The relative drop."""
         return davir(ini, ref)
 
     def score(self, features: Features) -> Scores:
-        """The relative drop of the side that counts, and all losses."""
         if self.side == "chosen":
             return super().score(features)
         parts = {f"loss_{name}": features[name]["nll"] for name in features.stages}
@@ -169,7 +163,6 @@ class DavirRef(LossDrop):
     formula = "S = (L_ini − L_ref) / L_ref"
 
     def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
-        """The drop over the reference's loss."""
         return davir_ref(ini, ref)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray:
@@ -185,11 +178,9 @@ class RhoSum(LossDrop):
     formula = "S = L_ini − L_ref (summed)"
 
     def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
-        """The drop in nats."""
         return rho(ini, ref)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray:
-        """That of both losses."""
         return relative * (np.abs(columns["loss_ini"]) + np.abs(columns["loss_ref"]))
 
 
@@ -201,9 +192,7 @@ class RhoMean(LossDrop):
     formula = "S = (L_ini − L_ref) / T"
 
     def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
-        """The drop in nats a token."""
         return rho(ini, ref, n_tokens, form="mean")
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray:
-        """That of both losses, a token."""
         return relative * (np.abs(columns["loss_ini"]) + np.abs(columns["loss_ref"])) / columns["n_tokens"]

@@ -110,7 +110,6 @@ class Dsir(Method):
     reduce: Literal["max", "mean"] = "max"
 
     def score(self, features: Features) -> Scores:
-        """The rows' log weights, with their noise."""
         names, codes = features.tasks
         target = features.target_texts(with_chosen=self.query == "prompt+chosen")
         score, per_task = dsir(
@@ -123,7 +122,6 @@ class Dsir(Method):
         """None: no model runs."""
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """`reduce` of one task, and the seed of no draw."""
         if not self.by_task:
             yield ("reduce",), "there is one task; set `by_task: true`"
         if not self.gumbel:

@@ -39,10 +39,8 @@ class Ekfac(InfluenceFunction):
 
     @property
     def solver(self) -> Curvature:
-        """Kronecker factors."""
         solver = "ekfac-matrix" if self.damping_by == "matrix" else "ekfac"
         return Curvature(solver, self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
 
     def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `influence`."""
         return influence(dots[0], reduce=self.reduce)

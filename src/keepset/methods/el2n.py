@@ -56,11 +56,9 @@ class El2n(Method):
     cost = "forward"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """The lengths of the tokens' error vectors, summed, under the base."""
         return {"errors": Losses(token_loss="error-norm")}
 
     def score(self, features: Features) -> Scores:
-        """Their means."""
         errors = features["errors"]
         return Scores(el2n(errors["nll"], errors["n_tokens"]))
 
@@ -78,9 +76,7 @@ class GradNorm(GradientMethod):
     formula = "S = mean_c ‖∇ℓ(z)‖"
 
     def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The norms' mean; no task counts."""
         return grand(norms), np.zeros((norms.shape[1], 0))
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
-        """A norm's; None from a store."""
         return None if of_store(columns) else score_noise(columns, relative)

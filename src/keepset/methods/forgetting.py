@@ -62,12 +62,10 @@ class Forgetting(Method):
     cost = "gradients"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """Losses under the base and every checkpoint, in order of time."""
         after = {f"checkpoint {c.at}": Losses("checkpoint", at=c.at) for c in checkpoints(job)}
         return {"base": Losses(), **after}
 
     def score(self, features: Features) -> Scores:
-        """Events in the mean losses (c + 1, n)."""
         losses = [features[name] for name in features.stages]
         return Scores(forgetting(np.stack([one["nll"] / one["n_tokens"] for one in losses])))
 

@@ -33,7 +33,6 @@ class GradientMethod(Method):
         return InfluenceRequest()
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """The dots at every checkpoint, in order of time."""
         return {f"checkpoint {c.at}": Dots(self.request, c.at, shots) for c in checkpoints(job)}
 
     @abstractmethod
@@ -78,7 +77,6 @@ class InfluenceFunction(GradientMethod):
         """The inverse that the target is multiplied by."""
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """The dots at the last checkpoint."""
         return {"last": Dots(self.request, -1, shots)}
 
     def noise(self, columns: Columns, relative: float) -> None:

@@ -63,11 +63,9 @@ class Ifd(Method):
     ceiling: float = 1.0
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """Losses of the answers with and without their prompt."""
         return {"given": Losses(), "alone": Losses(of="alone")}
 
     def score(self, features: Features) -> Scores:
-        """The quotient of the two mean losses."""
         given, alone = features["given"], features["alone"]
         score = ifd(given["nll"], alone["nll"], given["n_tokens"], alone["n_tokens"], ceiling=self.ceiling)
         return Scores(score, {"loss_ini": given["nll"], "loss_alone": alone["nll"]})

@@ -79,7 +79,6 @@ class InRunShapley(Method):
     seed: int = 0
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """The run."""
         run = InRun(
             second_order=self.order == "second", learning_rate=float(self.learning_rate),
             batch_size=int(self.batch_size), epochs=int(self.epochs), seed=int(self.seed), shots=shots,
@@ -87,7 +86,6 @@ class InRunShapley(Method):
         return {"run": run}
 
     def score(self, features: Features) -> Scores:
-        """The values that the run's steps add up to."""
         per_task = features["run"]
         return Scores(reduce_tasks(per_task, self.reduce), task_parts(features.tasks[0], per_task))
 

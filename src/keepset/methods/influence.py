@@ -50,15 +50,12 @@ class Influence(InfluenceFunction):
 
     @property
     def solver(self) -> Curvature:
-        """Fisher by Woodbury's identity, or conjugate gradients."""
         solver = "cg" if self.curvature == "gauss-newton" else "fisher"
         return Curvature(solver, self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
 
     def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `influence`."""
         return influence(dots[0], reduce=self.reduce)
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """`labels` of a matrix that has none."""
         if self.curvature == "gauss-newton":
             yield ("labels",), "`gauss-newton` takes no labels"

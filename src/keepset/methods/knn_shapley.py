@@ -95,11 +95,9 @@ class KnnShapley(Method):
     reduce: Literal["max", "mean"] = "mean"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """States of the pool and of the target."""
         return {"pool": Representations(self.pooling), "target": TargetRepresentations(self.pooling, shots)}
 
     def score(self, features: Features) -> Scores:
-        """Values in each task's games."""
         score, per_task = knn_shapley(
             features["pool"]["state"], features["target"], features.encoded_tasks, k=self.k, reduce=self.reduce
         )

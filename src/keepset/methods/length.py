@@ -43,7 +43,6 @@ class Length(Method):
     prefer: Literal["long", "short"] = "long"
 
     def score(self, features: Features) -> Scores:
-        """The rows' lengths."""
         return Scores(length(features.n_tokens, prefer=self.prefer))
 
     def noise(self, columns: Columns, relative: float) -> None:

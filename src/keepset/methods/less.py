@@ -72,7 +72,6 @@ class Less(CosineMethod):
 
     @property
     def request(self) -> InfluenceRequest:
-        """Gradients of the SFT loss."""
         return InfluenceRequest(map=self.map, normalise=self.normalise)
 
 
@@ -86,7 +85,6 @@ class TracIn(GradientMethod):
     reduce: Literal["max", "mean"] = "mean"
 
     def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `tracin`."""
         return tracin(dots, lr, reduce=self.reduce)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
@@ -105,9 +103,7 @@ class GradCosine(GradientMethod):
     reduce: Literal["max", "mean"] = "max"
 
     def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `less`."""
         return less(dots, norms, lr, reduce=self.reduce)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
-        """See `cosines_noise`."""
         return cosines_noise(columns, relative, cosine=True, map="sgd")

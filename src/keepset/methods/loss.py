@@ -68,17 +68,14 @@ class Loss(Method):
     token_loss: TokenLoss = "ce"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """Losses under the base."""
         return {"ini": Losses(token_loss=self.token_loss)}
 
     def score(self, features: Features) -> Scores:
-        """The losses."""
         ini = features["ini"]
         score = loss(ini["nll"], ini["n_tokens"], form=self.form, prefer=self.prefer)
         return Scores(score, {"loss_ini": ini["nll"]})
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray:
-        """A loss's."""
         return score_noise(columns, relative)
 
 
@@ -92,11 +89,9 @@ class LossRef(Loss):
     cost: ClassVar[Cost] = "reference"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """Losses under base and reference."""
         return {"ini": Losses(token_loss=self.token_loss), "ref": reference_losses(job, self.token_loss)}
 
     def score(self, features: Features) -> Scores:
-        """The reference's losses, the base's beside them."""
         ini, ref = features["ini"], features["ref"]
         score = loss(ref["nll"], ini["n_tokens"], form=self.form, prefer=self.prefer)
         return Scores(score, {"loss_ini": ini["nll"], "loss_ref": ref["nll"]})

@@ -69,11 +69,9 @@ class Perplexity(Method):
     prefer: Literal["low", "mid", "high"] = "mid"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """Losses under the base."""
         return {"ini": Losses()}
 
     def score(self, features: Features) -> Scores:
-        """The mean losses, or how near they are to the middle."""
         ini = features["ini"]
         return Scores(perplexity(ini["nll"], ini["n_tokens"], prefer=self.prefer), {"loss_ini": ini["nll"]})
 

@@ -41,7 +41,6 @@ class Random(Method):
     seed: int = 0
 
     def score(self, features: Features) -> Scores:
-        """The draw of `seed`."""
         return Scores(random_(features.ids, self.seed))
 
     def noise(self, columns: Columns, relative: float) -> None:

@@ -87,23 +87,19 @@ class Rds(Method):
     embedding_model: str = ""
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """States of the pool and of the target, or vectors of their texts."""
         if self.embedding_model:
             model = self.embedding_model
             return {"pool": Embeddings(model), "target": TargetEmbeddings(model, shots)}
         return {"pool": Representations(self.pooling), "target": TargetRepresentations(self.pooling, shots)}
 
     def score(self, features: Features) -> Scores:
-        """Similarity to each task's rows, or to each row."""
         codes = features.tasks[1] if self.embedding_model else features.encoded_tasks
         return by_similarity(features, codes, self.reduce, self.per)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray:
-        """A cosine's."""
         return cosine_noise(columns, relative)
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """`pooling` of an embedding model."""
         if self.embedding_model:
             yield ("pooling",), "an embedding model pools in its own way"
 
@@ -121,15 +117,12 @@ class RdsPlus(Method):
     per: Literal["task", "query"] = "task"
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """States of the pool and of the target."""
         return {"pool": Representations("weighted_mean"), "target": TargetRepresentations("weighted_mean", shots)}
 
     def score(self, features: Features) -> Scores:
-        """Similarity to each task's rows, or to each row."""
         return by_similarity(features, features.encoded_tasks, self.reduce, self.per)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray:
-        """A cosine's."""
         return cosine_noise(columns, relative)
 
 

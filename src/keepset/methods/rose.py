@@ -88,16 +88,13 @@ class CosineMethod(GradientMethod):
     last: int = 0
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """The dots at the checkpoints that count, in order of time."""
         stages = super().stages(job, shots)
         return dict(list(stages.items())[-self.last :])
 
     def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `rose`."""
         return rose(dots, norms, lr, cosine=self.cosine, reduce=self.reduce)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
-        """See `cosines_noise`."""
         return cosines_noise(columns, relative, cosine=self.cosine, map=self.map)
 
 
@@ -115,7 +112,6 @@ class Rose(CosineMethod):
 
     @property
     def request(self) -> InfluenceRequest:
-        """Gradients of a preference loss."""
         return InfluenceRequest(self.loss, self.map, self.reference, float(self.beta), self.normalise)
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
@@ -129,6 +125,5 @@ class Rose(CosineMethod):
         return super().stages(job, shots)
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """`beta` and `reference`, where they cancel."""
         if (self.loss, self.normalise) != ("dpo", "task"):
             yield ("beta", "reference"), "it cancels unless `loss: dpo` and `normalise: task`"

@@ -91,12 +91,10 @@ class TmcShapley(Method):
     seed: int = 0
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        """The game."""
         game = Retraining(self.players, int(self.rows_per_player), int(self.permutations), int(self.seed), shots)
         return {"game": game}
 
     def score(self, features: Features) -> Scores:
-        """Each row's part of its player's value, and of its standard error."""
         game = features["game"]
         estimate = game.play(
             lambda n, utility: tmc_shapley(
@@ -109,6 +107,5 @@ class TmcShapley(Method):
         """Not known: each step of a training passes its noise on."""
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """`rows_per_player` of players that are rows."""
         if self.players == "row":
             yield ("rows_per_player",), "each row is a player"

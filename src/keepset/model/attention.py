@@ -145,14 +145,8 @@ def beside_prefix(
     """Attention of the rows' own tokens to a shared prefix and, causally, to their row (CPU, no gradient).
 
     softmax over [prefix, own] = the two softmaxes mixed by their log-sum-exps: w = sigmoid(lse_prefix - lse_own).
-
-    Args:
-        q: queries (1, H, T, D) of the rows' own T tokens.
-        k: their keys (1, Hk, T, D).
-        v: their values (1, Hk, T, D).
-        beginning: keys and values (1, Hk, P, D) of the prefix.
-        segments: the division of P + T.
-        scale: factor on q·k; None is 1/sqrt(D).
+    Queries (1, H, T, D) and keys, values (1, Hk, T, D) are of the rows' own T tokens, `beginning` holds keys and values
+    (1, Hk, P, D) of the prefix, `segments` divides P + T. `scale` None is 1/sqrt(D).
 
     Returns:
         (T, H, D).
@@ -193,13 +187,8 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention inside each segment.
 
-    Args:
-        q: queries (1, H, T, D).
-        k: keys (1, Hk, T, D), H a multiple of Hk (grouped-query attention).
-        v: values (1, Hk, T, D).
-        segments: the division of T.
-        scale: factor on q·k; None is 1/sqrt(D).
-        window: a query sees its own and the `window` - 1 tokens before it; None sees the whole row.
+    Queries are (1, H, T, D), keys and values (1, Hk, T, D), H a multiple of Hk. `scale` None is 1/sqrt(D). A query sees
+    its own and the `window` - 1 tokens before it; None: the whole row.
 
     Returns:
         (1, T, H, D), the layout transformers' attention functions return.

@@ -43,10 +43,8 @@ log = logging.getLogger(__name__)
 def check(model: Any, known: Engine | None = None) -> Engine:
     """Find out how a model's rows are to be run, note it on the model and return it.
 
-    Args:
-        model: a causal LM or a PeftModel around one; where its attention is set to keepset's and that does not give the
-            model's own numbers, transformers' default is set again.
-        known: what was found for the same weights before; it is noted on the model, and nothing is run.
+    Where keepset's attention doesn't give the model's own numbers, transformers' default is set again. `known` is what
+    was found for the same weights before: it is noted, and nothing is run.
 
     Raises:
         ModelError: nothing that keepset can do gives transformers' own losses.

@@ -223,9 +223,7 @@ class Encoder:
     def render(self, messages: Sequence[Mapping[str, str]], *, n_prompt: int = 0) -> Rendered:
         """Render a row and find its supervised spans.
 
-        Args:
-            messages: {"role", "content"} in order, an answer with `train: False` being context; or one of role `text`.
-            n_prompt: the first n_prompt messages are never supervised.
+        Of an answer with `train: False`, and of the first `n_prompt` messages, nothing is supervised.
 
         Raises:
             RowRefused: template-refused, special-token-in-text, no-supervised-token.

@@ -47,9 +47,6 @@ def cache_folder() -> Path:
 def demo_folder(name: str) -> Path:
     """Return the safetensors folder of a demonstration model, converting it the first time.
 
-    Args:
-        name: a key of `DEMO_MODELS`.
-
     Raises:
         ModelError: the package that holds the weights is not installed; the message has the pip command.
     """

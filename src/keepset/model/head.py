@@ -224,11 +224,7 @@ def after_decoder(model: Any, decoder: nn.Module, hidden: Tensor) -> Tensor:
     """Run a causal LM's own code on given final hidden states: its decoder returns them in the place of its own.
 
     So scaling, soft caps, multipliers and layers between decoder and logits are the model's, whatever they are.
-
-    Args:
-        model: the causal LM.
-        decoder: its module that makes the final hidden states.
-        hidden: (S, d).
+    `hidden` is (S, d).
 
     Returns:
         (S, V) logits.

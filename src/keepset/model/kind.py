@@ -65,10 +65,7 @@ def fit_tokenizer(tokenizer: Any, config: Any, source: str) -> None:
 def check_same_tokens(tokenizer: Any, other: Any, name: str) -> None:
     """Refuse a reference model to which the base's token ids mean other tokens.
 
-    Args:
-        tokenizer: of the base, which rows are encoded with.
-        other: of the reference; None (an adapter without one) is taken on trust.
-        name: the reference's, for the message.
+    `other` None, an adapter without a tokenizer, is taken on trust; `name` is the reference's, for the message.
 
     Raises:
         ModelError: an id means two tokens, or is one that the reference lacks.

@@ -124,9 +124,7 @@ def _check_folder(path: Path) -> None:
 def load_tokenizer(spec: ModelSpec, *, causal: bool = True) -> Any:
     """Return the model's fast tokenizer; padding is on the right and pad falls back to eos.
 
-    Args:
-        spec: which model.
-        causal: whether the model is to be run as a causal LM, rather than as a classifier.
+    `causal`: it is to be run as a causal LM, rather than as a classifier.
 
     Raises:
         ModelError: it can't be found or read, doesn't fit the model, or the model is no causal LM.
@@ -207,10 +205,6 @@ def pick_device(name: str) -> str:
 def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:
     """Load a model, its tokenizer and, if given, a PEFT adapter (safetensors only); eval mode.
 
-    Args:
-        spec: which model, dtype, device, attention, and how rows become tokens.
-        adapter: a folder with adapter_config.json and adapter_model.safetensors.
-
     Raises:
         ModelError: one line that says what is wrong and what to do.
     """
@@ -285,10 +279,6 @@ def linear_names(model: Any) -> list[str]:
 def lora_targets(names: list[str], targets: list[str]) -> list[str]:
     """Map LoRA targets to the modules a model has; fused projections stand in for q, k, v and o.
 
-    Args:
-        names: `linear_names(model)`.
-        targets: the spec's `lora_target_modules`.
-
     Raises:
         ModelError: a target the model does not have, with those it has.
     """
@@ -334,10 +324,7 @@ def lora_config(lora: LoraSpec, model: Any) -> Any:
 def apply_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
     """Wrap a model in a fresh LoRA (B = 0, so the numbers are unchanged) and return the PeftModel.
 
-    Args:
-        model: a loaded model without an adapter.
-        lora: rank, alpha, dropout, targets.
-        seed: decides A; the global random state is left as it was.
+    The seed decides A; the global random state is left as it was.
 
     Raises:
         ModelError: a target module the model does not have.

@@ -111,12 +111,8 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, token_budget: int, apart: 
     """Sort by length (ties by position) and fill batches greedily up to `token_budget` tokens.
 
     Every row stands in exactly one batch; a row longer than the budget gets its own. Longest first: memory trouble
-    shows at once, and a progress bar's estimate errs on the safe side.
-
-    Args:
-        lengths: (n,) tokens of each row.
-        token_budget: most tokens a batch holds.
-        apart: a row of more tokens gets a batch of its own (`Engine.apart`).
+    shows at once, and a progress bar's estimate errs on the safe side. A row of more than `apart` tokens gets a batch
+    of its own too (`Engine.apart`).
 
     Returns:
         Arrays of positions in `lengths`.
@@ -312,11 +308,7 @@ def own_logits(model: Any, hidden: Tensor) -> Tensor:
 def token_nll(model: Any, batch: Batch, *, hidden: Tensor | None = None, chunk: int = head.CHUNK) -> Tensor:
     """Return the loss of every supervised token in nats, (S,) float32, in the order of `batch.labels`; differentiable.
 
-    Args:
-        model: a causal LM, or a PeftModel around one.
-        batch: what `pack` made.
-        hidden: `last_hidden(model, batch)` if it is at hand.
-        chunk: float32 logits held at once.
+    `hidden` is `last_hidden(model, batch)` if it is at hand.
     """
     hidden = last_hidden(model, batch) if hidden is None else hidden
     return nll_at(model, hidden[batch.predict], batch.labels, chunk=chunk)

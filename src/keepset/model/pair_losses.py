@@ -60,13 +60,7 @@ def dpo_loss(
 ) -> Tensor:
     """DPO: −log σ(β·Δ), (m,). Gradient: −β·σ(−β·Δ)·(∇ℓ_w − ∇ℓ_l).
 
-    Args:
-        policy_w: (m,) ℓ_w.
-        policy_l: (m,) ℓ_l.
-        ref_w: (m,) ρ_w.
-        ref_l: (m,) ρ_l.
-        beta: β; 0.01 to 0.5 are usual.
-        label_smoothing: ε, the share of pairs taken to be labelled the wrong way round (conservative DPO).
+    `label_smoothing` ε is the share of pairs taken to be labelled the wrong way round (conservative DPO).
     """
     return sigmoid_loss(dpo_logit(policy_w, policy_l, ref_w, ref_l), beta, label_smoothing)
 
@@ -77,15 +71,7 @@ def davir_dpo_loss(
     """DavIR-DPO: −log σ(β·(S_w − S_l)), (m,); see `davir_logit`.
 
     A 200-token answer at 1 nat a token divides DPO's log-ratio by 200, and the gradient by as much. Under Adam that
-    changes little: β sets how far a pair is pushed, not how fast (experiments/dpo-losses).
-
-    Args:
-        policy_w: (m,) ℓ_w.
-        policy_l: (m,) ℓ_l.
-        ref_w: (m,) ρ_w, not 0.
-        ref_l: (m,) ρ_l, not 0.
-        beta: β.
-        label_smoothing: ε, see `dpo_loss`.
+    changes little: β sets how far a pair is pushed, not how fast (experiments/dpo-losses). Neither ρ may be 0.
     """
     return sigmoid_loss(davir_logit(policy_w, policy_l, ref_w, ref_l), beta, label_smoothing)
 
@@ -115,16 +101,7 @@ def ipo_loss(
 def simpo_loss(
     policy_w: Tensor, policy_l: Tensor, n_w: Tensor, n_l: Tensor, *, beta: float = 2.0, gamma: float = 1.0
 ) -> Tensor:
-    """SimPO: −log σ(β·(ℓ_w/T_w − ℓ_l/T_l) − γ), (m,).
-
-    Args:
-        policy_w: (m,) ℓ_w.
-        policy_l: (m,) ℓ_l.
-        n_w: (m,) T_w.
-        n_l: (m,) T_l.
-        beta: β.
-        gamma: γ, the margin wanted.
-    """
+    """SimPO: −log σ(β·(ℓ_w/T_w − ℓ_l/T_l) − γ), (m,)."""
     return -F.logsigmoid(beta * simpo_logit(policy_w, policy_l, n_w, n_l) - gamma)
 
 

@@ -58,12 +58,8 @@ class Passes:
     ) -> None:
         """Find out how the rows are run.
 
-        Args:
-            model: causal LM, or PeftModel around one.
-            rows: encoded rows.
-            adapters: the passes over each batch: True as the model stands, False with its adapter off (a model without
-                an adapter gives the same twice).
-            shortcuts: what makes the passes cheap, with the same numbers to rounding.
+        `adapters` are the passes over each batch: True as the model stands, False with its adapter off (a model without
+        an adapter gives the same twice).
         """
         self.model, self.rows, self.adapters = model, rows, adapters
         self.packed = packing.supports_packing(model)
@@ -89,11 +85,8 @@ class Passes:
     ) -> tuple[Batch, list[Tensor]]:
         """Run one batch.
 
-        Args:
-            index: of `batches`, or a part of one.
-            prefix: of `batches`.
-            value: makes (S,) numbers of the final hidden states (S, d) at predicting positions and the labels (S,); it
-                runs while the pass's adapter is on or off.
+        `index` and `prefix` are of `batches`. `value` makes (S,) numbers of the final hidden states (S, d) at
+        predicting positions and the labels (S,), while the pass's adapter is on or off.
 
         Returns:
             The batch, and what `value` gave in each pass.

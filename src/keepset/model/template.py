@@ -89,10 +89,7 @@ class Template:
     def __init__(self, source: str, tokenizer: Any, *, start: str) -> None:
         """Render the probes.
 
-        Args:
-            source: Jinja.
-            tokenizer: its special tokens are what the template may write.
-            start: what `PLAIN_TEMPLATE` begins with.
+        The tokenizer's special tokens are what the template may write; `start` is what `PLAIN_TEMPLATE` begins with.
 
         Raises:
             ModelError: a few words are enough to exceed `LIMITS`.

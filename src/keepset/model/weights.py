@@ -130,10 +130,7 @@ def put_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
 def check_base_tensors(model: Any, folder: Path, whole: list[str]) -> None:
     """Refuse an adapter file with tensors of the base itself: PEFT would write them over the base's, for good.
 
-    Args:
-        model: the base.
-        folder: the adapter's.
-        whole: modules that the adapter brings whole (`modules_to_save`), of which PEFT keeps a copy.
+    `whole` are modules that the adapter brings whole (`modules_to_save`), of which PEFT keeps a copy.
 
     Raises:
         ModelError: one of them differs from the base's.
@@ -230,10 +227,7 @@ def quiet_report() -> Iterator[list[str]]:
 def fingerprint(source: str, revision: str | None = None, *, code: bool = False) -> str:
     """What a folder's weights, or a hub model's, are: file hashes, or the name and the commit.
 
-    Args:
-        source: folder or hub name.
-        revision: branch, tag or commit of a hub model.
-        code: whether the folder's own Python is run, and counts too.
+    `code`: the folder's own Python is run, and counts too.
 
     Raises:
         ModelError: the hub model's commit can't be told.

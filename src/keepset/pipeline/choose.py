@@ -67,13 +67,8 @@ def subset_name(label: str, budget: int | str, n_budgets: int) -> str:
 def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", overrides: Path | None = None) -> Subset:
     """Select rows by the stored scores of `label` and write the subset's files.
 
-    Args:
-        job: the job.
-        label: a scored label.
-        budget: rows, percentage or tokens.
-        kind: what the subset is in a comparison.
-        overrides: a JSON file `{"keep": [ids], "drop": [ids]}` (the report writes it): kept rows come first, within the
-            budget; dropped ones never.
+    `overrides` is a JSON file `{"keep": [ids], "drop": [ids]}` (the report writes it): kept rows come first, within the
+    budget; dropped ones never.
 
     Raises:
         KeepsetError: `label` has not been scored in this run folder.

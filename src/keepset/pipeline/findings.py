@@ -47,10 +47,7 @@ SWAMPED = 0.5  # median cosine of the mapped gradient with the momentum that all
 def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Finding]:
     """Findings from one method's scores table.
 
-    Args:
-        table: see `scoring.score` for its columns.
-        label: the method's.
-        folds: of a cross-fitted reference; 0: the reference was trained on the rows it scored.
+    `folds` of a cross-fitted reference; 0: the reference was trained on the rows it scored.
     """
     scored = table if not table["score"].null_count else table.filter(pc.is_valid(table["score"]))
     if scored.num_rows < 3:
@@ -157,10 +154,7 @@ def loss_findings(scored: pa.Table, label: str, n_tokens: np.ndarray, folds: int
 def diagnose_shares(table: pa.Table, label: str, chosen: Ids | np.ndarray | None = None) -> list[Finding]:
     """How each source's and category's share, and the mean length, changed by the selection.
 
-    Args:
-        table: the scores table.
-        label: the subset's.
-        chosen: (k,) ids of the subset; default: the rows marked `selected`.
+    `chosen` (k,) are the subset's ids; default: the rows marked `selected`.
     """
     kept = table.filter(table["selected"] if chosen is None else pc.is_in(table["id"], pa.array(chosen, pa.string())))
     if not kept.num_rows:
@@ -232,13 +226,7 @@ def diagnose_comparison(result: Comparison) -> list[Finding]:
 
 
 def diagnose_leaks(pool: Pool, target: Target, what: str) -> list[Finding]:
-    """Rows of the pool that the target, or the held-out pairs, already hold.
-
-    Args:
-        pool: the pool.
-        target: few-shot target or held-out pairs.
-        what: "target" or "evaluation".
-    """
+    """Rows of the pool that the target, or the held-out pairs, already hold."""
     leaks = int((find_leaks(pool, target) != "").sum())
     if not leaks:
         return []
@@ -250,10 +238,7 @@ def diagnose_leaks(pool: Pool, target: Target, what: str) -> list[Finding]:
 def record(job: Job, findings: list[Finding], *, anew: Collection[str] = ()) -> None:
     """Print the warnings and store all findings, replacing older ones of the same name and method.
 
-    Args:
-        job: the job.
-        findings: what was found.
-        anew: names whose older findings all go: what they were about was looked at again.
+    Older findings named in `anew` all go: what they were about was looked at again.
     """
     old = read_json(tuple[Finding, ...], job.run.load_json(layout.FINDINGS, []), str(job.run.path / layout.FINDINGS))
     fresh = {(f.name, f.method) for f in findings}

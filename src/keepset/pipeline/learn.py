@@ -288,13 +288,7 @@ def summarise(job: Job, learner: Learner, items: Items, base: Items | None) -> d
 
 
 def item_metrics(items: Items, base: Items | None, share: float) -> dict[str, np.ndarray]:
-    """Per-item numbers that comparisons average: larger is better for accuracies and margins, smaller for losses.
-
-    Args:
-        items: a model's stored items.
-        base: the untrained base's.
-        share: what counts as length-matched.
-    """
+    """Per-item numbers that comparisons average: larger is better for accuracies and margins, smaller for losses."""
     metrics: dict[str, np.ndarray] = {}
     if items.pairs:
         logps = logps_of(items)

@@ -123,9 +123,7 @@ def probe(job: Job, kinds: set[str]) -> Rates:
 def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     """Count and time every stage of a recipe.
 
-    Args:
-        recipe: the recipe; its run folder is created, nothing is trained or scored in it.
-        console: where progress goes.
+    The run folder is created; nothing is trained or scored in it.
 
     Returns:
         JSON-ready: `steps` (stage, methods, rows, tokens, flops, seconds), `total_seconds`, `peak_gib` (of the probe),

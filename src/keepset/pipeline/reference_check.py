@@ -2,7 +2,7 @@
 
 DavIR's reference is trained on the rows it scores, so a drop of their loss may be memory alone. The cheapest rows that
 tell are the evaluation's, which lie there anyway: two forward passes over at most `MOST_ROWS` of them. A cross-fitted
-reference needs none: there every row of the pool was held out from the model that scores it (`diagnose.loss_findings`).
+reference needs none: there every row of the pool was held out from the model that scores it (`findings.loss_findings`).
 """
 
 from __future__ import annotations

@@ -90,10 +90,6 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
 def sections(given: dict[str, Any], config_class: type[Any]) -> Sections:
     """Sort arguments into model, adapter and trainer; what the sections don't know is TRL's.
 
-    Args:
-        given: name -> value.
-        config_class: SFTConfig, DPOConfig or RewardConfig.
-
     Raises:
         RecipeError: an argument that none of them has, with the closest one they have; or a wrong value.
     """

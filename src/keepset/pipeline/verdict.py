@@ -27,10 +27,7 @@ def qualities(summary: Sequence[Entry]) -> list[Metric]:
 def pareto(summary: Sequence[Entry], metric: str, sign: int = 1) -> list[ParetoPoint]:
     """Entries by cost (choosing + one training), with what no cheaper-or-equal entry does better marked as `front`.
 
-    Args:
-        summary: the comparison's.
-        metric: what counts as quality.
-        sign: −1 if smaller is better.
+    `sign` is −1 where smaller is better.
 
     Returns:
         The points, cheapest first.

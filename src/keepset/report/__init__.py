@@ -16,10 +16,7 @@ __all__ = ["write_report"]
 def write_report(run_dir: Path, out: Path | None = None, *, max_rows: int = 20_000) -> Path:
     """Write `report.html` from whatever the run folder holds so far.
 
-    Args:
-        run_dir: a run folder; missing pieces (no comparison yet, no findings) leave their section out.
-        out: where to write; default `run_dir/report.html`.
-        max_rows: rows put into the page; every kept row stays, the others are thinned by their id (a content hash).
+    What is missing in the folder leaves its section out.
 
     Returns:
         The path written.

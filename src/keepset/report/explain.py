@@ -153,9 +153,7 @@ def verdict(facts: dict[str, Any]) -> str:
 def change(facts: dict[str, Any], dropped: np.ndarray) -> str | None:
     """What would turn the decision round, in the terms of the method's own parts where those are understood.
 
-    Args:
-        facts: the explanation so far.
-        dropped: scores of the rows that are scored and not kept.
+    `dropped` are the scores of the rows that are scored and not kept.
     """
     score, cut, parts = facts["score"], facts["cut"], facts["parts"]
     if score is None or cut is None:
@@ -227,10 +225,6 @@ def clip(text: str, room: int) -> str:
 
 def write_why(run_dir: Path, *, console: Console | None = None) -> Path:
     """Explain every kept row of every method that a model can explain, into `why.json`.
-
-    Args:
-        run_dir: a run folder with its models.
-        console: where progress goes.
 
     Raises:
         KeepsetError: no method here has anything to say, or what it needs is gone.

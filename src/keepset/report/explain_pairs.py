@@ -44,10 +44,7 @@ NUMBERS = 1 << 27  # most numbers of unit gradients held at once (512 MiB)
 def pair_pulls(run_dir: Path, row_ids: Sequence[str], label: str | None = None) -> dict[str, dict[str, Any]]:
     """Explain rows by the single validation rows.
 
-    Args:
-        run_dir: a run folder whose warm-up checkpoints are still there.
-        row_ids: ids, or their beginnings.
-        label: a gradient method's label; default: the recipe's first one.
+    Ids may be given by their beginnings; `label` is a gradient method's, by default the recipe's first.
 
     Returns:
         id -> `label`, `weights` (c, of the checkpoints), `exact` (whether the means are the tasks' scores), `without`

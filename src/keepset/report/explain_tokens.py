@@ -26,10 +26,6 @@ STRONG = 2.0  # nats of change that get the full colour
 def token_changes(run_dir: Path, row_id: str) -> dict[str, Any]:
     """Loss of every supervised token of a row under the base and under the run's reference model.
 
-    Args:
-        run_dir: a run folder whose reference model is still there.
-        row_id: the row's id, or its beginning.
-
     Returns:
         `id`, `before` and `after` (summed nats) and `tokens`: [{"text", "before", "after"}] in order, nats.
 

@@ -69,10 +69,8 @@ def length_bucket(n_tokens: float) -> str:
 def shares(names: np.ndarray, selected: np.ndarray, *, ordered: bool = False) -> list[dict[str, Any]]:
     """Rows of the pool and kept rows by name.
 
-    Args:
-        names: (n,) str.
-        selected: (n,) > 0 where kept.
-        ordered: keep the buckets' numeric order; default: largest first, the tail summed up as "other".
+    `selected` is (n,) > 0 where kept. `ordered` keeps the buckets' numeric order; else the largest come first, and the
+    tail is summed up as "other".
     """
     kept = selected > 0
     counts = [(str(name), int((names == name).sum()), int((kept & (names == name)).sum())) for name in set(names)]
@@ -87,13 +85,7 @@ def shares(names: np.ndarray, selected: np.ndarray, *, ordered: bool = False) ->
 
 
 def heat(parts: dict[str, np.ndarray], groups: np.ndarray, selected: np.ndarray) -> dict[str, Any] | None:
-    """Mean of each task's part over the rows of each group, beside the mean over the kept rows.
-
-    Args:
-        parts: task name -> (n,) part of the score for that task.
-        groups: (n,) str: the rows' category or source.
-        selected: (n,) > 0 where kept.
-    """
+    """Mean of each task's part (n,) over the rows of each group (n,), beside the mean over the kept rows."""
     if not parts:
         return None
     names, sizes = np.unique(groups.astype(str), return_counts=True)

@@ -48,9 +48,7 @@ class RunData:
 def read_run(path: Path, *, texts: bool = True) -> RunData:
     """Read a run folder; only `scores/` has to be there.
 
-    Args:
-        path: the folder.
-        texts: look the rows' texts up, in the pool files of the recipe or else in what the folder kept.
+    With `texts` the rows' texts are looked up, in the pool files of the recipe or else in what the folder kept.
 
     Raises:
         KeepsetError: no scores in the folder, or a damaged file.

@@ -93,12 +93,7 @@ def share_out(
 ) -> None:
     """Let forks of this process make shards; returns when all of them have ended, however they did.
 
-    Args:
-        shards: numbers of the missing shards; worker k makes every `workers`-th, from the k-th on.
-        make: computes and commits the shards of some numbers.
-        workers: processes.
-        is_there: whether a shard is committed.
-        advance: called with the number of every shard that is seen to be committed.
+    Worker k makes every `workers`-th shard, from the k-th on; for the rest see `Executor.run`.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,14 +6,15 @@ same bytes. A number that is not finite stands as null in a file and is NaN here
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
-from types import NoneType, UnionType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from keepset.errors import KeepsetError
 
@@ -24,41 +25,9 @@ Kind = Literal["method", "random", "longest", "full", "mix", "base", "dpo-direct
 Level = Literal["info", "warning"]
 
 
-class Unfit(Exception):
-    """A value of a file that is not of the type it has to be."""
-
-
-PLAIN: dict[Any, tuple[type, ...]] = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}
-hints_of: Any = cache(get_type_hints)
-
-
-def as_type(kind: Any, value: Any, at: str) -> Any:
-    """A JSON value as `kind`, which is made of records, tuples, dicts, literals and plain types; `at` is its place.
-
-    Raises:
-        Unfit: it isn't one; the message says where.
-    """
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        return None if value is None and NoneType in args else as_type(args[0], value, at)
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        lacking = [f.name for f in fields(kind) if f.name not in value and f.default is MISSING]
-        if lacking:
-            raise Unfit(f"{at or 'it'} has no '{lacking[0]}'")
-        types = {name: one for name, one in hints_of(kind).items() if name in value}
-        return kind(**{name: as_type(one, value[name], f"{at}.{name}".lstrip(".")) for name, one in types.items()})
-    if origin is tuple and isinstance(value, list):
-        if args[0] in PLAIN and all(type(one) is args[0] for one in value):
-            return tuple(value)  # long lists of ids
-        return tuple(as_type(args[0], one, f"{at}[{i}]") for i, one in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {str(name): as_type(args[1], one, f"{at}.{name}") for name, one in value.items()}
-    if kind is float and value is None:
-        return math.nan
-    fits = value in args if origin is Literal else isinstance(value, PLAIN.get(kind, ()))
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        raise Unfit(f"{at} is {str(value)[:40]!r}")
-    return value
+Number = Annotated[int | float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number as it stands, whole or not; null is NaN."""
+adapter_of: Any = cache(TypeAdapter)
 
 
 def read_json(kind: Any, value: Any, file: str) -> Any:
@@ -68,10 +37,12 @@ def read_json(kind: Any, value: Any, file: str) -> Any:
         KeepsetError: it is of another form; the message names the file and the place in it.
     """
     try:
-        return as_type(kind, value, "")
-    except Unfit as error:
+        return adapter_of(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "it"
         raise KeepsetError(
-            f"{file}: not as this keepset writes it ({error}); delete it and run the same command again"
+            f"{file}: not as this keepset writes it ({place}: {first['msg']}); delete it and run the same command again"
         ) from None
 
 
@@ -111,7 +82,7 @@ class StoredEdge(Record):
     chosen: tuple[str, ...]
     left_out: tuple[str, ...]
     gap: float | None
-    share: float
+    share: Number
 
 
 @dataclass(frozen=True)
@@ -186,7 +157,7 @@ class Point(Record):
 
     model: str
     epoch: int | None
-    metrics: dict[str, float]
+    metrics: dict[str, Number]
 
 
 # -- overlap.json -----------------------------------------------------------------------------------------------------
@@ -203,10 +174,10 @@ class ScoringFacts(Record):
         mean_tokens_kept: of the best rows' answers, by budget.
     """
 
-    mean: float
-    length_spearman: float
-    mean_tokens: float
-    mean_tokens_kept: dict[str, float]
+    mean: Number
+    length_spearman: Number
+    mean_tokens: Number
+    mean_tokens_kept: dict[str, Number]
 
 
 @dataclass(frozen=True)
@@ -215,8 +186,8 @@ class PairAgreement(Record):
 
     a: str
     b: str
-    spearman: float
-    overlap: dict[str, float]
+    spearman: Number
+    overlap: dict[str, Number]
 
 
 @dataclass(frozen=True)
@@ -228,7 +199,7 @@ class Agreement(Record):
 
     n: int
     sizes: dict[str, int]
-    chance: dict[str, float]
+    chance: dict[str, Number]
     scorings: dict[str, ScoringFacts]
     pairs: tuple[PairAgreement, ...]
 
@@ -240,11 +211,11 @@ class Agreement(Record):
 class Mean(Record):
     """A mean over n items with its interval of nominal coverage `level`."""
 
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Number
+    high: Number
     n: int
-    level: float
+    level: Number
 
 
 @dataclass(frozen=True)
@@ -258,10 +229,10 @@ class MeanOverSeeds(Mean):
 class Versus(Record):
     """The paired difference to Random with its interval, p-values, and wins, ties and losses by item."""
 
-    difference: float
-    low: float
-    high: float
-    p: float
+    difference: Number
+    low: Number
+    high: Number
+    p: Number
     n: int
     win_tie_loss: tuple[int, ...]
     p_holm: float | None = None
@@ -271,10 +242,10 @@ class Versus(Record):
 class Cost(Record):
     """What choosing and one training took: seconds as logged, floating-point operations by count."""
 
-    select_seconds: float
-    select_flops: float
-    train_seconds: float
-    train_flops: float
+    select_seconds: Number
+    select_flops: Number
+    train_seconds: Number
+    train_flops: Number
 
     @property
     def flops(self) -> float:
@@ -324,17 +295,17 @@ class StageCost(Record):
     methods: str
     rows: int
     tokens: int
-    flops: float
-    seconds: float
+    flops: Number
+    seconds: Number
 
 
 @dataclass(frozen=True)
 class SelectionCost(Record):
     """What choosing by all methods took; `share`: of the operations of one training on the full pool."""
 
-    flops: float
+    flops: Number
     tokens: int
-    seconds: float
+    seconds: Number
     share: float | None
     stages: tuple[StageCost, ...]
 
@@ -344,9 +315,9 @@ class ParetoPoint(Record):
     """An entry by quality and cost; `front`: nothing at that cost or less is better."""
 
     label: str
-    value: float
-    flops: float
-    seconds: float
+    value: Number
+    flops: Number
+    seconds: Number
     front: bool
 
 
@@ -360,8 +331,8 @@ class Link(Record):
     loss: str
     metric: str
     n: int
-    spearman: float
-    pearson: float
+    spearman: Number
+    pearson: Number
     within: float | None
 
 
@@ -379,7 +350,7 @@ class Comparison(Record):
 
     rows: tuple[ModelRow, ...]
     summary: tuple[Entry, ...]
-    full_training_flops: float
+    full_training_flops: Number
     selection: SelectionCost
     pareto: dict[str, tuple[ParetoPoint, ...]]
     loss_vs_performance: Links

@@ -181,12 +181,7 @@ class Run:
         """Write a file atomically and remember its checksum in `work/records/`, so that damage is found later.
 
         The record is written first and knows the file before and after: a crash between the two leaves no file that
-        looks damaged.
-
-        Args:
-            name: the file's path in the folder.
-            data: its bytes.
-            key: hash of what the content was made of (see `saved_key`); default: the key it has.
+        looks damaged. `key` is the hash of what the content was made of (see `saved_key`); default: the key it has.
         """
         self._record(name, digest(data), key)
         write_atomic(self.path / name, data)

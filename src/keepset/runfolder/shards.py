@@ -23,9 +23,7 @@ Arrays = dict[str, np.ndarray]
 def plan_shards(ids: Ids | np.ndarray, shard_rows: int | None = None) -> list[np.ndarray]:
     """Cut rows into shards: sorted by id, so that the plan is the same however the pool was ordered or split.
 
-    Args:
-        ids: (n,) unique ids.
-        shard_rows: rows a shard; default n / 200, at least 32 and at most 2,048.
+    A shard has `shard_rows` rows; by default n / 200, at least 32 and at most 2,048.
 
     Returns:
         Index arrays into `ids`; together they hold every row once.

@@ -22,11 +22,7 @@ SHARES = ("5%", "10%")
 
 
 def agreement(tables: Mapping[str, pa.Table], budgets: Sequence[int | str] = SHARES) -> Agreement:
-    """Compare every two scorings on the rows that all of them scored.
-
-    Args:
-        tables: name -> table with `id`, `score` and `n_tokens`; larger scores are better.
-        budgets: sizes of the top sets (rows or per cent).
+    """Compare every two scorings, tables with `id`, `score` and `n_tokens`, on the rows that all of them scored.
 
     Raises:
         RecipeError: fewer than two scorings, or fewer than 3 rows in common.

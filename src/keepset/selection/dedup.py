@@ -31,10 +31,7 @@ def exact_keep(keys: Sequence[str], order: np.ndarray) -> np.ndarray:
 def near_keep(texts: Sequence[str], order: np.ndarray, *, threshold: float = 0.8) -> np.ndarray:
     """Return (n,) bool: False for a row whose Jaccard similarity with an earlier kept row reaches the threshold.
 
-    Args:
-        texts: the rows' texts; a text without a word is never a duplicate.
-        order: (n,) indices, best first.
-        threshold: Jaccard similarity in (0, 1].
+    `order` has the indices, best first; a text without a word is never a duplicate.
     """
     bands = band_keys(texts, threshold, SHINGLE)
     shared = np.zeros(len(texts), dtype=bool)
@@ -68,11 +65,6 @@ def near_copies(texts: Sequence[str], threshold: float) -> int:
 
 def near_pairs(texts: Sequence[str], others: Sequence[str], threshold: float) -> dict[int, int]:
     """Find, for each text that has one, its first near copy among `others`.
-
-    Args:
-        texts: the rows.
-        others: what they are held against.
-        threshold: least Jaccard of word n-grams.
 
     Returns:
         index of the text -> index of the other.

@@ -42,13 +42,9 @@ class Stability:
 def stability(
     scores: ArrayLike, ids: Sequence[str] | np.ndarray, selected: ArrayLike, *, noise: ArrayLike | None = None
 ) -> Stability:
-    """Name the rows whose side of the cut lies within numerical noise.
+    """Name the rows (n,) whose side of the cut lies within numerical noise.
 
-    Args:
-        scores: (n,) larger = better; a row without a finite score counts neither way.
-        ids: (n,) row ids.
-        selected: (n,) bool.
-        noise: (n,) or one number, absolute; default `NOISE` · |score|.
+    A row without a finite score counts neither way; `noise` is absolute, by default `NOISE` · |score|.
 
     Raises:
         ValueError: lengths differ, or noise is negative or NaN.

@@ -19,13 +19,8 @@ def mmr(embeddings: np.ndarray, relevance: np.ndarray, rows: np.ndarray, ledger:
         argmax_i  (1 − λ) · r_i − λ · max_{a taken} cos(i, a)
 
     λ = `diversity`: 0 is top-k, 1 ignores the score after the first row. Cost: one product with (n, d) a row taken.
-
-    Args:
-        embeddings: (n, d) in rank order; rows of length 0 count as unlike everything.
-        relevance: (n,) r in [0, 1], falling.
-        rows: (n,) the pool's index of each, for the ledger.
-        ledger: says what still fits and books what is taken.
-        diversity: λ in [0, 1].
+    `rows` (n,) are the pool's indices, by which the ledger says what still fits; embeddings of length 0 are unlike
+    everything.
     """
     unit = np.nan_to_num(unit_rows(embeddings)).astype(np.float32)
     nearest = np.zeros(len(unit))  # max over nothing counts as 0

@@ -117,7 +117,6 @@ class TargetGradients(Stage):
         return {"version": VERSION, **self.inputs(job), "checkpoint": weights, "request": wanted}
 
     def works(self, job: Job) -> tuple[Work, ...]:
-        """Forward and backward over the target's sides; or over the rows of the curvature."""
         request, aim, ids = self.request, job.aim(self.shots), (self.id(job),)
         checkpoint = WarmupCheckpoint(self.at).name(job)
         if request.curvature is not None:
@@ -229,15 +228,12 @@ class Dots(Sweep):
         return TargetGradients(replace(self.request, map="sgd"), self.at, self.shots)
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
-        """The checkpoint and the target's gradients."""
         return WarmupCheckpoint(self.at), self.target
 
     def inputs(self, job: Job) -> Any:
-        """The base, the template, the rows, and what of them is differentiated; a store's size."""
         return [job.data_key(), gradient_key(job), store_inputs(job)]
 
     def rows(self, job: Job) -> Rows:
-        """The sides whose gradients are formed."""
         return job.rows_of("gradients")
 
     def name(self, job: Job) -> str:
@@ -246,7 +242,6 @@ class Dots(Sweep):
         return f"influence-{digest(self.request.key())[:8]}-{checkpoint.path.name}"
 
     def key(self, job: Job) -> dict[str, Any]:
-        """The base, the template, the rows, the checkpoint, the target and the request."""
         aim, checkpoint = job.aim(self.shots), WarmupCheckpoint(self.at).value(job)
         return {
             "version": VERSION, **job.data_key(), "checkpoint": digest(weights_of(checkpoint.path)),
@@ -279,14 +274,12 @@ class Dots(Sweep):
 
     @classmethod
     def title(cls, job: Job, stages: Sequence[Dots]) -> str:
-        """`gradients at checkpoint-<steps> (<map>)`."""
         first = stages[0]
         checkpoint = WarmupCheckpoint(first.at).value(job)
         return f"gradients at {checkpoint.path.name} ({first.request.map}{job.aim(first.shots).title})"
 
     @classmethod
     def spent(cls, job: Job, rows: list[tuple[Encoded, ...]], stages: Sequence[Dots]) -> tuple[int, float]:
-        """Forward and backward, once for all."""
         n_tokens, n_head = count_tokens([side for row in rows for side in row])
         return n_tokens, flops(job.loaded.model, n_tokens, n_head, passes=gradient_passes(job))
 
@@ -319,7 +312,6 @@ class Dots(Sweep):
     @classmethod
     @contextmanager
     def opened(cls, job: Job, stages: Sequence[Dots]) -> Iterator[Batch]:
-        """The base with the checkpoint's adapter, Adam's moments, and the targets' gradients."""
         from keepset.features.adam import load_adam
         from keepset.features.influence import influence, pair_influence
         from keepset.features.targets import concatenate

@@ -75,12 +75,10 @@ class Losses(Sweep):
         return Reference(self.at if self.model == "fold" else -1)
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
-        """The model, where it is trained."""
         trained = self._trained()
         return () if trained is None else (trained,)
 
     def inputs(self, job: Job) -> Any:
-        """The base, the template and the rows."""
         return self._data(job)
 
     def _data(self, job: Job) -> dict[str, Any]:
@@ -96,14 +94,12 @@ class Losses(Sweep):
         return rows.part(np.flatnonzero(fold_of(job.ids, job.recipe.reference.folds) == self.at))
 
     def name(self, job: Job) -> str:
-        """`losses-<model>`."""
         if self.of == "alone":
             return "losses-alone"
         label = WarmupCheckpoint(self.at).value(job).path.name if self.model == "checkpoint" else self._label
         return f"losses-{label}"
 
     def key(self, job: Job) -> dict[str, Any]:
-        """Base, template, rows and loss; the weights of a trained model."""
         if self.of == "alone":
             return {"version": VERSION, **self._data(job)}
         key = {"version": VERSION, **self._data(job), "token_loss": self.token_loss}
@@ -121,7 +117,6 @@ class Losses(Sweep):
         return (self.token_loss, self.of, self.outside) if pair and not whole else self
 
     def works(self, job: Job) -> tuple[Work, ...]:
-        """One forward pass."""
         rows, loss = self.rows(job), of_loss(self.token_loss)
         stage = "losses under the base" if self.model == "base" else "losses under the reference"
         stage = {"checkpoint": "losses at the checkpoints"}.get(self.model, PRICED.get(self.of, stage))
@@ -144,14 +139,12 @@ class Losses(Sweep):
 
     @classmethod
     def title(cls, job: Job, stages: Sequence[Losses]) -> str:
-        """`losses (base and reference)`."""
         first = stages[0]
         names = " and ".join(stage.name(job).removeprefix("losses-") for stage in stages)
         return first._titled(names, of_loss(first.token_loss))
 
     @classmethod
     def spent(cls, job: Job, rows: list[Encoded], stages: Sequence[Losses]) -> tuple[int, float]:
-        """A forward pass for each model."""
         n_tokens, n_head = count_tokens(rows)
         return n_tokens * len(stages), flops(job.loaded.model, n_tokens, n_head, passes=len(stages))
 
@@ -222,15 +215,12 @@ class CrossFitted(Stage):
         return [Losses("fold", self.token_loss, at=k) for k in range(job.recipe.reference.folds)]
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
-        """The losses of each fold."""
         return tuple(self._folds(job))
 
     def inputs(self, job: Job) -> Any:
-        """Nothing but those."""
         return None
 
     def value(self, job: Job) -> Arrays:
-        """`nll` and `n_tokens` of all rows."""
         fold = fold_of(job.ids, job.recipe.reference.folds)
         nll, n_tokens = np.zeros(len(fold)), np.zeros(len(fold), dtype=np.int64)
         for stage in self._folds(job):

@@ -34,41 +34,33 @@ class Representations(Sweep):
     word = "representations"
 
     def inputs(self, job: Job) -> Any:
-        """The base, the template and the rows."""
         return job.data_key()
 
     def rows(self, job: Job) -> Rows:
-        """The rows' tokens."""
         return job.rows_of("chosen")
 
     def name(self, job: Job) -> str:
-        """`representations-<pooling>`."""
         return f"representations-{self.pooling}"
 
     def key(self, job: Job) -> dict[str, Any]:
-        """The base, the template and the rows."""
         return {"version": VERSION, **job.data_key()}
 
     def works(self, job: Job) -> tuple[Work, ...]:
-        """One forward pass without the head."""
         title = self.title(job, [self])
         return (forward(job, title, job.rows, id_=self.id(job), titles=(title,), head=False),)
 
     @classmethod
     def title(cls, job: Job, stages: Sequence[Representations]) -> str:
-        """`representations (last)`."""
         return f"representations ({stages[0].pooling})"
 
     @classmethod
     def spent(cls, job: Job, rows: list[Encoded], stages: Sequence[Representations]) -> tuple[int, float]:
-        """A forward pass without the head."""
         n_tokens, _ = count_tokens(rows)
         return n_tokens, flops(job.loaded.model, n_tokens, 0)
 
     @classmethod
     @contextmanager
     def opened(cls, job: Job, stages: Sequence[Representations]) -> Iterator[Batch]:
-        """The base."""
         from keepset.features.representations import representations
 
         (stage,), model = stages, job.loaded.model
@@ -94,7 +86,6 @@ class TargetRepresentations(Stage):
         return {**job.data_key(), "target": job.aim(self.shots).target.fingerprint()}
 
     def works(self, job: Job) -> tuple[Work, ...]:
-        """One forward pass without the head."""
         aim = job.aim(self.shots)
         title = f"target representations ({self.pooling}{aim.title})"
         return (forward(job, title, aim.chosen, id_=self.id(job), titles=(title,), head=False),)
@@ -129,39 +120,31 @@ class Embeddings(Sweep):
     word = "representations"
 
     def inputs(self, job: Job) -> Any:
-        """The texts and the embedding model's weights."""
         return {"pool": job.pool.fingerprint(), "encoder": embedding_weights(self.model)}
 
     def rows(self, job: Job) -> Rows:
-        """The rows' texts."""
         return job.rows_of("texts")
 
     def name(self, job: Job) -> str:
-        """`embeddings`."""
         return "embeddings"
 
     def key(self, job: Job) -> dict[str, Any]:
-        """The texts and the embedding model's weights."""
         return {"version": VERSION, **self.inputs(job)}
 
     def works(self, job: Job) -> tuple[Work, ...]:
-        """One forward pass of the embedding model."""
         return (embedding(self.title(job, [self]), self.id(job), job.texts(), self.model),)
 
     @classmethod
     def title(cls, job: Job, stages: Sequence[Embeddings]) -> str:
-        """`embeddings (<model>)`."""
         return f"embeddings ({stages[0].model})"
 
     @classmethod
     def spent(cls, job: Job, rows: list[str], stages: Sequence[Embeddings]) -> tuple[int, float]:
-        """A forward pass of the embedding model."""
         return embedder(job, stages[0].model).cost(rows)
 
     @classmethod
     @contextmanager
     def opened(cls, job: Job, stages: Sequence[Embeddings]) -> Iterator[Batch]:
-        """The embedding model."""
         (stage,) = stages
         encoder = embedder(job, stage.model)
 
@@ -188,13 +171,11 @@ class TargetEmbeddings(Stage):
         }  # fmt: skip
 
     def works(self, job: Job) -> tuple[Work, ...]:
-        """One forward pass of the embedding model."""
         aim = job.aim(self.shots)
         title = f"target embeddings ({self.model}{aim.title})"
         return (embedding(title, self.id(job), aim.texts(with_chosen=True), self.model),)
 
     def value(self, job: Job) -> np.ndarray:
-        """(m, d)."""
         texts = job.aim(self.shots).texts(with_chosen=True)
 
         def queries() -> Arrays:

@@ -34,10 +34,7 @@ T = TypeVar("T")
 def step_values(dots: np.ndarray, lr: float | np.ndarray, curvature: np.ndarray | None) -> np.ndarray:
     """Shapley values of the rows of one SGD step (see `methods/in_run_shapley.py`), in nats of each task's loss.
 
-    Args:
-        dots: (..., n, j) <v_j, g_i>.
-        lr: the step's learning rate, or one that broadcasts with `dots`.
-        curvature: (..., n, j) g_iᵀ H_j Σ_{batch} g; None: first order.
+    `lr` broadcasts with `dots` (..., n, j), <v_j, g_i>; `curvature` is g_iᵀ H_j Σ_{batch} g, None: first order.
     """
     values = np.asarray(lr * dots)
     return values if curvature is None else values - lr**2 / 2 * np.asarray(curvature, np.float64)
@@ -57,11 +54,9 @@ class InRun(Stage):
     word = "in-run"
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
-        """The checkpoint that it starts from."""
         return (WarmupCheckpoint(),)
 
     def inputs(self, job: Job) -> Any:
-        """The base, the template, the rows, the target and its tasks."""
         aim = job.aim(self.shots)
         return {**job.data_key(), "ids": job.ids_digest, "tasks": aim.names, "target": aim.target.fingerprint()}
 

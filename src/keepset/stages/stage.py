@@ -156,7 +156,6 @@ class Sweep(Stage):
         """Tokens and operations that a shard took."""
 
     def value(self, job: Job) -> Arrays:
-        """Its columns over all rows, in their order."""
         return fetch(job, [self])[self]
 
     @classmethod
@@ -168,10 +167,7 @@ class Sweep(Stage):
 def fetch(job: Job, stages: Sequence[Sweep], beside: Iterable[Stage] = ()) -> dict[Sweep, Arrays]:
     """Columns of some sweeps over all rows; what is missing is computed, in as few passes as can be.
 
-    Args:
-        job: the job.
-        stages: the stages.
-        beside: stages that are computed in the same pass where they can be, and stay on disk for their turn.
+    Stages of `beside` are computed in the same pass where they can be, and stay on disk for their turn.
     """
     arrays: dict[Sweep, Arrays] = {}
     for stage in stages:

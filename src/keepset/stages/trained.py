@@ -71,16 +71,8 @@ def train_once(
 ) -> dict[str, Any]:  # fmt: skip
     """Train on some rows into `folder`, unless that was done.
 
-    The rows are put in the order of their ids, so that the order of the pool's files doesn't change the weights.
-
-    Args:
-        job: the job.
-        stage: whose training it is.
-        folder: where it goes.
-        rows: the sides of the rows, and their ids (n,).
-        args: how it is trained.
-        seed: of the training.
-        fit: trains on sides into a folder and returns the facts that are kept.
+    The rows are put in the order of their ids, so that the order of the pool's files doesn't change the weights. `fit`
+    trains on sides into a folder and returns the facts that are kept.
     """
     sides = pick(rows[0], id_order(rows[1]))
 
@@ -193,12 +185,10 @@ class Warmup(Stage):
         return pick_subset(job.ids, spec.fraction, seed, min_rows=spec.min_rows), seed
 
     def inputs(self, job: Job) -> Any:
-        """What it is trained from."""
         picked, seed = self._rows(job)
         return train_key(job, job.recipe.warmup, job.ids[picked], seed)
 
     def works(self, job: Job) -> tuple[Work, ...]:
-        """The training."""
         sides = pick(job.sides[1], self._rows(job)[0])
         return (training(job, "warm-up", sides, job.recipe.warmup, layout.WARMUP, self.id(job)),)
 
@@ -230,7 +220,6 @@ class WarmupCheckpoint(Stage):
     word = "warmup"
 
     def needs(self, job: Job) -> tuple[Stage, ...]:
-        """The warm-up, unless it is from elsewhere."""
         return () if job.recipe.warmup.path else (Warmup(),)
 
     def inputs(self, job: Job) -> Any:

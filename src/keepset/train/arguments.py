@@ -25,13 +25,7 @@ def trainer_config(config_class: type[Config], training: Training, out: Path, **
     keepset's defaults where TRL's would change numbers or cost time: no truncation (`max_length=None`), no mixed
     precision (weights keep `ModelSpec.dtype`), no gradient checkpointing, every step logged, a checkpoint an epoch of
     which the last two are kept (all with `training.moments`), nothing reported to a service. `args.extra` overrides
-    them: `report_to: trackio`, `wandb` or `tensorboard` is passed through.
-
-    Args:
-        config_class: TRL's class.
-        training: its arguments, seed and model.
-        out: result folder.
-        **more: the caller's own defaults.
+    them: `report_to: trackio`, `wandb` or `tensorboard` is passed through. `more` are the caller's own defaults.
 
     Raises:
         RecipeError: `extra` holds an argument the class doesn't have, or one that has its own key in the recipe.

@@ -33,15 +33,8 @@ def fit(
 ) -> TrainResult:
     """Fine-tune the base by `args.loss`; see `Training`, `train_sft` and `train_dpo`.
 
-    Args:
-        spec: the base model.
-        lora: the adapter.
-        sides: n rows: (row,), or (chosen, rejected), of which `loss: sft` takes the chosen one.
-        out: result folder.
-        args: the section.
-        seed: of adapter initialisation and order.
-        moments: keep every epoch's checkpoint with Adam's moments.
-        console: where progress is shown.
+    `sides` are n rows: (row,), or (chosen, rejected), of which `loss: sft` takes the chosen one. `moments` keeps every
+    epoch's checkpoint with Adam's moments.
 
     Raises:
         RecipeError, DataError: as the two functions.

@@ -165,15 +165,9 @@ def train_dpo(
     """Train the base on preference pairs; LoRA, or all weights with `args.full`.
 
     The loss of a batch is the mean over its pairs, accumulated batches included (TRL averages the means of the
-    accumulated batches, which differs when they hold different numbers of pairs). Dropout is off, as in TRL.
-
-    Args:
-        training: model (which is also the reference), adapter, arguments (the batch is in pairs), seed.
-        pairs: (chosen, rejected) as encoded rows.
-        out: result folder, as `train_sft`.
-        loss: what is minimised.
-        base: the model to start from; None: `training.model`.
-        reference: the base's log-probabilities of these pairs, if they are known already.
+    accumulated batches, which differs when they hold different numbers of pairs). Dropout is off, as in TRL. `base` is
+    the model to start from, by default `training.model`; `reference` the base's log-probabilities, if they are known
+    already.
 
     Raises:
         DataError: no pairs, a side without a supervised token, a reference log-probability of 0 (DavIR divides by it),

@@ -53,11 +53,7 @@ class RewardResult:
 def train_reward(training: Training, pairs: Sequence[Pair], out: Path, *, heldout: Sequence[Pair] = ()) -> RewardResult:
     """Put a one-number head on the base and train it on pairs; LoRA and head, or all weights with `args.full`.
 
-    Args:
-        training: model, adapter, arguments (the batch is in pairs), seed (of the head too).
-        pairs: (chosen, rejected) as encoded rows.
-        out: result folder, as `train_sft`; `heldout.json` in it holds the accuracy.
-        heldout: pairs not trained on.
+    Pairs of `heldout` are not trained on; `heldout.json` in `out` holds the accuracy on them.
 
     Raises:
         DataError: no pairs, a pair that stands in both lists, or a loss that became NaN.

@@ -26,12 +26,7 @@ log = logging.getLogger(__name__)
 def run_trainer(training: Training, trainer: Any, tokenizer: Any, out: Path, plan: str) -> TrainResult:
     """Train (or go on), then put the result into `out` with `training.json` last, and drop the work folder.
 
-    Args:
-        training: what is trained.
-        trainer: any Hugging Face trainer whose output_dir is `out/trainer`.
-        tokenizer: saved beside a full model.
-        out: result folder.
-        plan: of `Training.plan`; checkpoints of another plan are not taken up.
+    The trainer's output_dir is `out/trainer`; checkpoints of another `plan` (see `Training.plan`) are not taken up.
 
     Raises:
         DataError: the loss became NaN or infinite.

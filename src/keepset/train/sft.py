@@ -27,14 +27,8 @@ def train_sft(training: Training, rows: Sequence[Encoded], out: Path, base: Base
     """Fine-tune the base on `rows`; LoRA, or all weights with `args.full`.
 
     The loss is TRL's default (module docstring). The same rows, arguments and seed give the same weights on one
-    machine. An interrupted training goes on from its last checkpoint (one an epoch) exactly; a finished one is
-    returned as it is.
-
-    Args:
-        training: model, adapter, arguments, seed.
-        rows: n encoded rows, each with a supervised token.
-        out: result folder; `out/trainer` holds checkpoints while training goes on.
-        base: the model to start from; None: `training.model`.
+    machine. An interrupted training goes on from its last checkpoint (one an epoch) exactly; a finished one is returned
+    as it is. `base` is the model to start from, by default `training.model`.
 
     Raises:
         DataError: no rows, a row without a supervised token, or a loss that became NaN.

@@ -50,10 +50,8 @@ class Training:
     def plan(self, rows: Sequence[Encoded], base: str, *more: Any) -> str:
         """Hash everything that the result depends on.
 
-        Args:
-            rows: what is trained on; pairs as their sides, one after the other.
-            base: the base's `Base.weights`.
-            more: what the kind of training adds.
+        `rows` are what is trained on, pairs as their sides, one after the other; `base` is `Base.weights`, `more` what
+        the kind of training adds.
         """
         tokens = [digest(np.asarray(r.input_ids, dtype=np.int32).tobytes() + r.supervised.tobytes()) for r in rows]
         parts = {"model": self.model.model_dump(mode="json"), "args": self.args.key(), "rows": digest(tokens),

@@ -46,12 +46,6 @@ def pick_subset(ids: Ids | Sequence[str] | np.ndarray, fraction: float, seed: in
 
     The draw is over the sorted ids, so a pool in another order gives the same rows, in the same order.
 
-    Args:
-        ids: (n,) unique ids.
-        fraction: share of the rows.
-        seed: chooses them.
-        min_rows: at least this many (all, if there are fewer).
-
     Returns:
         Indices into `ids`, sorted by id.
     """
@@ -74,14 +68,7 @@ def warmup(
 ) -> list[Checkpoint]:
     """Train the warm-up adapter on `rows` (see `pick_subset`) and return its checkpoints, one an epoch.
 
-    Args:
-        spec: the base model.
-        lora: the adapter.
-        rows: the drawn rows' sides, as `keepset.train.fit.fit` takes them.
-        out: result folder; checkpoints are `out/checkpoint-<step>`.
-        args: the recipe's warm-up section.
-        seed: of adapter initialisation and order.
-        console: where progress is shown.
+    The rows' sides are as `keepset.train.fit.fit` takes them; checkpoints are `out/checkpoint-<step>`.
 
     Raises:
         ModelError: an optimiser without Adam moments.
