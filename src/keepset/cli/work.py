@@ -176,7 +176,9 @@ def select(
     if budget:
         parse_budget(budget, 1, None)
     probe = open_job(run_dir)
-    words = (probe.run.load_table(layout.scores(label)).schema.metadata or {}).get(b"length_unit") == b"words"
+    words = (probe.run.load_table(layout.scores(label), lambda name: False).schema.metadata or {}).get(
+        b"length_unit"
+    ) == b"words"
     job = open_job(
         run_dir, settings=[*settings, *([f"budget={budget}"] if budget else [])], force=True, text_only=words
     )

@@ -131,7 +131,11 @@ class Pool:
         """Yield some columns in order, at most so many rows at a time; what was read is not kept in memory."""
         for batch in self.table.select(columns).to_batches(max_chunksize=rows):
             yield batch
-            forget(self.mapped)
+            self.forget()
+
+    def forget(self) -> None:
+        """Give back the memory of what was read of a table that lies on disk."""
+        forget(self.mapped)
 
     def messages(self, index: int) -> list[Message]:
         """Return one row's messages."""
@@ -157,15 +161,14 @@ class Pool:
     def take(self, indices: Sequence[int] | np.ndarray) -> Pool:
         """Return these rows, in this order; the quarantine and the count of copies belong to the whole and are left."""
         at = np.asarray(indices, dtype=np.int64)
-        table = rows_at(self._parts, self.table.schema, at)
-        forget(self.mapped)
+        table = rows_at(self._parts, self.table.schema, at, self.mapped)
         return replace(self, table=table, ids=self.ids[at], quarantine=(), duplicates=0, mapped=())
 
     def places(self, indices: Sequence[int] | np.ndarray) -> Pool:
         """Return these rows with no more than their files' names."""
         at = np.asarray(indices, dtype=np.int64)
         names = self.table.select(["file"])
-        table = rows_at(names.to_batches(), names.schema, at)
+        table = rows_at(names.to_batches(), names.schema, at, self.mapped)
         return replace(self, table=table, ids=self.ids[at], quarantine=(), duplicates=0, mapped=())
 
     def taken(self, indices: Sequence[int] | np.ndarray, rows: int = 4096) -> Iterator[Pool]:

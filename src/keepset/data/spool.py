@@ -15,6 +15,9 @@ import pyarrow as pa
 IN_MEMORY = 64 * 2**20
 """Bytes of batches that stay in memory; a pool of more goes to disk."""
 
+FEW = 128
+"""Rows that are read before the memory of a mapping is given back, where they lie anywhere in it."""
+
 
 class Spool:
     """A table that grows by batches."""
@@ -71,14 +74,23 @@ def forget(mapped: tuple[mmap.mmap, ...]) -> None:
         one.madvise(mmap.MADV_DONTNEED)
 
 
-def rows_at(batches: list[pa.RecordBatch], schema: pa.Schema, indices: np.ndarray) -> pa.Table:
-    """Rows of a table in the order given, copied; `Table.take` would first put all of its batches together."""
+def rows_at(
+    batches: list[pa.RecordBatch], schema: pa.Schema, indices: np.ndarray, mapped: tuple[mmap.mmap, ...] = ()
+) -> pa.Table:
+    """Rows of a table in the order given, copied; `Table.take` would first put all of its batches together.
+
+    Rows that lie apart bring their neighbours' pages into memory; these are given back every `FEW` rows.
+    """
     bounds = np.cumsum([0, *(batch.num_rows for batch in batches)])
     ascending = np.argsort(indices, kind="stable")
-    parts = [
-        batches[k].take(pa.array(local))
-        for k, local in _by_batch(bounds, indices[ascending])
-    ]  # fmt: skip
+    parts, since = [], 0
+    for k, local in _by_batch(bounds, indices[ascending]):
+        parts.append(batches[k].take(pa.array(local)))
+        since += len(local)
+        if since >= FEW:
+            forget(mapped)
+            since = 0
+    forget(mapped)
     table = pa.Table.from_batches(parts, schema=schema)
     if np.array_equal(ascending, np.arange(len(indices))):
         return table
@@ -88,8 +100,10 @@ def rows_at(batches: list[pa.RecordBatch], schema: pa.Schema, indices: np.ndarra
 
 
 def _by_batch(bounds: np.ndarray, ascending: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each batch with at most `FEW` of its rows at a time."""
     if len(ascending) and not 0 <= ascending[0] <= ascending[-1] < bounds[-1]:
         raise IndexError(f"rows {ascending[0]} to {ascending[-1]} of {bounds[-1]}")
     cuts = np.searchsorted(ascending, bounds)
     for k in np.flatnonzero(np.diff(cuts)).tolist():
-        yield k, ascending[cuts[k] : cuts[k + 1]] - bounds[k]
+        for start in range(cuts[k], cuts[k + 1], FEW):
+            yield k, ascending[start : min(start + FEW, cuts[k + 1])] - bounds[k]

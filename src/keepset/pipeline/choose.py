@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,26 +75,43 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
         KeepsetError: `label` has not been scored in this run folder.
         RecipeError: the budget can't be met by the policy.
     """
-    table = job.run.load_table(layout.scores(check_label(label)))
+    noisy = noisy_spec(job, label) if kind == "method" and overrides is None else None
+    wanted = looked_at(job.recipe.select) if noisy is None else None
+    table = job.run.load_table(layout.scores(check_label(label)), wanted)
     if overrides is not None:
         table = apply_overrides(table, overrides)
     indices = select_rows(job, table, budget, job.recipe.select)
     name = subset_name(label, budget, len(job.recipe.budget))
-    edge = edge_of(job, label, table, indices) if kind == "method" and overrides is None else None
+    edge = None if noisy is None else edge_of(job, noisy, table, indices)
+    del table
+    pa.default_memory_pool().release_unused()
     subset = Subset(name, label, kind, str(budget), indices, int(job.n_tokens()[indices].sum()), edge)
     return finish(job, subset)
 
 
-def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stability | None:
-    """The chosen rows that numerical noise might have left out, and the other way round.
+def noisy_spec(job: Job, label: str) -> MethodSpec | None:
+    """The method of a label, where numerical noise can decide what is chosen by it.
 
-    None where the noise isn't known or can't decide (`Method.noise`), or the score alone doesn't: other policies than
-    top-k, dropped duplicates.
+    None where no model runs, or the score alone doesn't decide: other policies than top-k, dropped duplicates.
     """
     spec = next((m for m in job.recipe.methods if m.label == label), None)
     plain = job.recipe.select.policy == "top_k" and job.recipe.select.dedup == "none"
-    if spec is None or not plain or "text" in METHODS[spec.name].needs:
-        return None
+    return None if spec is None or not plain or "text" in METHODS[spec.name].needs else spec
+
+
+def looked_at(spec: SelectSpec, source: str | None = None) -> Callable[[str], bool]:
+    """Whether a column of a scores table is looked at to choose rows (of one source, if given)."""
+    names = {"id", "score"} | ({"source"} if source is not None else set())
+    if spec.quota != "none":
+        names.add("source" if spec.quota_by == "source" else "category")
+    return lambda name: name in names or (spec.policy == "round_robin" and name.startswith("task."))
+
+
+def edge_of(job: Job, spec: MethodSpec, table: pa.Table, indices: np.ndarray) -> Stability | None:
+    """The chosen rows that numerical noise might have left out, and the other way round.
+
+    None where the noise isn't known or can't decide (`Method.noise`).
+    """
     columns = {name: table[name].to_numpy() for name in table.column_names if pa.types.is_floating(table[name].type)}
     relative = NOISE if job.recipe.model.dtype == "float32" else COARSE_NOISE
     with np.errstate(divide="ignore", invalid="ignore"):  # rows without a score, which don't count
@@ -138,9 +156,9 @@ def select_rows(
     job: Job, table: pa.Table, budget: int | str, spec: SelectSpec, *, source: str | None = None
 ) -> np.ndarray:
     """Indices into the job's usable rows, best first, by the scores in `table`; only rows of `source`, if given."""
+    table = table.select([name for name in table.column_names if looked_at(spec, source)(name)])
     columns = [name for name in table.column_names if name.startswith("task.")]
     grouped = "source" if spec.quota_by == "source" else "category"
-    table = table.select(["id", "source", *{"category", grouped} - {"source"}, "score", *columns])
     scored = table if not table["score"].null_count else table.filter(pc.is_valid(table["score"]))
     if source is not None:
         scored = scored.filter(pc.equal(scored["source"], source))
@@ -195,7 +213,8 @@ def choose_mix(job: Job, mix: MixSpec) -> Subset:
         if part.method == "full":
             parts.append(np.flatnonzero(np.asarray(job.pool.sources())[job.usable].astype(str) == part.source))
         else:
-            table = job.run.load_table(layout.scores(part.method))
+            wanted = looked_at(job.recipe.select, part.source)
+            table = job.run.load_table(layout.scores(part.method), wanted)
             parts.append(select_rows(job, table, part.budget, job.recipe.select, source=part.source))
     indices = np.concatenate(parts)
     return finish(job, Subset(mix.label, mix.label, "mix", "mix", indices, int(job.n_tokens()[indices].sum())))
@@ -260,10 +279,12 @@ def mark_selected(job: Job, subset: Subset) -> None:
     first = subset_name(subset.label, job.recipe.budget[0], len(job.recipe.budget))
     if subset.name != first or not (job.run.path / name).exists():
         return
-    table = job.run.load_table(name)
-    chosen = pc.is_in(table["id"], subset.ids(job).arrow())
-    place = table.column_names.index("selected")
-    job.run.save_table(name, table.set_column(place, "selected", chosen))
+    ids = subset.ids(job).arrow()
+
+    def marked(table: pa.Table) -> pa.Table:
+        return table.set_column(table.column_names.index("selected"), "selected", pc.is_in(table["id"], ids))
+
+    job.run.change_table(name, marked)
 
 
 def stored_subsets(run: Run) -> dict[str, StoredSubset]:

@@ -91,9 +91,6 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
     rows = job.pool.table.select(["id", "source", "category"])
     if len(job.usable) < len(job.pool):
         rows = rows.filter(pa.array(np.isin(np.arange(len(job.pool)), job.usable, assume_unique=True)))
-    why = [unscored(v) for v in values[~finite]]
-    reason = np.full(len(values), None, dtype=object)
-    reason[~finite] = why
     table = pa.table(
         {
             "id": rows["id"],
@@ -101,18 +98,26 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
             "category": rows["category"],
             "score": pa.array(np.where(finite, values, np.nan), mask=~finite),
             "rank": pa.array(rank, mask=~finite),
-            "selected": pa.array(np.zeros(len(values), dtype=bool)),
+            "selected": pa.repeat(False, len(values)),
             "n_tokens": pa.array(job.n_tokens()),
-            "reason": pa.array(reason, pa.string()) if why else pa.nulls(len(values), pa.string()),
+            "reason": reasons(values, finite),
             **{name: pa.array(part) for name, part in scores.parts.items()},
         }
     ).replace_schema_metadata(
         {"method": spec.name, "label": spec.label, "options": str(spec.options), "length_unit": job.length_unit}
     )
     job.run.save_table(layout.scores(spec.label), table, key=score_key(job, spec), solid=True)
+    job.pool.forget()
     bad = int((~finite).sum())
     job.say(f"{spec.label}: {len(values)} rows in = {len(values) - bad} scored + {bad} quarantined")
     return table
+
+
+def reasons(values: np.ndarray, finite: np.ndarray) -> pa.Array:
+    """Why each row has no score; null where it has one."""
+    if finite.all():
+        return pa.nulls(len(values), pa.string())
+    return pa.array([None if ok else unscored(v) for ok, v in zip(finite, values, strict=True)], pa.string())
 
 
 def gradients_beside(job: Job, spec: MethodSpec, method: Method) -> list[Stage]:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -251,8 +252,26 @@ class Run:
         write_atomic(self.path / name, write, lambda part: self._record(name, file_digest(part), key))
         return self.path / name
 
-    def load_table(self, name: str) -> pa.Table:
-        """Read a Parquet file of the folder.
+    def change_table(self, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
+        """Change a Parquet file of the folder a row group at a time; it keeps its key.
+
+        Raises:
+            KeepsetError: it is missing or damaged.
+        """
+        metadata = self.load_table(name, lambda column: False).schema.metadata
+        with pq.ParquetFile(self.path / name) as old:
+
+            def write(file: IO[bytes]) -> None:
+                parts = (change(old.read_row_group(k)) for k in range(old.num_row_groups))
+                first = next(parts).replace_schema_metadata(metadata)
+                with pq.ParquetWriter(file, first.schema, compression="zstd") as out:
+                    for part in chain([first], parts):
+                        out.write_table(part.replace_schema_metadata(metadata), row_group_size=ROW_GROUP)
+
+            write_atomic(self.path / name, write, lambda part: self._record(name, file_digest(part), None))
+
+    def load_table(self, name: str, wanted: Callable[[str], bool] | None = None) -> pa.Table:
+        """Read a Parquet file of the folder, or the columns whose names are wanted.
 
         Raises:
             KeepsetError: it is missing or damaged.
@@ -260,7 +279,8 @@ class Run:
         path = self.path / name
         self.check(name)
         try:
-            return pq.read_table(path)
+            columns = None if wanted is None else [column for column in pq.read_schema(path).names if wanted(column)]
+            return pq.read_table(path, columns=columns)
         except FileNotFoundError:
             have = sorted(p.stem for p in path.parent.glob("*.parquet"))
             raise KeepsetError(
