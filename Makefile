@@ -38,6 +38,13 @@ test-other-cpu: .venv/.ready  ## the default test suite with the kernels of a pr
 test-slow: .venv/.ready  ## the long tests too, with the real models
 	$(BIN)/python -m pytest -m "slow or real_model"
 
+.venv/.ray: .venv/.ready
+	$(PIP) -e '.[ray]'
+	@touch $@
+
+test-ray: .venv/.ray  ## tests on real Ray, two processes of this machine (2 minutes)
+	$(BIN)/python -m pytest -m ray
+
 architectures: .venv/.ready  ## every causal architecture of transformers: equal to 1e-4, or refused (3 minutes)
 	$(BIN)/python tests/architectures.py --out docs/architectures.md
 
@@ -88,4 +95,4 @@ KILLS ?= 300
 soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times: the same bytes every time
 	$(BIN)/python tests/soak.py $(KILLS)
 
-.PHONY: help setup demo test test-other-cpu test-slow architectures lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak
+.PHONY: help setup demo test test-other-cpu test-slow test-ray architectures lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak

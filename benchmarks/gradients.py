@@ -33,9 +33,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import zstandard
+from safetensors.numpy import load_file
 
 from keepset.features.adam import AdamState, map_gradient
-from keepset.features.gradient_store import META, GradientStore, build_store
+from keepset.features.gradient_store import GradientStore, build_store
 from keepset.features.gradients import mean_weights, recording, run_rows
 from keepset.features.influence import influence
 from keepset.features.projection import ProjectedTarget, project_target, store_error, target_lengths
@@ -267,22 +268,22 @@ def store(data: Path, n: int) -> dict[str, Any]:
         big = GradientStore.create(folder, {}, dim=8192)
         for k in range(0, 100_000, 5_000):
             part = rng.standard_normal((5_000, 8192), dtype=np.float32)
-            big.append([str(i) for i in range(k, k + 5_000)], part, np.ones(5_000), np.zeros(5_000))
+            big.write([str(i) for i in range(k, k + 5_000)], part, np.ones(5_000), np.zeros(5_000))
         query = ProjectedTarget(vectors_of(TARGETS), np.zeros(TARGETS))
         out["query_seconds_100k"] = timed(lambda: big.dots(query))[0]
-        out["bytes_per_row"] = (big.row_bytes * big.n_rows + (big.path / "rows.meta").stat().st_size) / big.n_rows
+        out["bytes_per_row"] = sum(p.stat().st_size for p in big.path.glob("[0-9]*")) / big.n_rows
     return out
 
 
 def folded(kept: GradientStore, projected: ProjectedTarget) -> dict[int, np.ndarray]:
     """The dots of the same store at smaller sizes: buckets are taken modulo the size, so halves add up."""
-    meta = np.fromfile(kept.path / "rows.meta", META, kept.n_rows)
-    rows = np.fromfile(kept.path / "rows.bin", kept.dtype).reshape(kept.n_rows, -1).astype(np.float32)
-    rows, vectors, found = rows * meta["scale"][:, None], projected.sketches, {}
+    shards = [load_file(path) for path in sorted(kept.path.glob("*.safetensors"))]
+    rows = np.concatenate([shard["rows"].astype(np.float32) * shard["scale"][:, None] for shard in shards])
+    shared, vectors, found = np.concatenate([shard["shared"] for shard in shards]), projected.sketches, {}
     while rows.shape[1] > 1024:
         half = rows.shape[1] // 2
         rows, vectors = (x[:, :half] + x[:, half:] for x in (rows, vectors))
-        found[half] = rows @ vectors.T + np.outer(meta["shared"], projected.shared)
+        found[half] = rows @ vectors.T + np.outer(shared, projected.shared)
     return found
 
 

@@ -109,8 +109,8 @@ METHODS: dict[str, Callable[[list[str], list[str], list[str]], np.ndarray]] = {
     "length": score_length,
     "bm25": lambda docs, queries, ids: bm25(docs, queries, [str(i % 4) for i in range(len(queries))])[0],
     "dsir": lambda docs, queries, ids: dsir(docs, queries, ids=ids)[0],
-    "dsir exact": lambda docs, queries, ids: dsir(docs, queries, gumbel=False)[0],
-    "dsir fast": lambda docs, queries, ids: dsir(docs, queries, gumbel=False, hash="fast")[0],
+    "dsir exact": lambda docs, queries, ids: dsir(docs, queries)[0],
+    "dsir fast": lambda docs, queries, ids: dsir(docs, queries, hash="fast")[0],
 }
 
 

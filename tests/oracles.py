@@ -9,6 +9,8 @@ from math import comb
 import numpy as np
 
 from keepset.features.solvers import datainf_shares, eigenvectors
+from keepset.methods.influence import Influence
+from keepset.stages.shapley import step_values
 
 
 def enumerate_shapley(n: int, utility: Callable[[np.ndarray], float]) -> np.ndarray:
@@ -84,3 +86,24 @@ def corrected_eigenvalues(gradients: np.ndarray, q_a: np.ndarray, q_b: np.ndarra
     """EK-FAC's Λ (out, in): mean squares of the rows' gradients (n, out, in) in the eigenbasis."""
     rotated = q_b.T @ np.asarray(gradients, dtype=np.float64) @ q_a
     return np.mean(rotated**2, axis=0)
+
+
+def in_run_shapley(
+    dots: np.ndarray, lr: np.ndarray, in_batch: np.ndarray, curvature: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The steps' Shapley values summed (`methods/in_run_shapley.py`): scores (n,), mean over tasks, and (n, j).
+
+    Args:
+        dots: (t, n, j) <v_tj, g_i>; what stands for rows outside a step's batch is ignored.
+        lr: (t,) learning rates.
+        in_batch: (t, n) bool.
+        curvature: (t, n, j) g_iᵀ H_tj Σ_{batch} g; None: first order.
+    """
+    steps = zip(dots, lr, in_batch, [None] * len(dots) if curvature is None else curvature, strict=True)
+    per_task = sum(step_values(d, rate, c) * inside[:, None] for d, rate, inside, c in steps)
+    return per_task.mean(axis=1), per_task
+
+
+def influence(dots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The method's scores (n,) of dots (n, j) with the solved targets, and per task (n, j)."""
+    return Influence().reduce_dots(dots[None], np.ones((1, len(dots))), np.ones(1))

@@ -224,3 +224,33 @@ def whole_comparison(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON as the run does."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def validation(
+    labels: tuple[str, ...] = ("rose", "davir", "random-0"), left_out: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """`validation.json` with halves that say little, one outcome that doesn't vary, tenths, and one row left out."""
+
+    def mean(value: float | None, n: int = 60) -> dict[str, Any]:
+        low, high = (None, None) if value is None else (value - 0.12, value + 0.11)
+        return {"value": value, "low": low, "high": high, "n": n, "level": 0.95}
+
+    outcomes = ("loss.target", "margin.implicit_mean.matched", "accuracy.policy_mean.matched")
+    facts, scores = [], []
+    for k, name in enumerate(outcomes):
+        flat = name.startswith("accuracy")
+        ceiling = None if flat else 0.81 - 0.1 * k
+        facts.append({"name": name, "queries": 20, "spread": 0.01, "unit": "nats a token",
+                      "between_seeds": mean(None if ceiling is None else ceiling**2, 12), "ceiling": ceiling,
+                      "between_seeds_of_mean": mean(None if flat else 0.7, 12),
+                      "ceiling_of_mean": None if flat else 0.84})  # fmt: skip
+        for i, label in enumerate(labels):
+            value = None if flat else (0.42 - 0.1 * k, 0.13, -0.02)[i % 3]
+            of_mean = mean(None if value is None else value + 0.1)
+            scores.append({"label": label, "outcome": name, "lds": mean(value), "of_mean": of_mean})
+    halves = {"name": "halves", "models": 60, "again": 12, "kept": 100, "outcomes": facts, "scores": scores}
+    tenths = {"label": labels[0], "outcome": "loss.target", "values": [2.0 + 0.01 * i for i in range(10)],
+              "spearman": 0.94, "p": 0.0004, "seeds": 2}  # fmt: skip
+    gone = [{"ids": [i], "worth": {"loss.target": 0.0021, "loss.chosen": -0.0003}} for i in left_out]
+    return {"rows": 200, "tokens": 412_000, "seconds": 2520.0, "designs": [halves], "deciles": [tenths],
+            "left_out": gone, "unscored": {}}  # fmt: skip

@@ -99,7 +99,8 @@ def test_no_file_is_longer_than_four_hundred_lines() -> None:
 def names_of_the_layout() -> tuple[set[str], set[str]]:
     """Every file name (it has a dot) and folder name that `layout` gives, also in the paths that it puts together."""
     made = [layout.scores("x"), layout.subset("x"), layout.reference(), layout.reference(0), layout.in_run("x"),
-            layout.model("x", 0), layout.epochs("x", 0), layout.stage("x", "y"), layout.retraining("x")]  # fmt: skip
+            layout.model("x", 0), layout.epochs("x", 0), layout.stage("x", "y"), layout.retraining("x"),
+            layout.validation_model("x", 0), layout.validation_measured("x", 0)]  # fmt: skip
     constants = [value for name, value in vars(layout).items() if name.isupper() and isinstance(value, str)]
     parts = {part for path in [*constants, *made] for part in PurePosixPath(path).parts}
     own = {part for part in parts if not re.match(r"x|y$|.*-(x|seed0|fold0)\b", part)}

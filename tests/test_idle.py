@@ -25,6 +25,7 @@ CASES = [
     ("evaluate.gsm8k.shots", 2, None),
     ("evaluate.gsm8k.pairs", True, None),
     ("evaluate.gsm8k_limit", 5, {"evaluate.gsm8k": {"path": "g.jsonl"}}),
+    ("validate.block", 3, {"validate.leave_out": 4}),
     ("evaluate.max_new_tokens", 5, {"evaluate.gsm8k": {"path": "g.jsonl"}}),
     ("train.beta", 0.2, {"train.loss": "dpo"}),
     ("reference.beta", 0.2, {"reference.loss": "dpo"}),
@@ -44,6 +45,9 @@ CASES = [
 # key, value, and what makes it idle
 TOGETHER = [
     ("evaluate.each_epoch", True, {"train.full": True}),
+    ("validate.again", 5, {"validate.models": 0}),
+    ("validate.again", 5, {"validate.seeds": [3]}),
+    ("evaluate.headline", "loss.chosen", {"evaluate.pairs": [], "evaluate.heldout": []}),
     ("reference.path", "r", {"reference.folds": 2}),
     ("reference.full", True, {"reference.folds": 2}),
     ("reference.learning_rate", 0.1, {"reference.path": "r"}),

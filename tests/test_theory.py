@@ -31,13 +31,13 @@ from keepset.features.projection import dimension_for, shared_direction  # noqa:
 from keepset.features.sketch import Sketch  # noqa: E402
 from keepset.features.targets import target_vectors  # noqa: E402
 from keepset.methods.davir import davir, davir_ref, rho  # noqa: E402
-from keepset.methods.in_run_shapley import in_run_shapley  # noqa: E402
 from keepset.methods.less import tracin  # noqa: E402
 from keepset.methods.perplexity import percentile  # noqa: E402
 from keepset.methods.rose import rose  # noqa: E402
 from keepset.model.pair_losses import davir_logit, dpo_logit, dpo_loss  # noqa: E402
 from keepset.recipe import SelectSpec  # noqa: E402
 from keepset.selection.select import select  # noqa: E402
+from oracles import in_run_shapley  # noqa: E402
 from slow_gradients import flat, mean_nll_gradient, random_state, token_logps  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

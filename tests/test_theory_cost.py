@@ -102,6 +102,7 @@ FORMULAS = {
     "influence": lambda job: 2 * (forward(job.rows) + goals(job) + curvature(job)) + warm_up(job),
     "datainf": lambda job: 2 * (forward(job.rows) + goals(job) + 2 * curvature(job)) + warm_up(job),
     "ekfac": lambda job: 2 * (forward(job.rows) + goals(job) + 2 * curvature(job)) + warm_up(job),
+    "metagradient": lambda job: 8 * forward(job.rows) + 3 * goals(job, sides=2),  # one epoch
     "in-run-shapley": lambda job: 2 * (forward(job.rows) + 2 * goals(job)) + warm_up(job),  # one step holds this pool
 }
 
@@ -158,12 +159,14 @@ def test_7_2_what_lies_on_disk_is_what_the_formulas_say(scored):
     assert sum(a.nbytes for a in load_file(reference).values()) == 4 * P
 
 
-def test_7_2_a_store_takes_two_bytes_a_number_and_57_a_row(tmp_path):
-    n, dim = 10, 64
+def test_7_2_a_store_takes_two_bytes_a_number_and_20_a_row(tmp_path):
+    n, dim, sizes = 10, 64, []
     store = GradientStore.create(tmp_path / "store", {"model": "m"}, dim=dim)
-    store.append([f"{i:032x}" for i in range(n)], np.ones((n, dim), np.float32), np.ones(n), np.zeros(n))
-    files = sum((tmp_path / "store" / name).stat().st_size for name in ("rows.bin", "rows.meta", "ids.txt"))
-    assert files == n * (2 * dim + 24 + 33)
+    for number, m in enumerate((n, 2 * n)):
+        store.write([f"{i:032x}" for i in range(m)], np.ones((m, dim), np.float32), np.ones(m), np.zeros(m))
+        files = sum((tmp_path / "store" / f"{number:05d}.{kind}").stat().st_size for kind in ("safetensors", "json"))
+        sizes.append(files - m * (2 * dim + 20))
+    assert all(500 < size < 600 for size in sizes) and abs(sizes[1] - sizes[0]) <= 16  # a shard's head and record
 
 
 def test_7_2_what_a_gradient_pass_and_ekfac_hold():

@@ -10,10 +10,8 @@ from keepset.errors import RecipeError
 def parse_budget(budget: int | str, n_rows: int, n_tokens: int | None) -> tuple[str, int]:
     """Turn a budget into `("rows", k)` or `("tokens", t)`.
 
-    Args:
-        budget: 500, "500", "5%" (of the rows) or "200000 tokens" ("20% tokens": of the pool's supervised tokens).
-        n_rows: rows in the pool.
-        n_tokens: supervised tokens in the pool, if known.
+    A budget is 500, "500", "5%" (of the rows) or "200000 tokens" ("20% tokens": of the pool's supervised tokens, if
+    known).
 
     Raises:
         RecipeError: the text is none of these, or not positive.

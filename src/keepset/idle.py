@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TRAINING = (
     "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "num_processes",
     "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "full", "loss", "beta", "extra",
 )  # fmt: skip
 SHOTS = ("shots", "length_matched", "task_column")
@@ -32,7 +33,7 @@ def refuse_idle(recipe: Recipe, variants: Sequence[Recipe], where: str) -> None:
         RecipeError: one line with the key's place, why it does nothing, and what to do.
     """
     for key, why in idle(recipe):
-        of_all = key.startswith(("mix", "evaluate"))  # which variants don't have
+        of_all = key.startswith(("mix", "evaluate", "validate"))  # which variants don't have
         if of_all or all(key in dict(idle(variant)) for variant in variants):
             raise RecipeError(f"{where}: {key}: {why}")
 
@@ -59,6 +60,15 @@ def idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
                     when=evaluate.gsm8k is None)  # fmt: skip
     yield from said("evaluate", evaluate, ("each_epoch",), "epochs' ends are kept of adapters only; remove it, or "
                     "train.full", when=recipe.train.full)  # fmt: skip
+    measured = bool(evaluate.pairs or evaluate.heldout or evaluate.gsm8k)
+    yield from said("evaluate", evaluate, ("headline",), "does nothing without held-out data; remove it",
+                    when=not measured)  # fmt: skip
+    if recipe.validation is not None:
+        truth = recipe.validation
+        yield from said("validate", truth, ("block",), "does nothing without `leave_out`; remove it",
+                        when=not truth.leave_out)  # fmt: skip
+        yield from said("validate", truth, ("again",), "does nothing without `models` and two `seeds`; remove it",
+                        when=not truth.models or len(truth.seeds) < 2)  # fmt: skip
     for name in ("train", "reference", "warmup"):
         section = getattr(recipe, name)
         yield from said(name, section, ("beta",), "does nothing under `loss: sft`; remove it, or set a loss of pairs",
@@ -85,6 +95,8 @@ def idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("temperature", "`policy: sample`", select.policy == "sample"),
     ):
         yield from said("select", select, (name,), f"does nothing without {needs}; remove it", when=not there)
+    yield from said("executor", recipe.executor, ("address", "workers"), "does nothing without `name: ray`; remove it",
+                    when=recipe.executor.name != "ray")  # fmt: skip
     for k, mix in enumerate(recipe.mix):
         for m, part in enumerate(mix.parts):
             yield from said(f"mix.{k}.parts.{m}", part, ("budget",), "`method: full` takes the whole pool; remove it, "

@@ -28,7 +28,9 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(inner, list):
             inner = inner[_place(inner, name, key)]
         else:
-            inner = inner.setdefault(name, {})
+            if inner.get(name) is None:  # a section that may be left out
+                inner[name] = {}
+            inner = inner[name]
         if not isinstance(inner, dict | list):
             raise RecipeError(f"key '{key}': '{name}' holds no keys")
     if isinstance(inner, list):
@@ -57,3 +59,13 @@ def without_gone(data: dict[str, Any], where: str, stored: bool) -> dict[str, An
             raise RecipeError(f"{where}: {place} is gone: {now}; remove it")
         data = {**data, section: {k: v for k, v in data[section].items() if k != key}}
     return data
+
+
+def diff_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Say in words where two nested mappings differ: `budget: 5% -> 10%`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}, key=str):
+            found += diff_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return [] if old == new else [f"{prefix}: {old} -> {new}"]

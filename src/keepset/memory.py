@@ -27,9 +27,7 @@ class Count:
 def in_halves(indices: np.ndarray, compute: Callable[[np.ndarray], None]) -> None:
     """Call `compute(indices)`; where memory runs out, on halves, in order.
 
-    Args:
-        indices: (n,) rows of the batch.
-        compute: stores its own result; a call that failed must leave nothing behind that a later call doesn't replace.
+    `compute` stores its own result; a call that failed must leave nothing behind that a later call doesn't replace.
 
     Raises:
         MemoryError, RuntimeError: one row alone doesn't fit; as it was raised.

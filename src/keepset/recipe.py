@@ -10,19 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from keepset.budget_text import parse_budget
 from keepset.errors import RecipeError, did_you_mean
+from keepset.executor_spec import ExecutorSpec
 from keepset.idle import idle, refuse_idle
 from keepset.keys import set_key, without_gone
 from keepset.located import located
-
-
-class Strict(BaseModel):
-    """Base of every section: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+from keepset.recipe_truth import ControlSpec, Strict, ValidateSpec
 
 
 class ModelSpec(Strict):
@@ -120,6 +116,7 @@ class TrainSpec(Strict):
     learning_rate: float = 2e-4
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    num_processes: int = Field(1, ge=1, description="of this machine that share each batch; started by `keepset run`")
     lr_scheduler_type: str = "linear"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
@@ -133,7 +130,11 @@ class TrainSpec(Strict):
 
     def key(self) -> dict[str, Any]:
         """What a training's result depends on, for fingerprints; the loss is left out where it is the plain one."""
-        left_out = {"checkpoints", *({"loss", "beta"} if self.loss == "sft" else ())}
+        left_out = {
+            "checkpoints",
+            *(("num_processes",) if self.num_processes == 1 else ()),
+            *({"loss", "beta"} if self.loss == "sft" else ()),
+        }
         return self.model_dump(mode="json", exclude=left_out)
 
     @field_validator("extra")
@@ -222,17 +223,10 @@ class EvaluateSpec(Strict):
     max_new_tokens: int = 256
     length_match: float = Field(0.2, description="a pair is length-matched if its sides differ by at most this share")
     bootstrap: int = Field(2000, ge=100, description="resamples of each 95 % interval")
+    headline: str | None = Field(
+        None, description="the measure that is looked at first: a name in comparison.json; default: see docs/recipes.md"
+    )
     each_epoch: bool = Field(False, description="also at every epoch's end: validation loss against performance")
-
-
-class ControlSpec(Strict):
-    """What every comparison is held against."""
-
-    random_seeds: list[int] = Field([0, 1, 2], description="Random of the same size, once per seed")
-    longest: bool = Field(True, description="the longest completions of the same size")
-    full: bool = Field(False, description="train on the whole pool")
-    base: bool = Field(True, description="the untrained base")
-    dpo_direct: bool = Field(False, description="no selection: DPO (beta 0.1) on the target's pairs, by `train`")
 
 
 class BatchSpec(Strict):
@@ -271,7 +265,11 @@ class Recipe(Strict):
     train_seeds: list[int] = Field(default_factory=lambda: [0], description="every method's model is trained per seed")
     evaluate: EvaluateSpec = EvaluateSpec()
     controls: ControlSpec = ControlSpec()
+    validation: ValidateSpec | None = Field(
+        None, alias="validate", description="trainings that say what every score is worth: `keepset validate`"
+    )
     batching: BatchSpec = BatchSpec()
+    executor: ExecutorSpec = ExecutorSpec()
     strict: bool = Field(False, description="stop at the first bad row instead of quarantining it")
 
     @field_validator("methods", mode="before")
@@ -302,7 +300,8 @@ class Recipe(Strict):
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(f"methods: label '{twice[0]}' stands twice; give one of them its own `label`")
-        taken = [label for label in labels if re.fullmatch(r"base|full|longest|dpo-direct|random-\d+", label)]
+        names = "base|full|longest|dpo-direct" + ("|shortest" if self.controls.shortest else "")
+        taken = [label for label in labels if re.fullmatch(rf"{names}|random-\d+", label)]
         if taken:
             raise ValueError(f"methods: label '{taken[0]}' is a control's name; give it another `label`")
         return self
@@ -318,7 +317,7 @@ def known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
         if section is None:
             return []
         model = section
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
@@ -360,7 +359,7 @@ def variant_recipe(recipe: Recipe, variant: VariantSpec, where: str = "recipe") 
     Raises:
         RecipeError: an unknown key, a value that doesn't fit it, or a key that does nothing in the variant.
     """
-    data = recipe.model_dump(mode="json", exclude={"variants", "mix", "evaluate"})
+    data = recipe.model_dump(mode="json", exclude={"variants", "mix", "evaluate", "validation"})
     data["controls"] = {"random_seeds": [], "longest": False, "base": False}
     for key, value in variant.set.items():
         set_key(data, key, value)

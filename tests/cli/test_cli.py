@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer number {i} of many"} for i in range(20)]
 PAIRS = [{"task": "t", "prompt": f"question {i}", "chosen": "a good answer", "rejected": "a bad one"} for i in range(3)]
@@ -281,3 +282,21 @@ def test_the_command_page_is_current():
 def test_init_makes_the_folder_it_writes_into(tmp_path, core):
     assert core("init", tmp_path / "new" / "recipe.yaml").returncode == 0
     assert (tmp_path / "new" / "recipe.yaml").is_file()
+
+
+@pytest.mark.parametrize("kind", ["slurm", "ray", "accelerate"])
+def test_init_writes_files_for_several_machines(kind, tmp_path):
+    from typer.testing import CliRunner
+
+    from keepset.cli import app
+
+    path = tmp_path / "file"
+    done = CliRunner().invoke(app, ["init", str(path), f"--{kind}"])
+    assert done.exit_code == 0 and str(path) in done.output
+    text = path.read_text()
+    assert "ot yet" in text.split("\n#SBATCH")[0][:400]
+    if kind == "slurm":
+        assert subprocess.run(["bash", "-n", str(path)]).returncode == 0 and "\nkeepset work " in text
+    else:
+        assert isinstance(yaml.safe_load(text), dict)
+    assert CliRunner().invoke(app, ["init", str(tmp_path / "b"), "--slurm", "--ray"]).exit_code != 0

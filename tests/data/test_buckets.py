@@ -18,8 +18,11 @@ def test_dsir_counts_of_shards_add_up_to_the_whole(first, second, hash):
     whole = NgramBuckets(hash=hash).counts(first + second)
     np.testing.assert_array_equal(NgramBuckets(hash=hash).counts(first) + NgramBuckets(hash=hash).counts(second), whole)
     ratios = np.random.default_rng(0).normal(size=(10_000, 2))
-    parts = [NgramBuckets(hash=hash).log_weights(texts, ratios) for texts in (first, second)]
-    np.testing.assert_array_equal(np.concatenate(parts), NgramBuckets(hash=hash).log_weights(first + second, ratios))
+
+    def weigh(texts):
+        return NgramBuckets(hash=hash).weigh(Twice(NgramBuckets(hash=hash), texts), ratios, per_token=False)
+
+    np.testing.assert_array_equal(np.concatenate([weigh(first), weigh(second)]), weigh(first + second))
 
 
 def test_the_table_of_buckets_grows_without_forgetting():

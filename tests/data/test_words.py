@@ -149,7 +149,7 @@ def test_a_row_that_shares_a_word_with_the_target_is_found(script):
     scores, _ = bm25(docs, [query], ["t"])
     assert scores[1] > 0 and np.argmax(scores) == 1 and scores[1] > 1.5 * max(scores[0], scores[2])
     assert scores[3] == 0
-    weights, _ = dsir(docs[:3], [query], gumbel=False, per_token=True)
+    weights, _ = dsir(docs[:3], [query], per_token=True)
     assert np.argmax(weights) == 1
     vectors = ngram_vectors(docs[:3])
     assert np.argmax(vectors @ ngram_vectors([query])[0]) == 1

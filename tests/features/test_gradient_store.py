@@ -1,14 +1,19 @@
-"""The gradient store: a projection that any slice can regenerate, resumable files, refusals, its own error."""
+"""The gradient store: a projection that any slice can regenerate, resumable shards, refusals, its own error."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.numpy import load_file  # noqa: E402
+
 from conftest import random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError  # noqa: E402
+from keepset.features import gradient_store  # noqa: E402
 from keepset.features.adam import AdamState  # noqa: E402
 from keepset.features.gradient_store import GradientStore, build_store  # noqa: E402
 from keepset.features.influence import influence  # noqa: E402
@@ -34,12 +39,18 @@ def test_store_estimates_dots_and_knows_its_error(tmp_path, dtype, rounding) -> 
     exact = influence(peft, rows, target, adam=state, map="precondition")
     store = GradientStore.create(tmp_path, MADE, dim=4096, dtype=dtype, map="precondition")
     build_store(store, peft, rows, ids, adam=state, chunk=10)
-    assert store.row_bytes == 4096 * (2 if dtype == "float16" else 1)
-    assert (tmp_path / "rows.bin").stat().st_size == 24 * store.row_bytes and store.ids == ids
+    files = [load_file(tmp_path / f"0000{number}.safetensors") for number in range(3)]
+    assert [file["rows"].shape for file in files] == [(10, 4096), (10, 4096), (4, 4096)]
+    assert {str(file["rows"].dtype) for file in files} == {dtype}
     assert np.allclose(store.norms, exact.norms, rtol=BACKWARD)
+    assert np.array_equal(np.concatenate([file["norm"] for file in files]), store.norms)
     projected = project_target(store.sketch, target, map="precondition", adam=state)
     assert not projected.shared.any() and not store.momentum.any()
-    dots = store.dots(projected, block=7)
+    dots = store.dots(projected)
+    by_hand = [file["rows"].astype(np.float64) * file["scale"][:, None] @ projected.sketches.T for file in files]
+    assert np.allclose(dots, np.concatenate(by_hand), rtol=0, atol=1e-5 * np.abs(dots).max())
+    again = GradientStore.create(tmp_path, MADE, dim=4096, dtype=dtype, map="precondition")
+    assert np.array_equal(again.dots(projected), dots) and np.array_equal(again.norms, store.norms)
     sketches = influence(peft, rows, target, adam=state, map="precondition", sketch=store.sketch).sketch
     unrounded = sketches @ projected.sketches.T
     lengths = exact.norms[:, None] * target_lengths(target)
@@ -66,60 +77,112 @@ def test_what_all_rows_share_costs_no_accuracy(tmp_path, kind) -> None:
     assert error.rms < 0.6 * plain.rms and error.rms < 2.5 * own / np.sqrt(512)
 
 
-def test_store_resumes_appends_and_cuts_off_what_a_kill_left(tmp_path) -> None:
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("left", ["part of a file", "a file without its record", "the first shard alone"])
+def test_a_store_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path, left) -> None:
+    """Also the case of a pool that grew at its end: the rows that are there aren't made again."""
     peft, rows, ids, _, state = setup()
-    once = GradientStore.create(tmp_path / "once", MADE, dim=256)
-    build_store(once, peft, rows, ids, adam=state, chunk=8)
+    once = build_store(GradientStore.create(tmp_path / "once", MADE, dim=256), peft, rows, ids, adam=state, chunk=8)
     part = GradientStore.create(tmp_path / "part", MADE, dim=256)
     build_store(part, peft, rows[:8], ids[:8], adam=state, chunk=8)
-    with open(tmp_path / "part/rows.bin", "ab") as file:
-        file.write(b"half a row")  # written, but state.json does not know
-    with open(tmp_path / "part/ids.txt", "ab") as file:
-        file.write(b"id8\nid")
+    if left == "part of a file":
+        (tmp_path / "part/00001.safetensors.part").write_bytes(b"half a row")
+    elif left == "a file without its record":
+        (tmp_path / "part/00001.safetensors").write_bytes(contents(tmp_path / "once")["00001.safetensors"])
     again = GradientStore.create(tmp_path / "part", MADE, dim=256)
-    assert again.n_rows == 8
+    assert [places for _, places in again.missing(ids, 8)] == [range(8, 16), range(16, 24)]
     done = []
     build_store(again, peft, rows, ids, adam=state, chunk=8, progress=done.append)
-    assert done == [16, 24]
-    for name in ("rows.bin", "rows.meta", "ids.txt", "state.json"):
-        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+    assert done == [8, 8] and again.n_rows == once.n_rows == 24
+    assert contents(tmp_path / "part") == contents(tmp_path / "once")
 
 
-@pytest.mark.parametrize("name", ["rows.bin", "rows.meta", "ids.txt"])
-@pytest.mark.parametrize("damage", ["one bit", "one byte short", "cut to half", "empty"])
-def test_damaged_rows_are_refused_and_only_they_made_again(tmp_path, monkeypatch, name, damage) -> None:
+def damage(path, how, at) -> None:
+    whole = path.read_bytes()
+    kept = {"one byte short": len(whole) - 1, "cut to half": len(whole) // 2, "empty": 0}
+    if how == "missing":
+        path.unlink()
+    elif how == "one bit":
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    else:
+        path.write_bytes(whole[: kept[how]])
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The rows whose gradients are taken."""
+    taken, real = [], gradient_store.influence
+    monkeypatch.setattr(
+        gradient_store, "influence", lambda m, part, *a, **k: (taken.extend(part), real(m, part, *a, **k))[1]
+    )
+    return taken
+
+
+def record_place(field: str) -> int:
+    """A byte within the value of a field of a record of 6 rows."""
+    record = json.dumps({"ids": "0" * 64, "rows": 6, "sha256": "0" * 64}, separators=(",", ":"))
+    return record.index(f'"{field}":') + len(field) + (3 if field == "rows" else 9)
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("kind", "how", "at"),
+    [
+        *[("safetensors", how, 0) for how in ("one byte short", "cut to half", "empty", "missing")],
+        *[("safetensors", "one bit", at) for at in (0, 9, 99, -1, -700)],
+        *[("json", how, 0) for how in ("one bit", "one byte short", "cut to half", "empty", "missing")],
+        *[("json", "one bit", record_place(field)) for field in ("ids", "rows", "sha256")],
+    ],
+)
+def test_a_damaged_shard_is_refused_and_alone_made_again(tmp_path, made, kind, how, at, number) -> None:
     peft, rows, ids, target, state = setup()
-    store = build_store(GradientStore.create(tmp_path, MADE, dim=64), peft, rows, ids, adam=state)
-    files = {n: (tmp_path / n).read_bytes() for n in ("rows.bin", "rows.meta", "ids.txt", "state.json")}
-    whole = files[name]
-    cuts = {"one byte short": -1, "cut to half": len(whole) // 2, "empty": 0}
-    flipped = whole[:99] + bytes([whole[99] ^ 1]) + whole[100:]
-    (tmp_path / name).write_bytes(flipped if damage == "one bit" else whole[: cuts[damage]])
-    again, vectors = GradientStore.create(tmp_path, MADE, dim=64), project_target(store.sketch, target)
-    if (name, damage) != ("ids.txt", "one byte short"):  # the last line break alone: nothing is lost
-        with pytest.raises(KeepsetError, match=r"row \d+ is damaged"):
-            again.dots(vectors, block=5)
-    made = []
-    import keepset.features.gradient_store as module
-
-    real = module.influence
-    monkeypatch.setattr(module, "influence", lambda m, some, *a, **k: (made.extend(some), real(m, some, *a, **k))[1])
-    build_store(again, peft, rows, ids, adam=state)
-    expected = {"one bit": 1, "one byte short": 1, "cut to half": 12, "empty": 24}[damage]
-    assert len(made) == (0 if name == "ids.txt" else expected)
-    assert (tmp_path / "ids.txt").read_bytes() == files["ids.txt"]
-    found, want = again.dots(vectors), store.dots(vectors)
-    assert np.abs(found - want).max() < 1e-3 * np.abs(want).max()
-    build_store(again, peft, rows, ids, adam=state)
-    assert len(made) == (0 if name == "ids.txt" else expected)
+    store = build_store(GradientStore.create(tmp_path, MADE, dim=64), peft, rows, ids, adam=state, chunk=6)
+    expected, vectors = contents(tmp_path), project_target(store.sketch, target)
+    want, norms = store.dots(vectors), store.norms
+    damage(tmp_path / f"{number:05d}.{kind}", how, at)
+    again = GradientStore.create(tmp_path, MADE, dim=64)
+    harmless = kind == "json" and at == record_place("rows")  # the arrays, whole by their checksum, have the count too
+    if not harmless:
+        for refused in (lambda: store.dots(vectors), lambda: again.dots(vectors), lambda: again.norms):
+            with pytest.raises(KeepsetError, match=f"shard {number} is damaged"):
+                refused()
+    del made[:]
+    build_store(again, peft, rows, ids, adam=state, chunk=24)
+    assert [id(row) for row in made] == [id(row) for row in ([] if harmless else rows[6 * number : 6 * number + 6])]
+    assert harmless or contents(tmp_path) == expected
+    assert np.array_equal(again.dots(vectors), want) and np.array_equal(again.norms, norms)
 
 
-@pytest.mark.parametrize("name", ["header.json", "state.json"])
+def test_from_a_shard_whose_row_count_is_lost_on_all_is_made_again(tmp_path, made) -> None:
+    peft, rows, ids, target, state = setup()
+    store = build_store(GradientStore.create(tmp_path, MADE, dim=64), peft, rows, ids, adam=state, chunk=6)
+    want = store.dots(project_target(store.sketch, target))
+    for kind in ("json", "safetensors"):
+        damage(tmp_path / f"00001.{kind}", "empty", 0)
+    again = GradientStore.create(tmp_path, MADE, dim=64)
+    assert again.n_rows == 6
+    del made[:]
+
+    def kill(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # shards of the old sizes behind the new one would count as other rows
+        build_store(again, peft, rows, ids, adam=state, chunk=5, progress=kill)
+    assert sorted(contents(tmp_path)) == sorted(["header.json", *(f"0000{n}.{k}" for n in (0, 1) for k in (
+        "json", "safetensors"))])  # fmt: skip
+    again = build_store(GradientStore.create(tmp_path, MADE, dim=64), peft, rows, ids, adam=state, chunk=5)
+    assert [id(row) for row in made] == [id(row) for row in rows[6:]]
+    assert np.abs(again.dots(project_target(store.sketch, target)) - want).max() < 1e-3 * np.abs(want).max()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{", "\x00"])
-def test_a_damaged_header_is_one_line(tmp_path, name, text) -> None:
+def test_a_damaged_header_is_one_line(tmp_path, text) -> None:
     GradientStore.create(tmp_path, MADE, dim=64)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(KeepsetError, match=f"{name}: damaged") as caught:
+    (tmp_path / "header.json").write_text(text)
+    with pytest.raises(KeepsetError, match="header.json: damaged") as caught:
         GradientStore.create(tmp_path, MADE, dim=64)
     assert "\n" not in str(caught.value)
 
@@ -136,7 +199,13 @@ def test_store_refuses_what_it_was_not_made_for(tmp_path) -> None:
     store = GradientStore.create(tmp_path, MADE, dim=64)
     with pytest.raises(PlanMismatch, match="are not the first"):
         build_store(store, peft, rows, ["other", *ids[1:]], adam=state)
+    with pytest.raises(PlanMismatch, match="its 4 rows are not the first of these 3"):
+        build_store(store, peft, rows[:3], ids[:3], adam=state)
     with pytest.raises(ValueError, match="not finite"):
-        store.append(["x"], np.full((1, 64), np.nan, np.float32), np.ones(1), np.ones(1))
+        store.write(["x"], np.full((1, 64), np.nan, np.float32), np.ones(1), np.ones(1))
     with pytest.raises(RecipeError, match="float16 or int8"):
         GradientStore.create(tmp_path / "new", MADE, dtype="float64")
+    header = json.loads((tmp_path / "header.json").read_text())
+    (tmp_path / "header.json").write_text(json.dumps({**header, "version": 3}))
+    with pytest.raises(PlanMismatch, match="made with version = 3, not 4; use another folder"):
+        GradientStore.create(tmp_path, MADE, dim=64)

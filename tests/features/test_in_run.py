@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from conftest import random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.features.in_run import in_run_step, task_weights  # noqa: E402
-from keepset.methods.in_run_shapley import in_run_shapley  # noqa: E402
+from oracles import in_run_shapley  # noqa: E402
 from slow_gradients import flat, mean_nll_gradient, token_logps  # noqa: E402
 from tolerance import BACKWARD  # noqa: E402
 

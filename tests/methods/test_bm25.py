@@ -84,7 +84,7 @@ def test_target_aware_text_methods_find_the_planted_tenth():
     recall = {}
     for name, scores in {
         "bm25": bm25(docs, target, ["t"] * 12)[0],
-        "dsir": dsir(docs, target, gumbel=False, per_token=True)[0],
+        "dsir": dsir(docs, target, per_token=True)[0],
         "rds": rds(vectors, ngram_vectors(target), ["t"] * 12)[0],
         "random": uniform_by_id(ids, 0),
     }.items():

@@ -13,13 +13,13 @@ from keepset.methods.davir import davir, davir_ref, rho
 from keepset.methods.dsir import dsir
 from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
+from keepset.methods.gist import gist
 from keepset.methods.ifd import ifd
-from keepset.methods.in_run_shapley import in_run_shapley
-from keepset.methods.influence import influence
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
-from keepset.methods.less import less, tracin
+from keepset.methods.less import tracin
 from keepset.methods.loss import loss
+from keepset.methods.metagradient import metagradient
 from keepset.methods.perplexity import perplexity
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
@@ -27,7 +27,7 @@ from keepset.methods.rose import rose
 from keepset.methods.table import METHODS
 from keepset.methods.tmc_shapley import tmc_shapley
 from keepset.selection.select import select
-from oracles import corrected_eigenvalues, datainf, kronecker_bases
+from oracles import corrected_eigenvalues, datainf, in_run_shapley, influence, kronecker_bases
 
 N = 40
 WORDS = "sum apple river add three seven paint minus equals cloud dog cat run code loop".split()
@@ -58,6 +58,7 @@ def pool(seed: int = 0) -> dict:
 QUERIES = ["add three and seven", "sum minus three", "cat dog"]
 TASKS = ["sums", "sums", "pets"]
 LR = np.array([2e-5, 1e-5, 5e-6])
+GRAM = np.stack([x @ x.T for x in np.random.default_rng(7).normal(size=(3, 3, 9))])
 VECTORS = np.random.default_rng(9).normal(size=(3, 6))
 LAYERS = np.random.default_rng(8).normal(size=(3, 2, 4))
 
@@ -96,20 +97,23 @@ CASES = {
     "grad-norm": lambda r: grand(r["norms"].T),
     "forgetting": lambda r: forgetting(r["losses"].T),
     "rose": lambda r: rose(swap(r["dots"]), r["norms"].T, LR)[0],
-    "less": lambda r: less(swap(r["dots"]), r["norms"].T, LR, reduce="mean")[0],
-    "grad-cosine": lambda r: less(swap(r["dots"]), r["norms"].T)[0],
+    "less": lambda r: rose(swap(r["dots"]), r["norms"].T, LR, reduce="mean")[0],
+    "grad-cosine": lambda r: rose(swap(r["dots"]), r["norms"].T)[0],
     "tracin": lambda r: tracin(swap(r["dots"]), LR)[0],
+    "gist": lambda r: gist(swap(r["dots"])[:, :, [0, 1, 0]] + 1, GRAM, np.array([0, 0, 1]), LR)[0],
     "influence": lambda r: influence(r["dots"][:, 0])[0],
     "influence fisher": lambda r: fisher(r["vectors"], VECTORS),
     "ekfac": lambda r: ekfac(r["layers"], LAYERS),
     "tmc-shapley": lambda r: tmc_shapley(N, lambda some: float(r["ini"][some].sum()), permutations=4).values,
     "datainf": lambda r: datainf(list(swap(r["layers"])), list(swap(LAYERS))).mean(axis=1),
     "bm25": lambda r: bm25(list(r["text"]), QUERIES, TASKS)[0],
-    "dsir": lambda r: dsir(list(r["text"]), QUERIES, gumbel=False)[0],
-    "dsir tasks": lambda r: dsir(list(r["text"]), QUERIES, TASKS, gumbel=False, per_token=True, hash="fast")[0],
+    "dsir": lambda r: dsir(list(r["text"]), QUERIES)[0],
+    "dsir tasks": lambda r: dsir(list(r["text"]), QUERIES, TASKS, per_token=True, hash="fast")[0],
     "rds": lambda r: rds(r["vectors"], VECTORS, TASKS)[0],
     "rds+ query": lambda r: rds(r["vectors"], VECTORS, TASKS, per="query", reduce="mean")[0],
     "knn-shapley": lambda r: knn_shapley(r["vectors"], VECTORS, TASKS, k=3)[0],
+    "metagradient": lambda r: metagradient(r["dots"][:, 0])[0],
+    "metagradient max": lambda r: metagradient(r["dots"][:, 0], reduce="max")[0],
     "in-run-shapley": lambda r: in_run_shapley(swap(r["dots"]), LR, (r["norms"] > 2).T, swap(r["dots"]) ** 2)[0],
 }
 each = pytest.mark.parametrize("name", CASES)

@@ -34,8 +34,8 @@ def naive_counts(texts, n=2, n_buckets=10_000):
 @settings(deadline=None)
 @given(TEXTS.filter(lambda t: re.search(r"\S", "".join(t))), TEXTS.filter(lambda t: re.search(r"\S", "".join(t))))
 def test_dsir_is_the_naive_one(docs, target):
-    scores, _ = dsir(docs, target, gumbel=False, n_buckets=101)
-    pool, wanted = naive_counts(docs, n_buckets=101), naive_counts(target, n_buckets=101).sum(axis=0)
+    scores, _ = dsir(docs, target)
+    pool, wanted = naive_counts(docs), naive_counts(target).sum(axis=0)
     p, q = wanted / wanted.sum(), pool.sum(axis=0) / pool.sum()
     np.testing.assert_allclose(scores, pool @ (np.log(p + 1e-8) - np.log(q + 1e-8)), rtol=1e-9, atol=1e-9)
 
@@ -43,20 +43,18 @@ def test_dsir_is_the_naive_one(docs, target):
 def test_dsir_by_task_is_dsir_on_each_tasks_target():
     docs = ["the cat sat", "3 + 4 = 7", "a dog ran after the cat"]
     target, tasks = ["cat and dog", "1 + 2 = 3", "a cat"], ["pets", "sums", "pets"]
-    scores, per_task = dsir(docs, target, tasks, gumbel=False)
+    scores, per_task = dsir(docs, target, tasks)
     for j, task in enumerate(["pets", "sums"]):
-        alone, _ = dsir(docs, [t for t, k in zip(target, tasks, strict=True) if k == task], gumbel=False)
+        alone, _ = dsir(docs, [t for t, k in zip(target, tasks, strict=True) if k == task])
         np.testing.assert_allclose(per_task[:, j], alone)
     np.testing.assert_allclose(scores, per_task.max(axis=1))
 
 
 def test_dsir_refuses_what_it_cannot_count():
-    with pytest.raises(ValueError, match="content ids"):
-        dsir(["cat"], ["cat"])
     with pytest.raises(ValueError, match="at least one word"):
-        dsir(["cat"], [" "], gumbel=False)
+        dsir(["cat"], [" "])
     with pytest.raises(ValueError, match="at least 1"):
-        dsir(["cat"], [], gumbel=False)
+        dsir(["cat"], [])
     with pytest.raises(ValueError, match="'sha256' or 'fast'"):
         NgramBuckets(hash="md5")
     with pytest.raises(ValueError, match="at least one word"):

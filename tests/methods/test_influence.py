@@ -8,8 +8,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from keepset.features.solvers import cg_solve, ekfac_solve
-from keepset.methods.influence import influence
-from oracles import corrected_eigenvalues, datainf, datainf_solve, dense_solve, kronecker_bases
+from oracles import corrected_eigenvalues, datainf, datainf_solve, dense_solve, influence, kronecker_bases
 
 L2 = 0.05
 

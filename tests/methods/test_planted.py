@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 
 from keepset.features.solvers import ekfac_solve, fisher_coefficients
-from keepset.methods.in_run_shapley import in_run_shapley
-from keepset.methods.influence import influence
 from keepset.methods.knn_shapley import knn_shapley
-from keepset.methods.less import less, tracin
+from keepset.methods.less import tracin
+from keepset.methods.metagradient import metagradient
 from keepset.methods.random_ import random_
 from keepset.methods.rds import rds
 from keepset.methods.rose import rose
 from keepset.methods.tmc_shapley import tmc_shapley
-from oracles import corrected_eigenvalues, datainf, dense_solve, kronecker_bases
+from oracles import corrected_eigenvalues, datainf, dense_solve, in_run_shapley, influence, kronecker_bases
 
 N, D = 400, 64
 RNG = np.random.default_rng(0)
@@ -46,13 +45,13 @@ METHODS = {
     "rds": lambda: rds(ROWS, QUERIES, TASKS)[0],
     "knn-shapley": lambda: knn_shapley(ROWS, QUERIES, TASKS)[0],
     "rose": lambda: rose(DOTS, NORMS)[0],
-    "less": lambda: less(DOTS, NORMS)[0],
     "tracin": lambda: tracin(DOTS)[0],
     "datainf": lambda: datainf([ROWS], [TARGET])[:, 0],
     "influence": lambda: influence(ROWS @ dense_solve(ROWS.T @ ROWS / N, TARGET, damping=0.1).T)[0],
     "influence-fisher": fisher,
     "ekfac": ekfac,
     "tmc-shapley": lambda: tmc_shapley(N, mean_likeness, permutations=40).values,
+    "metagradient": lambda: metagradient(-DOTS[0])[0],  # one step of plain SGD: u is the target's gradient
     "in-run-shapley": lambda: in_run_shapley(DOTS, np.ones(1), np.ones((1, N), bool))[0],
 }
 

@@ -7,8 +7,19 @@ import pytest
 
 pytest.importorskip("torch")
 
+from keepset.errors import RecipeError
 from keepset.pipeline.learn import item_metrics
-from keepset.pipeline.metrics import HEADLINES, LOSSES, METRICS, PERFORMANCE, QUALITY, headlines, is_loss, unit_of
+from keepset.pipeline.metrics import (
+    HEADLINES,
+    LOSSES,
+    METRICS,
+    PERFORMANCE,
+    QUALITY,
+    headline_of,
+    headlines,
+    is_loss,
+    unit_of,
+)
 from keepset.runfolder.records import Items
 
 
@@ -51,10 +62,40 @@ def test_the_orders_in_which_they_are_told():
         ("accuracy.policy_mean.matched", 1), ("gsm8k.accuracy", 1), ("accuracy.policy_mean", 1), ("loss.chosen", -1),
         ("loss.heldout", -1),
     ]  # fmt: skip
-    assert LOSSES == ("loss.heldout", "loss.chosen") and not set(LOSSES) & set(PERFORMANCE)
+    assert LOSSES == ("loss.heldout", "loss.chosen", "loss.preference") and not set(LOSSES) & set(PERFORMANCE)
     assert len(LOSSES) + len(PERFORMANCE) == len(METRICS)
     sources = [m.name for m in headlines(measured())][4:7]
     assert sources == ["loss.heldout", "loss.heldout.x", "loss.heldout.y"]
+
+
+def test_the_preference_loss_is_dpos_own():
+    """log 2 where a model is its own base; else by hand."""
+    pairs = {"chosen": np.array([-4.0, -6]), "rejected": np.array([-8.0, -3]), "n_chosen": np.array([2, 3]),
+             "n_rejected": np.array([2, 3])}  # fmt: skip
+    base = Items(pairs)
+    np.testing.assert_allclose(item_metrics(base, base, 0.1)["loss.preference"], np.log(2))
+    moved = Items({**pairs, "chosen": np.array([-3.0, -6]), "rejected": np.array([-8.0, -1])})
+    by_hand = [-np.log(1 / (1 + np.exp(-0.1 * 1))), -np.log(1 / (1 + np.exp(-0.1 * -2)))]
+    np.testing.assert_allclose(item_metrics(moved, base, 0.1)["loss.preference"], by_hand)
+
+
+def test_the_headline_follows_from_the_held_out_data_or_the_recipe():
+    every = {name: 40 for name in measured()}
+    assert headline_of(every) == "margin.implicit_mean.matched"
+    assert headline_of({**every, "margin.implicit_mean.matched": 15}) == "loss.preference"
+    assert headline_of({"loss.heldout": 3, "gsm8k.accuracy": 3}) == "loss.heldout"
+    assert headline_of({"gsm8k.accuracy": 3}) == "gsm8k.accuracy" and headline_of({}) == ""
+    assert headline_of(every, "accuracy.policy_mean.of.a") == "accuracy.policy_mean.of.a"
+    with pytest.raises(RecipeError, match=r"evaluate.headline: 'accuracy.policy_men' is not measured here \(did you"):
+        headline_of(every, "accuracy.policy_men")
+
+
+def test_the_headline_stands_first_and_once():
+    plain = [m.name for m in HEADLINES]
+    assert [m.name for m in headlines((), "loss.chosen")] == ["loss.chosen", *(n for n in plain if n != "loss.chosen")]
+    lead, *rest = headlines((), "accuracy.policy_mean.of.a")
+    assert (lead.name, lead.unit) == ("accuracy.policy_mean.of.a", "share of pairs") and [m.name for m in rest] == plain
+    assert headlines((), "loss.preference")[0].heading == "preference\nloss"
 
 
 @pytest.mark.parametrize(

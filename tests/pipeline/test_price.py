@@ -92,6 +92,9 @@ CASES = {
                  of("tmc-shapley", players="source", permutations=4, rows_per_player=3),
                  of("tmc-shapley", "more", players="source", permutations=6, rows_per_player=3),
                  of("tmc-shapley", "few", 1, players="source", permutations=4, rows_per_player=3)], {}),
+    "metagradient": ([of("metagradient"), of("metagradient", "max", 1, reduce="max"),
+                      of("metagradient", "sft", loss="sft")], {}),
+    "metagradient of pairs": ([of("metagradient")], {"train": {**TRAINED, "loss": "dpo"}}),
     "pairs": ([of("davir", side="margin"), of("davir", "focal", side="rejected", **FOCAL), of("rose"), of("less")],
               {"train": {**TRAINED, "loss": "dpo"}}),
     "last checkpoint": ([of("forgetting"), of("less"), of("tracin")],
@@ -104,7 +107,7 @@ def test_options_are_counted_as_they_are_logged(case, model_folder, data, encode
     methods, more = json.loads(
         json.dumps(CASES[case]).replace("ENCODER", str(encoder_folder)).replace("STORE", str(tmp_path / "store"))
     )
-    if case == "pairs":
+    if case.endswith("pairs"):
         more["pool"] = [{"path": data["pairs"], "pairs": True}]
     if case == "shapley":
         more["pool"] = [{"path": data[name], "name": name} for name in ("pool", "rows")]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 
 from keepset.errors import DataError, PlanMismatch, RecipeError
 from keepset.methods.table import METHODS
@@ -95,6 +96,33 @@ def test_comparison_holds_methods_against_random(finished):
     assert base["metrics"]["margin.implicit_sum"]["value"] == 0
     for word in ("rose", "random x2", "full", "base"):
         assert word in table
+
+
+def test_the_table_leads_with_the_headline_and_says_what_can_be_seen(finished):
+    """By the preference loss (six pairs are too few of like length), from the items on disk."""
+    run_dir, _, table = finished
+    comparison = json.loads((run_dir / "comparison.json").read_text())
+    assert comparison["headline"] == "loss.preference" and next(iter(comparison["pareto"])) == "loss.preference"
+    assert "preference" in next(line for line in table.splitlines() if line.split())
+    arrays = {p.parent.name: load_file(p) for p in run_dir.glob("evaluation/*/items.safetensors")}
+    base = arrays.pop("base")
+
+    def losses(name):
+        gain = {s: arrays[name][f"pair.{s}"] - base[f"pair.{s}"] for s in ("chosen", "rejected")}
+        return np.log1p(np.exp(-0.1 * (gain["chosen"] - gain["rejected"])))
+
+    random = (losses("random-0-seed0") + losses("random-1-seed0")) / 2
+    rose = next(e for e in comparison["summary"] if e["label"] == "rose")["vs_random"]
+    assert next(iter(rose)) == "loss.preference"
+    assert rose["loss.preference"]["difference"] == pytest.approx((losses("rose-seed0") - random).mean())
+    spreads = [
+        (losses(n) - random).var(ddof=1) for n in sorted(arrays) if not n.startswith("random") and n != "full-seed0"
+    ]
+    power = comparison["power"]["loss.preference"]
+    assert power["sd"] == pytest.approx(np.sqrt(np.mean(spreads))) and power["n"] == 6
+    assert power["smallest"] == pytest.approx(2.80159 * power["sd"] / np.sqrt(6), rel=1e-5)
+    assert comparison["power"]["accuracy.policy_mean"]["smallest"] is None  # six right or wrong answers show nothing
+    assert "seen 4 in 5" in table
 
 
 def test_a_second_run_does_nothing_again(finished, model_folder, data):
@@ -297,3 +325,16 @@ def test_other_held_out_rows_order_or_names_are_evaluated_anew(model_folder, dat
     assert evaluated() and not evaluated()
     asked.write_text('{"question": "1+2?", "answer": "#### 3"}\n')
     assert evaluated() and not evaluated()
+
+
+def test_the_shortest_rows_are_a_control_that_is_priced_and_compared(model_folder, data, tmp_path):
+    controls = {"random_seeds": [0], "longest": True, "shortest": True}
+    made = recipe(model_folder, data, tmp_path, methods=["length"], controls=controls)
+    job = run_recipe(made, console=quiet(), out=quiet())
+    chosen = {name: entry["n_tokens"] for name, entry in job.run.load_json("subsets.json").items()}
+    assert chosen["shortest"] < chosen["random-0"] < chosen["longest"] == chosen["length"]
+    entries = {e["label"]: e for e in job.run.load_json("comparison.json")["summary"]}
+    assert entries["shortest"]["kind"] == "shortest" and entries["shortest"]["vs_random"]
+    with pytest.raises(RecipeError, match="'shortest' is a control's name"):
+        recipe(model_folder, data, tmp_path, methods=[{"name": "length", "label": "shortest"}], controls=controls)
+    recipe(model_folder, data, tmp_path, methods=[{"name": "length", "label": "shortest"}])

@@ -24,10 +24,11 @@ TEXT = {"random", "length", "bm25", "dsir"}
 STATES = {"rds", "rds+", "knn-shapley"}
 BASE = {"perplexity", "loss", "ifd", "el2n"}
 REFERENCE = {"davir", "davir-ref", "rho-sum", "rho-mean", "loss-ref"}
-LAST = {"influence", "datainf", "ekfac"}  # of the warm-up's checkpoints the last one alone
+LAST = {"influence", "datainf", "ekfac", "gist"}  # of the warm-up's checkpoints the last one alone
 GRADIENTS = {"rose", "less", "tracin", "grad-cosine", "grad-norm", *LAST}
 WARM = {"forgetting", "in-run-shapley", *GRADIENTS}
-RETRAINED = {"tmc-shapley"}
+REPLAYED = {"metagradient"}
+RETRAINED = {"tmc-shapley", *REPLAYED}
 MODEL = STATES | BASE | REFERENCE | WARM | RETRAINED
 TARGET = {"bm25", "dsir", "in-run-shapley"} | STATES | GRADIENTS | RETRAINED
 ALL, NONE = TEXT | MODEL, set[str]()
@@ -60,10 +61,12 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
     "variants": [([{"label": "v", "set": {"seed": 3}}], NONE)],
     "select": [({"policy": "mmr", "dedup": "exact"}, NONE)],
     "evaluate": [({"pairs": [{"path": "TARGET"}], "bootstrap": 200}, NONE)],
+    "validation": [],  # `validate` looks at scores
     "controls": [({"random_seeds": [7]}, NONE)],
     "train_seeds": [([1, 2], NONE)],
     "strict": [(False, NONE)],
     "batching": [({"token_budget": 128, "shard_rows": 4, "workers": 2}, NONE)],
+    "executor": [({"name": "ray", "address": "auto", "workers": 2}, NONE)],
     "gradients.store": [("STORE", GRADIENTS)],
     "gradients.store_dim": [],  # with a store: see below
     "gradients.store_error": [],
@@ -81,6 +84,7 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
 }  # fmt: skip
 TRAINING = {
     "num_train_epochs": 3, "learning_rate": 0.02, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+    "num_processes": 2,
     "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "weight_decay": 0.1, "max_grad_norm": 0.5, "full": True,
     "loss": None, "beta": None, "extra": {"adam_beta2": 0.9},
 }  # fmt: skip
@@ -89,7 +93,7 @@ for name, value in TRAINING.items():  # `loss` and `beta` are of pools of pairs:
     told = [] if value is None else [(value, REFERENCE)]
     FIELDS[f"reference.{name}"] = told
     FIELDS[f"warmup.{name}"] = [] if name == "full" else [(v, WARM) for v, _ in told]
-    FIELDS[f"train.{name}"] = [(v, RETRAINED if name in RETRAINING else NONE) for v, _ in told]
+    FIELDS[f"train.{name}"] = [(v, RETRAINED if name in RETRAINING else REPLAYED) for v, _ in told]
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
@@ -208,8 +212,9 @@ def test_a_warm_up_from_elsewhere_is_its_checkpoints(base, tmp_path):
 CHANGED: dict[Any, Any] = {
     "high": "low", "low": "high", "mid": "low", "long": "short", "max": "mean", "mean": "max", "sum": "mean", 0: 1,
     "prompt": "prompt+chosen", "prompt+chosen": "prompt", "last": "weighted_mean", "weighted_mean": "last",
-    "task": "query", "ce": "focal", "chosen": "margin", "dpo": "margin", "adam": "sgd", "base": "none", "row": "source",
-    "fisher": "gauss-newton", "sampled": "data", "data": "sampled", "all": "matrix", "first": "second", "pair": "task",
+    "task": "query", "ce": "focal", "chosen": "margin", "dpo": "margin", "sft": "dpo", "adam": "sgd", "base": "none",
+    "row": "source", "fisher": "gauss-newton", "sampled": "data", "data": "sampled", "all": "matrix", "first": "second",
+    "pair": "task",
 }  # fmt: skip
 
 
@@ -260,9 +265,9 @@ def test_the_loss_of_pairs_counts_for_gradients(base, tmp_path):
     first = keys(parse_recipe(pairs_pool(base, tmp_path / "a")))
     for k, change in enumerate(({"loss": "ipo"}, {"beta": 0.7})):
         other = keys(parse_recipe(pairs_pool(base, tmp_path / str(k), **change)))
-        assert {name for name in ALL if other[name] != first[name]} == GRADIENTS
+        assert {name for name in ALL if other[name] != first[name]} == GRADIENTS | REPLAYED
     plain = keys(parse_recipe(pairs_pool(base, tmp_path / "sft", loss="sft")))
-    assert {name for name in ALL if plain[name] != first[name]} == GRADIENTS
+    assert {name for name in ALL if plain[name] != first[name]} == GRADIENTS | REPLAYED
     reference = pairs_pool(base, tmp_path / "r") | {"reference": {**base[0]["reference"], "loss": "dpo"}}
     trained = keys(parse_recipe(reference))
     assert {name for name in ALL if trained[name] != first[name]} == REFERENCE

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from keepset.errors import KeepsetError
 from keepset.report.explain import explain, print_explanation
-from report_fixture import make_run
+from report_fixture import make_run, validation
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +119,20 @@ def test_the_printed_form(run: Path) -> None:
         "davir",
     ):
         assert part in text
+
+
+def test_what_trainings_said_of_the_score_and_of_the_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 40)
+    gone, stays = row(run, "rose", 3)["id"], row(run, "rose", 4)["id"]
+    assert explain(run, gone)["truth"] == []
+    (run / "validation.json").write_text(json.dumps(validation(left_out=(gone,))))
+    facts = explain(run, gone)
+    assert facts["truth"] == [
+        "rose orders 60 trainings (halves) by loss.target at +0.42 [+0.30, +0.53], 0 being chance; at most 0.81 can be "
+        "reached.",
+        "With this row the trained model is better by: loss.target +0.0021, loss.chosen -0.0003.",
+    ]
+    assert explain(run, stays)["truth"] == facts["truth"][:1]
+    console = Console(file=io.StringIO(), width=200)
+    print_explanation(facts, console)
+    assert facts["truth"][1] in console.file.getvalue()

@@ -13,7 +13,7 @@ import pytest
 
 from chromium import BINARY, Browser
 from keepset.report import write_report
-from report_fixture import HOSTILE, make_run, whole_comparison
+from report_fixture import HOSTILE, make_run, validation, whole_comparison
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BINARY is None, reason="no chromium: apt-get install chromium")]
 
@@ -262,6 +262,29 @@ def test_the_lede_does_not_claim_what_the_items_cannot_tell(browser: Browser, tm
     browser.call("Page.navigate", {"url": "about:blank"})
     browser.open((run / "report.html").as_uri())
     assert browser.run(lede).endswith("of the same size; the held-out items don't tell them apart.")
+
+
+def test_what_scores_are_worth_is_drawn_best_first_between_chance_and_the_ceiling(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, 60)
+    (run / "validation.json").write_text(json.dumps(validation()))
+    browser.errors.clear()
+    browser.open(write_report(run).as_uri())
+    browser.settle()
+    section = "document.querySelector('[aria-labelledby=h-truth]')"
+    assert browser.run(f"{section}.querySelector('figure svg').getAttribute('aria-label')") == (
+        "the target's loss: rose 0.42 (0.30 to 0.53); davir 0.13 (0.01 to 0.24); random-0 −0.02 (−0.14 to 0.09); "
+        "the most that can be reached 0.81"
+    )
+    names = f"[...{section}.querySelectorAll('svg .cut-name')].map((e) => e.textContent).join()"
+    assert browser.run(names) == "a random score,the most that can be reached"
+    assert "60 models were trained, each on a random half of 200 rows" in browser.run(f"{section}.textContent")
+    browser.run(f"{{ const e = {section}.querySelector('select'); e.selectedIndex = 2; "
+                "e.dispatchEvent(new Event('change')) }")  # fmt: skip
+    browser.settle()
+    assert "is the same for all models: it orders nothing" in browser.run(f"{section}.textContent")
+    assert browser.errors == []
 
 
 def test_tabs_by_arrow_keys(page: Browser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from scipy.stats import spearmanr
 from keepset.report.numbers import overlap
 from keepset.report.payload import build_payload, sample_rows
 from keepset.report.read import read_run
-from report_fixture import LABELS, make_run
+from report_fixture import LABELS, make_run, validation
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +84,29 @@ def test_rows_are_aligned_over_methods_and_texts(run: Path) -> None:
             assert rows["methods"][label]["score"][i] == pytest.approx(table[id_]["score"], rel=1e-7)
             assert rows["sources"][rows["source"][i]] == table[id_]["source"]
             assert rows["n_tokens"][i] == table[id_]["n_tokens"] == len(rows["messages"][i][-1][1].split())
+
+
+def test_what_scores_are_worth_goes_into_the_page(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 40)
+    assert build_payload(read_run(made))["truth"] is None
+    (made / "validation.json").write_text(json.dumps(validation()))
+    truth = build_payload(read_run(made))["truth"]
+    assert truth["rows"] == 200 and truth["deciles"][0]["spearman"] == 0.94
+    loss, margin, flat = truth["designs"][0]["outcomes"]
+    assert (loss["ceilings"], margin["ceilings"], flat["ceilings"]) == ([0.81, 0.84], [0.71, 0.84], [None, None])
+    assert loss["scores"][0] == {
+        "label": "rose",
+        "views": [{"value": 0.42, "low": 0.3, "high": 0.53}, {"value": 0.52, "low": 0.4, "high": 0.63}],
+    }  # fmt: skip
+    assert flat["scores"][0]["views"][0] == {"value": None, "low": None, "high": None}
+
+
+def test_the_page_leads_with_the_comparisons_headline_and_says_what_can_be_seen(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 40)
+    comparison = json.loads((made / "comparison.json").read_text())
+    assert build_payload(read_run(made))["metrics"][0]["name"] == "accuracy.policy_mean"
+    comparison |= {"headline": "loss.heldout", "power": {"loss.heldout": {"n": 40, "sd": 0.1, "smallest": 0.0443}}}
+    (made / "comparison.json").write_text(json.dumps(comparison))
+    first, second = build_payload(read_run(made))["metrics"]
+    assert first == {"name": "loss.heldout", "lower_is_better": True, "unit": "nats a token", "seen": 0.0443}
+    assert second["name"] == "accuracy.policy_mean" and second["seen"] is None

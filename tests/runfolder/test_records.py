@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save
 from keepset.errors import KeepsetError
 from keepset.runfolder.files import json_text
 from keepset.runfolder.records import Agreement, Comparison, Finding, Items, Point, StoredSubset, read_json
+from keepset.runfolder.truth import Validation
+from report_fixture import validation
 
 MEAN = '{"value": 0.5, "low": 0.25, "high": null, "n": 8, "level": 0.95'
 SIZE = '"budget": "5%", "n_rows": 3, "n_tokens": 18'
@@ -31,6 +33,8 @@ COMPARISON = f"""{{"rows": [
 "pareto": {{"loss.chosen": [{{"label": "base", "value": 1.0, "flops": 0.0, "seconds": 0.0, "front": true}}]}},
 "loss_vs_performance": {{"models": [{{"loss": "loss.chosen", "metric": "gsm8k.accuracy", "n": 3, "spearman": -1.0,
 "pearson": -0.5, "within": null}}], "epochs": []}}}}"""
+POWER = """, "headline": "loss.chosen", "power": {"loss.chosen": {"n": 8, "sd": 0.5, "smallest": null}}}"""
+VALIDATION = json.dumps(validation(left_out=("a", "b")))
 FINDING = """{"name": "reference-held-out", "level": "info", "method": "", "figure": null, "text": "not measured",
 "advice": "name evaluate.heldout"}"""
 SUBSET = """{"name": "rose@5%", "label": "rose", "kind": "method", "budget": "5%", "n_tokens": 24, "pairs": 0,
@@ -45,7 +49,8 @@ AGREEMENT = """{"n": 5, "sizes": {"2": 2}, "chance": {"2": 0.4}, "scorings": {"r
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [(Comparison, COMPARISON), (Agreement, AGREEMENT), (Finding, FINDING), (StoredSubset, SUBSET),
+    [(Comparison, COMPARISON), (Comparison, COMPARISON[:-1] + POWER), (Validation, VALIDATION),
+     (Agreement, AGREEMENT), (Finding, FINDING), (StoredSubset, SUBSET),
      (Point, '{"model": "rose-seed0", "epoch": 1, "metrics": {"loss.chosen": 1.5, "gsm8k.accuracy": 0}}')],
 )  # fmt: skip
 def test_a_file_s_text_comes_back_as_it_was(kind, text):

@@ -99,3 +99,19 @@ def test_monte_carlo_shapley_trains_each_set_once(model_folder, data, tmp_path, 
     monkeypatch.setattr(stages_shapley, "MOST_PLAYERS", 3)
     with pytest.raises(RecipeError, match=r"21 players \(row\).*up to 420 models.*players: source"):
         score(job, MethodSpec(name="tmc-shapley"))
+
+
+def test_unit_rows_are_the_values_over_the_norm_at_the_row_s_step(model_folder, data, tmp_path):
+    from keepset.stages.shapley import InRun
+
+    options = {"batch_size": 100, "learning_rate": 0.05}  # one step: one norm a row
+    plain = {"name": "in-run-shapley", "label": "plain", "options": options}
+    unit = {"name": "in-run-shapley", "label": "unit", "options": {**options, "unit_norm": True}}
+    job = made(model_folder, data, tmp_path, [plain, unit])
+    values, units = (scores_of(job, spec) for spec in job.recipe.methods)
+    norms = values / units
+    assert (norms > 0).all() and norms.std() > 0
+    gradients = score(job, MethodSpec(name="grad-norm"))["ckpt1.norm"].to_numpy()
+    np.testing.assert_allclose(norms, gradients, rtol=1e-3)
+    old = InRun(False, 0.05, 100, 1, 0)
+    assert "unit_norm" not in old._key(job)["run"]  # folders of before are found again

@@ -12,12 +12,13 @@ from collections.abc import Callable
 import typer
 from rich.console import Console
 
+from keepset.cli.cluster import work_on
 from keepset.cli.deliver import export, init, push, trainers
 from keepset.cli.judge import generate, judge, lm_eval, pairs
 from keepset.cli.look import doctor, explain, inspect, methods, overlap, plot, report
 from keepset.cli.options import err
 from keepset.cli.train import train_app
-from keepset.cli.work import compare, demo, evaluate, plan, reproduce, run, score, select
+from keepset.cli.work import compare, demo, evaluate, plan, reproduce, run, score, select, validate
 from keepset.errors import KeepsetError
 from keepset.stopping import GOES_ON, Stopped, stop_on_signals, system_trouble
 
@@ -28,11 +29,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    run, plan, demo, score, select, evaluate, compare, overlap, methods, report, plot, inspect, explain, init, doctor,
-    export, trainers, push, reproduce, generate, judge, pairs,
+    run, plan, demo, score, select, evaluate, compare, validate, overlap, methods, report, plot, inspect, explain, init,
+    doctor, export, trainers, push, reproduce, generate, judge, pairs,
 ):  # fmt: skip
     app.command()(command)
 app.command("lm-eval")(lm_eval)
+app.command("work")(work_on)
 app.add_typer(train_app, name="train")
 
 

@@ -18,8 +18,12 @@ def init(
     accelerate: Annotated[
         bool, typer.Option("--accelerate", help="write a config for `accelerate launch` with FSDP instead")
     ] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="write a job for `sbatch` instead: an array of workers")
+    ] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="write a file for `ray up` instead: a cluster")] = False,
 ) -> None:
-    """Write a commented recipe to start from, or a config for training on several GPUs (FSDP; not yet run on any).
+    """Write a commented recipe to start from, or a file for several GPUs or machines (not yet run on any).
 
     Example: keepset init recipe.yaml
     """
@@ -27,12 +31,18 @@ def init(
 
     if path.exists():
         raise RecipeError(f"{path} exists already; name another file")
-    source = "accelerate_fsdp.yaml" if accelerate else "start.yaml"
-    write_atomic(path, (files("keepset") / source).read_bytes())
+    if accelerate + slurm + ray > 1:
+        raise RecipeError("--accelerate, --slurm and --ray write different files; give one of them")
+    source, then = "start.yaml", f"now put in your pool, target and model, then `keepset run {path}`"
     if accelerate:
-        print(f"{path}: accelerate launch --config_file {path} -m keepset train sft --data ... --output_dir ...")
-    else:
-        print(f"{path}: now put in your pool, target and model, then `keepset run {path}`")
+        source = "accelerate_fsdp.yaml"
+        then = f"accelerate launch --config_file {path} -m keepset train sft --data ... --output_dir ..."
+    elif slurm:
+        source, then = "slurm.sbatch", f"now put in your partition and environment, then `sbatch {path} recipe.yaml`"
+    elif ray:
+        source, then = "ray_cluster.yaml", f"now put in your provider and machines, then `ray up {path}`"
+    write_atomic(path, (files("keepset") / source).read_bytes())
+    print(f"{path}: {then}")
 
 
 def export(

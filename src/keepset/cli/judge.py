@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keepset.cli.train import AsJson, accuracy_lines, interval, progress
+from keepset.cli.options import AsJson, RunDir, open_job
+from keepset.cli.train import accuracy_lines, interval, progress
 from keepset.errors import DataError, ModelError, RecipeError
 from keepset.runfolder import layout
 from keepset.runfolder.files import json_text, write_atomic
@@ -184,7 +185,7 @@ def pairs(
 
 
 def lm_eval(
-    run_dir: Annotated[Path, typer.Option("--run_dir", "--run-dir", help="the run folder")] = Path("runs/keepset"),
+    run_dir: RunDir = Path("runs/keepset"),
     tasks: Annotated[str, typer.Option("--tasks", help="further lm-eval tasks: gsm8k,mmlu")] = "",
 ) -> None:
     """Write a run's held-out pairs as an lm-eval task and print the commands for its models.
@@ -193,7 +194,6 @@ def lm_eval(
 
     Example: keepset lm-eval --run_dir runs/mine --tasks gsm8k
     """
-    from keepset.cli.options import open_job
     from keepset.evaluate.lm_eval import command, write_pair_task
     from keepset.model.load import resolve
     from keepset.pipeline.learn import Learner

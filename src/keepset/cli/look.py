@@ -24,9 +24,9 @@ def methods(
 
     if as_json:
         rows = [find_method(n) for n in ([name] if name else METHODS)]
-        found = [{"name": m.name, "paper": m.paper, "formula": m.formula, "needs": list(m.needs), "cost": m.cost,
+        facts = [{"name": m.name, "paper": m.paper, "formula": m.formula, "needs": list(m.needs), "cost": m.cost,
                   "options": {k: default for k, (_, default) in m.options().items()}} for m in rows]  # fmt: skip
-        print(json_text(found))
+        print(json_text(facts))
         return
     console = Console()
     if name:

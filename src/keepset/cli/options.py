@@ -23,6 +23,10 @@ Model = Annotated[
 Options = Annotated[
     list[str] | None, typer.Option("--set", help="any recipe key: --set warmup.fraction=0.1; may be repeated")
 ]
+ExecutorName = Annotated[str | None, typer.Option("--executor", help="who computes: forks (this machine) or ray")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="of a Ray cluster, or `auto`; default: Ray started here")
+]
 
 err = Console(stderr=True)
 
@@ -50,6 +54,12 @@ def apply_setting(data: dict[str, Any], text: str, option: str = "--set") -> Non
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{option} '{text}': not YAML: {getattr(error, 'problem', error)}") from None
     set_key(data, key, parsed)
+
+
+def executor_settings(executor: str | None, address: str | None) -> list[str]:
+    """`--executor` and `--address` as settings of the recipe."""
+    given = (("name", executor), ("address", address))
+    return [f"executor.{key}={value}" for key, value in given if value is not None]
 
 
 def open_job(
@@ -83,10 +93,10 @@ def open_job(
         data.setdefault("model", {})["model_name_or_path"] = model
     for text in settings or []:
         apply_setting(data, text)
-    known = [m["label"] if isinstance(m, dict) else m for m in data["methods"]]
+    labels = [m["label"] if isinstance(m, dict) else m for m in data["methods"]]
     for method in methods or []:
         data["methods"] = [m for m in data["methods"] if (m["label"] if isinstance(m, dict) else m) != method["label"]]
         data["methods"].append(method)
     if not data["methods"]:
-        raise RecipeError(f"{run_dir}: nothing scored yet; start with `keepset score METHOD`; known: {known}")
+        raise RecipeError(f"{run_dir}: nothing scored yet; start with `keepset score METHOD`; known: {labels}")
     return Job(parse_recipe(data, where="options"), console=err, force=force, text_only=text_only)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from keepset.cli.options import AsJson, Quiet, RunDir, err, open_job
 from keepset.runfolder import layout
 from keepset.runfolder.files import json_text
 
@@ -38,12 +39,10 @@ Anew = Annotated[bool, typer.Option("--anew", help="don't go on from a checkpoin
 HeldPairs = Annotated[
     list[str] | None, typer.Option("--eval_data", "--eval-data", help="held-out pairs; may be repeated")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
 
 
 def progress() -> Console:
     """Where progress goes: standard error; of several processes only the first one speaks."""
-    from keepset.cli.options import err
     from keepset.pipeline.train import is_main
 
     return Console(stderr=True, quiet=err.quiet or not is_main())
@@ -63,30 +62,28 @@ def tell(facts: dict[str, Any], as_json: bool, lines: list[str]) -> None:
         print(line)
 
 
-def interval(found: dict[str, Any]) -> str:
+def interval(mean: dict[str, Any]) -> str:
     """`0.62 (0.50 to 0.74)`."""
-    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    return f"{mean['value']:.3f} ({mean['low']:.3f} to {mean['high']:.3f})"
 
 
 @train_app.command()
 def subset(
     subset: Annotated[str, typer.Argument(help="a subset of the run folder, or `full`")],
-    run_dir: Annotated[Path, typer.Option("--run_dir", "--run-dir", help="the run folder")] = Path("runs/keepset"),
+    run_dir: RunDir = Path("runs/keepset"),
     seed: Seed = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="any recipe key: --set train.num_train_epochs=1; may be repeated")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only results and mistakes")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune the base on a subset, as the run's recipe says, into RUN_DIR/models/SUBSET-seedN.
 
     Example: keepset train davir --set train.num_train_epochs=1
     """
-    from keepset.cli.options import hush, open_job
     from keepset.pipeline.choose import stored_subset
     from keepset.pipeline.learn import Learner, train_final
 
-    hush(quiet)
     job = open_job(run_dir, settings=settings, force=bool(settings))
     with job.run.lock():
         facts = train_final(job, Learner(job), stored_subset(job, subset), seed)
@@ -112,12 +109,10 @@ def sft(
 
     Example: keepset train sft --data chosen.jsonl --output_dir models/a --model_name_or_path demo --learning_rate 1e-4
     """
-    from keepset.pipeline.train import parse_words, run_sft
+    from keepset.pipeline.train import FileTraining, parse_words, run_sft
 
-    facts = run_sft(
-        data, output_dir, parse_words(ctx.args), seed=seed, resume=not anew, evaluation=eval_data or [],
-        console=progress(),
-    )  # fmt: skip
+    given = parse_words(ctx.args)
+    facts = run_sft(FileTraining(data, output_dir, given, seed, not anew, eval_data or [], progress()))
     lines = []
     if "heldout_after" in facts:
         before, after = facts["heldout_before"]["token_mean"], facts["heldout_after"]["token_mean"]
@@ -143,12 +138,10 @@ def dpo(
 
     Example: keepset train dpo --data pairs.jsonl --output_dir models/b --loss davir --num_train_epochs 1
     """
-    from keepset.pipeline.train import parse_words, run_dpo
+    from keepset.pipeline.train import FileTraining, parse_words, run_dpo
 
-    facts = run_dpo(
-        data, output_dir, parse_words(ctx.args), loss=loss, beta=beta, seed=seed, resume=not anew,
-        evaluation=eval_data or [], console=progress(),
-    )  # fmt: skip
+    given = parse_words(ctx.args)
+    facts = run_dpo(FileTraining(data, output_dir, given, seed, not anew, eval_data or [], progress()), loss, beta)
     lines = []
     if "preference_after" in facts:
         for group, name in (("length_matched", "pairs of like length"), ("all", "all pairs")):
@@ -181,14 +174,12 @@ def reward(
     Example: keepset train reward --data pairs.jsonl --output_dir models/judge --model_name_or_path demo
     """
     from keepset.errors import RecipeError
-    from keepset.pipeline.train import parse_words, run_reward
+    from keepset.pipeline.train import FileTraining, parse_words, run_reward
 
     if not 0 < share < 1:
         raise RecipeError(f"--heldout_share {share}: a judge is shown with its accuracy; hold out more than 0, below 1")
-    facts = run_reward(
-        data, output_dir, parse_words(ctx.args), seed=seed, resume=not anew, evaluation=eval_data or [], share=share,
-        console=progress(),
-    )  # fmt: skip
+    given = parse_words(ctx.args)
+    facts = run_reward(FileTraining(data, output_dir, given, seed, not anew, eval_data or [], progress()), share)
     tell(facts, as_json, accuracy_lines(facts["heldout"]))
 
 

@@ -95,33 +95,22 @@ class Sha256Buckets:
 class NgramBuckets:
     """Texts to hashed n-grams: their counts, which add up over shards, and sums of a ratio over each text."""
 
-    def __init__(self, *, n: int = 2, n_buckets: int = 10_000, hash: Hash = "sha256") -> None:
-        """Take unigrams up to n-grams into n_buckets buckets by the named hash."""
+    def __init__(self, *, n_buckets: int = 10_000, hash: Hash = "sha256") -> None:
+        """Take unigrams and bigrams into n_buckets buckets by the named hash."""
         if hash not in ("sha256", "fast"):
             raise ValueError(f"hash is 'sha256' or 'fast', not {hash!r}")
-        self.n, self.n_buckets = n, n_buckets
+        self.n_buckets = n_buckets
         self.sha256 = Sha256Buckets(n_buckets) if hash == "sha256" else None
 
     def counts(self, texts: Iterable[str]) -> np.ndarray:
         """Count the n-grams of texts by bucket: (n_buckets,) int64; two shards' counts add up to those of both."""
         return self.sum_counts(map(self.chunk, chunks(texts)))
 
-    def log_weights(self, texts: Iterable[str], ratios: np.ndarray, *, per_token: bool = False) -> np.ndarray:
-        """Return the log importance weights (rows, j); a text without n-grams weighs 0.
-
-        Args:
-            texts: rows, in any shards: each row's weight depends on itself and the ratios alone.
-            ratios: (n_buckets, j) one column a task.
-            per_token: divide by the row's number of n-grams.
-        """
-        return self.weigh(map(self.chunk, chunks(texts)), ratios, per_token=per_token)
-
     def chunk(self, texts: Sequence[str]) -> Chunk:
-        """Return (buckets, offsets) of the unigrams, of the bigrams ... of some texts."""
+        """Return (buckets, offsets) of the unigrams, and of the bigrams, of some texts."""
         tokens = hash_tokens(texts, punctuation=True)
         out = []
-        for order in range(1, self.n + 1):
-            hashed = tokens if order == 1 else ngrams(tokens, order)
+        for order, hashed in ((1, tokens), (2, ngrams(tokens, 2))):
             if self.sha256 is None:
                 buckets = hashed.values % np.uint64(self.n_buckets)
             else:
@@ -138,7 +127,10 @@ class NgramBuckets:
         return counts
 
     def weigh(self, parts: Iterable[Chunk], ratios: np.ndarray, *, per_token: bool) -> np.ndarray:
-        """Weigh the texts of hashed chunks; see `log_weights`."""
+        """Return the log importance weights (rows, j) of the texts of hashed chunks; a text without n-grams weighs 0.
+
+        `ratios` (n_buckets, j) has a column a task; `per_token` divides by the row's number of n-grams.
+        """
         out = [np.zeros((0, ratios.shape[1]))]
         for part in parts:
             sums = np.sum([segment_sums(ratios[buckets], offsets) for buckets, offsets in part], axis=0)

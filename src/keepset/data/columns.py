@@ -88,8 +88,7 @@ class ChatColumn:
 def unique_ids(digests: bytes) -> tuple[pa.Array, int]:
     """Turn 16-byte digests into hex ids; the 2nd, 3rd … copy of one gets -1, -2 … appended.
 
-    Returns:
-        The ids (n,) as strings, and how many rows are copies of an earlier one.
+    Returns the ids (n,) as strings, and how many rows are copies of an earlier one.
     """
     ids, duplicates = Ids.numbered(digests)
     return ids.arrow(), duplicates

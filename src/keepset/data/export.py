@@ -40,11 +40,7 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
     The dialect is the rows' own; rows of a pool that mixes dialects are written as `messages`. The file appears whole
     or not at all.
 
-    Args:
-        pool: the pool.
-        indices: (k,) row numbers.
-        path: where to write.
-        to: jsonl, json, csv, parquet, messages, alpaca, sharegpt or prompt-completion; default: as it came.
+    `to` is jsonl, json, csv, parquet, messages, alpaca, sharegpt or prompt-completion; default: as it came.
 
     Raises:
         DataError: `to` is unknown, the path's suffix promises another container, the rows can't be said in that

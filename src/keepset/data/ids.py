@@ -43,10 +43,8 @@ def fold_of(ids: Sequence[str] | np.ndarray, folds: int, seed: int = 0) -> np.nd
     """Deal rows to folds by content, so that exact copies stay together and order does not matter.
 
     For cross-fitting (sample splitting, arXiv 1608.00060): each row is scored by a reference model that was not trained
-    on it, since a memorised row would score high.
-
-    Returns:
-        (n,) int64 in 0 ... K − 1; the folds' numbers of different contents differ by at most one.
+    on it, since a memorised row would score high. Returns (n,) int64 in 0 ... K − 1; the folds' numbers of different
+    contents differ by at most one.
 
     Raises:
         ValueError: K below 2 or above the number of different contents.

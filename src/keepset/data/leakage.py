@@ -15,15 +15,18 @@ def _key(text: str) -> bytes:
     return hashlib.sha256(" ".join(text.lower().split()).encode()).digest()[:16]
 
 
+MIN_CHARS = 20
+
+
 def _join(messages: list[Message]) -> str:
     return "\n".join(m["content"] for m in messages if m["role"] != "system")
 
 
-def find_leaks(pool: Pool, target: Target, *, min_chars: int = 20) -> np.ndarray:
+def find_leaks(pool: Pool, target: Target) -> np.ndarray:
     """Find the pool rows that a target (few shots or held-out pairs) already holds; case and white space don't count.
 
     A row's last message is its answer, what stands before it (less a system turn) the prompt. Answers shorter than
-    `min_chars` ("Yes.") are no evidence on their own.
+    `MIN_CHARS` ("Yes.") are no evidence on their own.
 
     Returns:
         (n,) object array of str: "row" (prompt and answer), "prompt", "answer", or "" for none.
@@ -34,7 +37,7 @@ def find_leaks(pool: Pool, target: Target, *, min_chars: int = 20) -> np.ndarray
         if row["prompt"]:
             prompts.add(_key(_join(row["prompt"])))
         for side in (row["chosen"], row["rejected"]):
-            if side is not None and len(_join(side)) >= min_chars:
+            if side is not None and len(_join(side)) >= MIN_CHARS:
                 answers.add(_key(_join(side)))
     kinds = np.full(len(pool), "", dtype=object)
     for i, messages in enumerate(pool.all_messages()):

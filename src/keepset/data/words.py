@@ -179,17 +179,13 @@ def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return out
 
 
-def ngram_vectors(texts: Sequence[str], dim: int = 512) -> np.ndarray:
+def ngram_vectors(texts: Sequence[str]) -> np.ndarray:
     """Embed texts without a model: signed, hashed counts of words and word pairs, each to the power 1/2, length 1.
 
-    Args:
-        texts: n texts.
-        dim: columns; two n-grams share one with a chance of 1 / dim, with a random sign (Weinberger et al. 2009).
-
-    Returns:
-        (n, dim) float32; a text without words is a zero row.
+    Two n-grams share a column with a chance of 1 / dim, with a random sign (Weinberger et al. 2009). Returns (n, dim =
+    512) float32; a text without words is a zero row.
     """
-    parts = []
+    parts, dim = [], 512
     for part in chunks(texts):
         tokens = hash_tokens(part)
         sums = np.zeros(len(part) * dim)

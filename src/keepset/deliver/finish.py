@@ -13,6 +13,8 @@ from keepset.pipeline.compare import compare, print_comparison, tell_selection_c
 from keepset.pipeline.findings import COMPARED, diagnose_comparison, record
 from keepset.pipeline.manifest import write_manifest
 from keepset.pipeline.run import choose_all, train_and_evaluate
+from keepset.pipeline.tell_truth import print_validation
+from keepset.pipeline.validate import validate
 from keepset.pipeline.variants import run_variants
 from keepset.recipe import Recipe
 from keepset.report import write_report
@@ -26,28 +28,38 @@ def run_recipe(
 ) -> Job:
     """Do the whole job and print the comparison.
 
-    Args:
-        recipe: what to do.
-        console: where progress goes (default: standard error).
-        out: where the tables go (default: standard output).
-        force: see `Run.adopt`.
+    Progress goes to `console` (default: standard error), the tables to `out` (default: standard output). For `force`
+    see `Run.adopt`.
 
     Raises:
         KeepsetError: anything a user can mend.
     """
     for spec in recipe.methods:
         check_options(spec)
-    job, out = Job(recipe, console=console, force=force), out or Console()
+    job = Job(recipe, console=console, force=force)
+    run_job(job, out or Console(), force=force)
+    return job
+
+
+def run_job(job: Job, out: Console, *, force: bool = False) -> None:
+    """Do the whole of a job.
+
+    Args:
+        job: the job.
+        out: where the tables go.
+        force: see `Run.adopt`; of the variants' folders.
+    """
     with job.run.lock():
         start = time.perf_counter()
         subsets = choose_all(job)
         cells = train_and_evaluate(job, subsets)
         result = compare(job, cells)
         record(job, diagnose_comparison(result), anew=COMPARED)
-        agreements = run_variants(job, force=force) if recipe.variants else {}
+        agreements = run_variants(job, force=force) if job.recipe.variants else {}
         for label, agreement in agreements.items():
             job.say(f"{label}: agreement over variants")
             print_agreement(agreement, out)
+        truth = validate(job) if job.recipe.validation else None
         first = next((s for s in subsets if s.kind == "method"), None)
         if first is not None:
             write_dataset(job, first)
@@ -56,7 +68,8 @@ def run_recipe(
         write_report(job.run.path)
         if cells:
             print_comparison(result, out)
+        if truth is not None:
+            print_validation(truth, out)
         job.say(tell_selection_cost(result.selection))
         job.say(f"report: {job.run.path / layout.REPORT}")
         job.say(f"run folder: {job.run.path}")
-    return job

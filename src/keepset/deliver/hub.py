@@ -19,10 +19,8 @@ def push_to_hub(run_dir: Path, repo_id: str, *, private: bool = True) -> str:
     The card goes first: `datasets` then writes the configurations into its header. Paths of this machine are cut to
     file names in the manifest; the quarantine (it quotes rows that were refused) stays here.
 
-    `private` is what a repository made by this call is; one that exists stays as it is.
-
-    Returns:
-        The repository's address.
+    `private` is what a repository made by this call is; one that exists stays as it is. Returns the repository's
+    address.
 
     Raises:
         KeepsetError: the run isn't finished, the name isn't one, the hub is switched off, can't be reached or refuses.

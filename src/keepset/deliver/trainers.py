@@ -58,11 +58,9 @@ nothing is sent anywhere.
 def write_trainers(job: Job, subset: Subset) -> list[str]:
     """Write `trainers/` for the rows of one subset.
 
-    The recipe's `train_model` (else `model`), `lora` and `train` are carried over.
-
-    Returns:
-        The names of the files written, in the run folder; none if the recipe trains on pairs, or if the subset mixes
-        plain text with chats, which no trainer takes in one file (said on screen).
+    The recipe's `train_model` (else `model`), `lora` and `train` are carried over. Returns the names of the files
+    written, in the run folder; none if the recipe trains on pairs, or if the subset mixes plain text with chats, which
+    no trainer takes in one file (said on screen).
     """
     if job.recipe.train.loss != "sft":
         job.say(f"{FOLDER}/: not written, the configs are for SFT and this recipe trains by {job.recipe.train.loss}")
@@ -159,17 +157,17 @@ def config(settings: dict[str, Any]) -> str:
 
 def notes(model: _Model, args: TrainSpec, kind: str) -> str:
     """What a config can't say, as a paragraph."""
-    found = []
+    lines = []
     if model.template is not None:
-        found.append(
+        lines.append(
             "`chat_template.jinja` is the template the rows were scored with; LLaMA-Factory takes the tokenizer's own "
             "instead (or one of its names under `template`)."
         )
     if kind == "messages":
-        found.append("Rows have several answers: TRL needs a template it can mark (`assistant_only_loss`).")
+        lines.append("Rows have several answers: TRL needs a template it can mark (`assistant_only_loss`).")
     if args.extra:
-        found.append(f"The recipe's `extra` ({', '.join(args.extra)}) is in the TRL config alone.")
-    return "".join(f"\n* {text}" for text in found) + ("\n" if found else "")
+        lines.append(f"The recipe's `extra` ({', '.join(args.extra)}) is in the TRL config alone.")
+    return "".join(f"\n* {text}" for text in lines) + ("\n" if lines else "")
 
 
 def trl(model: _Model, args: TrainSpec, lora: LoraSpec, seed: int, kind: str) -> dict[str, Any]:

@@ -68,15 +68,7 @@ def score(gold: str, answer: str) -> tuple[bool, bool]:
 
 
 def evaluate_gsm8k(
-    model: Any,
-    encoder: Any,
-    data: Any,
-    *,
-    limit: int = 50,
-    max_new_tokens: int = 256,
-    token_budget: int = 1024,
-    resamples: int = 2000,
-    seed: int = 0,
+    model: Any, encoder: Any, data: Any, *, limit: int = 50, max_new_tokens: int = 256
 ) -> dict[str, Any]:
     """Answer the first `limit` questions and score them.
 
@@ -97,11 +89,11 @@ def evaluate_gsm8k(
     prompts, gold = [rows[i][:-1] for i in usable], [rows[i][-1]["content"] for i in usable]
     answers = generate(model, encoder, prompts, max_new_tokens=max_new_tokens)
     scored = np.array([score(g, a.text) for g, a in zip(gold, answers, strict=True)], dtype=np.float64)
-    losses = heldout_losses(model, [encoded[i] for i in usable], token_budget=token_budget)  # type: ignore[misc]
+    losses = heldout_losses(model, [encoded[i] for i in usable])  # type: ignore[misc]
     return {
         "n": len(usable),
-        "accuracy": bootstrap_ci(scored[:, 0], resamples=resamples, seed=seed).as_dict(),
-        "accuracy_official": bootstrap_ci(scored[:, 1], resamples=resamples, seed=seed).as_dict(),
+        "accuracy": bootstrap_ci(scored[:, 0]).as_dict(),
+        "accuracy_official": bootstrap_ci(scored[:, 1]).as_dict(),
         "loss": float(losses.nll.sum() / losses.n_tokens.sum()),
         "finished": float(np.mean([a.finished for a in answers])),
         "marked": float(np.mean(["####" in a.text for a in answers])),

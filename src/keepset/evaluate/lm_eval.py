@@ -42,10 +42,8 @@ metadata: {{version: 1}}
 def write_pair_task(folder: Path, name: str, tokenizer: Any, pairs: Sequence[tuple[Encoded, Encoded]]) -> Path:
     """Write `<name>.yaml` and `<name>.jsonl` into `folder`.
 
-    `folder` is for lm-eval's `--include_path`; a pair's text is what the tokenizer says of its tokens.
-
-    Returns:
-        The YAML's path.
+    `folder` is for lm-eval's `--include_path`; a pair's text is what the tokenizer says of its tokens. Returns the
+    YAML's path.
     """
     lines = []
     for pair in pairs:

@@ -102,6 +102,17 @@ def margins(policy: PairLogps, base: PairLogps | None = None) -> dict[str, np.nd
     return out
 
 
+def preference_loss(policy: PairLogps, base: PairLogps, beta: float = 0.1) -> np.ndarray:
+    """DPO's loss of each pair in nats, (m,): −log σ(β · implicit_sum); log 2 where policy and base agree.
+
+    Args:
+        policy: the model in question.
+        base: the untrained model on the same pairs.
+        beta: β; the default is DPO's own.
+    """
+    return np.logaddexp(0.0, -beta * margins(policy, base)["implicit_sum"])
+
+
 def correct(margin: ArrayLike) -> np.ndarray:
     """Return 1 where the margin is positive, 0.5 where it is 0, else 0; (m,)."""
     margin = np.asarray(margin)

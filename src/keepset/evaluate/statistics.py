@@ -116,8 +116,7 @@ def _resampled_sums(columns: np.ndarray, resamples: int, seed: int) -> np.ndarra
 def bootstrap_ci(values: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> Interval:
     """Percentile bootstrap of the mean over items (Efron 1979).
 
-    Returns:
-        The mean with its interval. One item has no spread: low = high = value.
+    Returns the mean with its interval. One item has no spread: low = high = value.
 
     Raises:
         ValueError: empty, not one-dimensional, or not finite.
@@ -244,11 +243,9 @@ def smallest_difference(n: int, sd: float) -> float:
 def accuracy_power(n: int) -> tuple[float, float] | None:
     """Smallest difference of two accuracies on n items: at best, and where the answers are independent coin flips.
 
-    With c = z(0.975) + z(0.8): at best the systems differ on no items but those that make the difference δ, so that
-    sd² = δ and δ = c²/n; two independent systems at an accuracy of ½ differ on half of the items, sd² = ½.
-
-    Returns:
-        Both, the smaller first; None where n is too small for either (below 16 items).
+    With c = z(0.975) + z(0.8): at best the systems differ on no items but those that make the difference δ, so that sd²
+    = δ and δ = c²/n; two independent systems at an accuracy of ½ differ on half of the items, sd² = ½. Returns Both,
+    the smaller first; None where n is too small for either (below 16 items).
     """
     independent = smallest_difference(n, math.sqrt(0.5)) if n else math.inf
     return None if independent > 0.5 else (smallest_difference(n, 1.0) ** 2, independent)

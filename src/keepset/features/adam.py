@@ -80,10 +80,7 @@ class ParameterMap:
         """Map gradients in place.
 
         `g` (n, stop − start), float32, holds the gradients of the coordinates start:stop and is overwritten and
-        returned; `scratch` has room for as many numbers.
-
-        Returns:
-            g.
+        returned; `scratch` has room for as many numbers. Returns g.
         """
         if self.kind == "sgd":
             return g
@@ -157,12 +154,6 @@ def check_map(kind: str, state: AdamState | None) -> None:
 def map_gradient(kind: str, state: AdamState | None, name: str, gradient: Tensor) -> Tensor:
     """Map one parameter's gradient: the readable form of what `features/influence.py` does in chunks.
 
-    Args:
-        kind: the map.
-        state: the moments, if the map needs them.
-        name: the parameter's name.
-        gradient: (…shape) of one example; left as it is.
-
     Returns:
         Γ, same shape, float32.
     """
@@ -216,7 +207,7 @@ def save_adam(state: AdamState, folder: str | Path) -> Path:
     return path
 
 
-def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamState:
+def load_adam(path: str | Path) -> AdamState:
     """Read the moments of a checkpoint folder (or of the file itself).
 
     Step, betas and eps stand in the file's header, or in `meta.json` beside it.
@@ -231,7 +222,7 @@ def load_adam(path: str | Path, *, device: str | torch.device = "cpu") -> AdamSt
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
             meta = json.loads(header["adam"]) if "adam" in header else header
             for key in file.keys():

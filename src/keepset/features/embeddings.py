@@ -57,7 +57,7 @@ class TextEncoder:
         self.most = max(8, min(MOST_TOKENS, int(positions) - 2))
 
     def __call__(self, texts: Sequence[str], *, token_budget: int = 1024) -> np.ndarray:
-        """Return (n, d) float32 in the order of `texts`; texts are cut at 512 tokens (or the model's most)."""
+        """Return (n, d) float32 in the order of `texts`; what is over 512 tokens (or the model's most) is cut."""
         ids = self.tokens(texts)
         out = np.zeros((len(texts), int(self.model.config.hidden_size)), dtype=np.float32)
         order = np.argsort([len(i) for i in ids], kind="stable")

@@ -258,13 +258,9 @@ def head_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Token losses and the gradient of Σ weights·nll with respect to the hidden states, the logits formed once.
 
-    Args:
-        hidden: (S, d) final hidden states at predicting positions.
-        labels: (S,) next tokens.
-        weights: (S,) factor of each token's loss.
-        output: the head.
-        config: the model's; its soft cap and logit scale are honoured.
-        uniform: (S,) in [0, 1): draw the labels from the model instead, see `run_rows`.
+    `hidden` (S, d) are final states at predicting positions, `labels` (S,) next tokens, `weights` (S,) each loss's
+    factor; the model's soft cap and logit scale are honoured. `uniform` (S,) in [0, 1) draws the labels from the model
+    instead, see `run_rows`.
 
     Returns:
         nll (S,) float32 in nats and the gradient (S, d) in hidden's dtype.

@@ -26,10 +26,17 @@ REACH = 5e-3
 
 @dataclass(frozen=True)
 class Step:
-    """What one step tells of its batch: `dots` and `curvature` (b, j) float64, the latter None to first order."""
+    """What one step tells of its batch.
+
+    Attributes:
+        dots: (b, j) float64.
+        curvature: (b, j) float64; None to first order.
+        norms: (b,) lengths of the rows' gradients.
+    """
 
     dots: np.ndarray
     curvature: np.ndarray | None
+    norms: np.ndarray
 
 
 def task_weights(tasks: np.ndarray, n_tasks: int) -> np.ndarray:
@@ -81,7 +88,8 @@ def in_run_step(
             curvature = np.zeros((len(batch), weights.shape[1]))
     for n, u in mean.items():
         parameters[n].sub_(learning_rate * u)
-    return Step(products_of(g, v) / len(batch), curvature)
+    squares = torch.stack([x.double().square().sum(dim=1) for x in g.values()]).sum(dim=0)
+    return Step(products_of(g, v) / len(batch), curvature, squares.sqrt().cpu().numpy())
 
 
 def products_of(g: dict[str, Tensor], v: dict[str, Tensor]) -> np.ndarray:

@@ -208,16 +208,8 @@ def pair_influence(
     gradient give, under the checkpoint and under the base. The third pass forms both sides' gradients, weighted, and
     adds them up before the map.
 
-    Args:
-        model: a PeftModel with the checkpoint's LoRA; in eval mode. Switched off, the adapter leaves the reference.
-        pairs: n (chosen, rejected) encoded rows.
-        target: as `influence`.
-        loss: one of `keepset.model.pair_losses.NAMES`.
-        beta: β.
-        adam: as `influence`.
-        map: as `influence`.
-        token_budget: tokens a batch of pairs holds.
-        last_layers: as `influence`.
+    `loss` is one of `keepset.model.pair_losses.NAMES`; the adapter, switched off, leaves the reference. All else as
+    `influence`.
 
     Returns:
         As `influence`, one entry a pair; `loss` is the pair loss in nats.

@@ -89,8 +89,7 @@ def weighted_gradients(
 ) -> dict[str, Tensor]:
     """Σ_i weight_ij · g_i for every column j, nothing else held.
 
-    Returns:
-        Parameter name to (j, a, b) float32.
+    Returns parameter name to (j, a, b) float32.
     """
     sums: dict[str, Tensor] = {}
 

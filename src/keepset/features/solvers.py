@@ -16,10 +16,7 @@ def fisher_coefficients(gram: np.ndarray, dots: np.ndarray, *, damping: float) -
 
         (F + λI)⁻¹ v = (v − Σ_i c_i g_i) / λ,     c = (G Gᵀ + hλI)⁻¹ G v
 
-    `gram` (h, h) is G Gᵀ, `dots` (h, j) G v of each target.
-
-    Returns:
-        c (h, j) float64.
+    `gram` (h, h) is G Gᵀ, `dots` (h, j) G v of each target. Returns c (h, j) float64.
     """
     h = len(gram)
     return np.linalg.solve(np.asarray(gram, np.float64) + h * damping * np.eye(h), np.asarray(dots, np.float64))
@@ -36,9 +33,7 @@ def cg_solve(
     """Solve (H + λ I) r = v by conjugate gradients (Hestenes & Stiefel 1952); needs products with H alone.
 
     `product` maps (p,) to H times it; targets are (j, p). The residual's norm ends below `tolerance` of the target's.
-
-    Returns:
-        (j, p) float64.
+    Returns (j, p) float64.
 
     Raises:
         ValueError: a direction of no or negative curvature was met, or the steps ran out; more damping helps.
@@ -76,10 +71,8 @@ def datainf_shares(
 ) -> tuple[np.ndarray, float]:
     """Return one layer's weights of the rows in r, and its λ: r = (v − mean_i share_i · g_i) / λ.
 
-    `dots` (n, j) are <g_i, v_j>, `squares` (n,) ‖g_i‖², `size` the numbers in the layer, d.
-
-    Returns:
-        shares (n, j) float64 and λ; both 0 for a layer whose gradients are all zero.
+    `dots` (n, j) are <g_i, v_j>, `squares` (n,) ‖g_i‖², `size` the numbers in the layer, d. Returns shares (n, j)
+    float64 and λ; both 0 for a layer whose gradients are all zero.
     """
     lam = damping * float(np.mean(squares)) / size
     return (dots / (lam + squares)[:, None], lam) if lam > 0 else (np.zeros_like(dots), 0.0)

@@ -69,10 +69,8 @@ def best_against_worst(
 ) -> tuple[list[PreferencePair], list[Skipped]]:
     """Make one pair a prompt; prompts in = pairs + skipped.
 
-    Ties of score are broken by the text itself, so the order of the answers does not matter.
-
-    Returns:
-        The pairs; and the skipped prompts.
+    Ties of score are broken by the text itself, so the order of the answers does not matter. Returns the pairs; and the
+    skipped prompts.
     """
     pairs: list[PreferencePair] = []
     skipped: list[Skipped] = []

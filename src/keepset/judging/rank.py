@@ -39,10 +39,7 @@ def rank_by_comparison(judge: Judge, items: Sequence[ScoredAnswers]) -> tuple[li
     """The same answers, each scored by its mean preference over the prompt's other answers.
 
     Comparisons without a readable verdict don't count; an answer without any has the score NaN, and its prompt is left
-    out later as `not-finite`. k answers take k·(k − 1) requests.
-
-    Returns:
-        The scored answers, and what the judge said.
+    out later as `not-finite`. k answers take k·(k − 1) requests. Returns the scored answers, and what the judge said.
     """
     places = [(i, a, b) for i, item in enumerate(items) for a, b in combinations(range(len(item.answers)), 2)]
     said = judge.compare([Comparison(items[i].prompt, items[i].answers[a], items[i].answers[b]) for i, a, b in places])

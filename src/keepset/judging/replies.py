@@ -46,7 +46,7 @@ def parse_verdict(reply: str) -> float | None:
     """Read a judge's reply: 1.0 = A is better, 0.0 = B, 0.5 = tie, None = no verdict.
 
     The last marked verdict counts (a judge may think aloud first). A reply that names both sides without a mark, or
-    marks both in its last line, is no verdict: guessing would be a coin that nobody sees. A reasoning block in
+    marks both in its last line, is no verdict. A reasoning block in
     `<think>` is left out.
     """
     text = re.sub(r"<think>.*?(</think>|\Z)", " ", reply, flags=re.DOTALL | re.IGNORECASE).strip()

@@ -107,7 +107,7 @@ def _fit(p: np.ndarray, t: np.ndarray, weights: np.ndarray, ridge: float) -> tup
     """Fit θ and φ under each row of weights (r, n) by damped Newton steps: two arrays (r,)."""
     r = len(weights)
     theta, phi = np.zeros(r), np.zeros(r)
-    # A hair of ridge on θ as well: an item list without a single win would send it to -inf.
+    # A small ridge on θ as well: without a single win it would go to -inf.
     floor = 1e-3
     for _ in range(100):
         q = _sigmoid(theta[:, None] + phi[:, None] * t)

@@ -33,21 +33,14 @@ def bm25(
     *,
     k1: float = 1.5,
     b: float = 0.75,
-    method: Literal["lucene", "robertson", "atire"] = "lucene",
     reduce: Reduce = "max",
     per: Literal["task", "query"] = "task",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score rows by their BM25 relevance to the target.
 
-    Args:
-        docs: n texts of the pool.
-        queries: m texts of the target.
-        tasks: (m,) their tasks.
-        k1: how soon repeated words stop counting.
-        b: 0 = length ignored, 1 = fully normalised.
-        method: bm25s's name of the variant.
-        reduce: "max" or "mean" over tasks (over queries with per="query").
-        per: columns of the second result: one a task, or one a query.
+    `docs` are the pool's n texts, `queries` the target's m, of tasks (m,). `k1` says how soon repeated words stop
+    counting, `b` how far length is normalised, from 0 to 1. `per` says whether the second result has a column a task,
+    or a query.
 
     Returns:
         scores (n,) and per_task (n, j), or (n, m) with per="query"; float64 of bm25s's float32 weights.
@@ -67,9 +60,7 @@ def bm25(
         return np.zeros(0), np.zeros((0, len(names)))
 
     index = _Index(docs, vocabulary)
-    per_column = np.concatenate(
-        [(part @ weights).toarray() for part in index.postings(docs, k1=k1, b=b, method=method)]
-    )
+    per_column = np.concatenate([(part @ weights).toarray() for part in index.postings(docs, k1=k1, b=b)])
     return reduce_tasks(per_column, reduce), per_column
 
 
@@ -102,15 +93,15 @@ class _Index:
         pairs, times = np.unique(row * (most + 1) + np.where(known, place, most), return_counts=True)
         return _Words(pairs // (most + 1), pairs % (most + 1), times, length)
 
-    def postings(self, docs: Sequence[str], *, k1: float, b: float, method: str) -> Iterator[sparse.csc_matrix]:
+    def postings(self, docs: Sequence[str], *, k1: float, b: float) -> Iterator[sparse.csc_matrix]:
         """The BM25 weights of each chunk's words, (rows, words) float64 of bm25s's float32."""
         from bm25s import scoring
 
         n, mean = len(self.lengths), self.lengths.mean()
         idf = scoring._build_idf_array(
-            dict(enumerate(self.frequencies.tolist())), n, scoring._select_idf_scorer(method), "float32"
+            dict(enumerate(self.frequencies.tolist())), n, scoring._select_idf_scorer("lucene"), "float32"
         )
-        saturated = scoring._select_tfc_scorer(method)
+        saturated = scoring._select_tfc_scorer("lucene")
         for part in chunks(docs):
             words = self._counted(part)
             share = saturated(
@@ -144,11 +135,14 @@ class Bm25(Method):
     k1: float = 1.5
     b: float = 0.75
     reduce: Literal["max", "mean"] = "max"
+    per: Literal["task", "query"] = "task"
 
     def score(self, features: Features) -> Scores:
         names, codes = features.tasks
         queries = features.target_texts(with_chosen=self.query == "prompt+chosen")
-        score, per_task = bm25(features.texts(), queries, codes, k1=self.k1, b=self.b, reduce=self.reduce)
+        score, per_task = bm25(features.texts(), queries, codes, k1=self.k1, b=self.b, reduce=self.reduce, per=self.per)
+        if self.per == "query":
+            names = [f"{names[code]}.{k}" for k, code in enumerate(codes)]
         return Scores(score, task_parts(names, per_task))
 
     def noise(self, columns: Columns, relative: float) -> None:

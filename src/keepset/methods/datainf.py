@@ -13,12 +13,9 @@ The error of the swap grows with d_l; it is exact for n = 1. `benchmarks` and te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
-
-from keepset.methods.gradient import InfluenceFunction, Labels
-from keepset.methods.influence import influence
+from keepset.methods.gradient import Labels
+from keepset.methods.influence import InfluenceFunction
 from keepset.stages.influence import Curvature
 
 
@@ -32,12 +29,8 @@ class DataInf(InfluenceFunction):
     curvature_rows: int = 200
     labels: Labels = "data"
     damping: float = 0.1
-    reduce: Literal["max", "mean"] = "mean"
     seed: int = 0
 
     @property
     def solver(self) -> Curvature:
         return Curvature("datainf", self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
-
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return influence(dots[0], reduce=self.reduce)

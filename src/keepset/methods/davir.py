@@ -36,9 +36,7 @@ TokenLoss = Literal["ce", "label-smoothed", "focal"]
 def davir(loss_ini: np.ndarray, loss_ref: np.ndarray) -> np.ndarray:
     """Return the relative loss drop (n,), at most 1; 0 when the two models agree.
 
-    Args:
-        loss_ini: (n,) nats under the base, summed or mean over the supervised tokens.
-        loss_ref: (n,) nats under the reference, over the same tokens and in the same form.
+    Losses (n,) are in nats, summed or mean, of both models over the same supervised tokens.
     """
     ini, ref = _losses(loss_ini, loss_ref)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -61,11 +59,8 @@ def rho(
 ) -> np.ndarray:
     """Return the plain loss drop (n,) in nats.
 
-    Args:
-        loss_ini: (n,) nats under the base, summed over the supervised tokens.
-        loss_ref: (n,) nats under the reference, summed.
-        n_tokens: (n,) supervised tokens; needed for "mean".
-        form: "sum" = the DPO implicit reward over beta (without its prompt-only term); "mean" = per token.
+    Losses (n,) are summed over the `n_tokens` (n,) supervised tokens, in nats. "sum" is the DPO implicit reward over
+    beta (without its prompt-only term), "mean" that a token.
 
     Raises:
         ValueError: "mean" without n_tokens, or an unknown form.

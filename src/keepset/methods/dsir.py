@@ -28,6 +28,8 @@ from keepset.data.ids import gumbel_by_id
 from keepset.methods.method import Columns, Features, Method, Scores, task_parts
 from keepset.methods.tasks import Reduce, reduce_tasks, task_columns
 
+SMOOTHING = 1e-8  # ε, added to each share
+
 
 def dsir(
     docs: Sequence[str],
@@ -35,13 +37,9 @@ def dsir(
     tasks: Sequence[str] | np.ndarray | None = None,
     *,
     ids: Sequence[str] | np.ndarray | None = None,
-    gumbel: bool = True,
     seed: int = 0,
     per_token: bool = False,
     reduce: Reduce = "max",
-    n: int = 2,
-    n_buckets: int = 10_000,
-    smoothing: float = 1e-8,
     hash: Hash = "sha256",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score rows by how much likelier their n-grams are in the target than in the pool.
@@ -50,38 +48,33 @@ def dsir(
         docs: n texts of the pool.
         target: m texts of the target.
         tasks: (m,) their tasks, each with its own statistics; None = one target, as in the paper.
-        ids: (n,) content ids that the noise belongs to; needed with `gumbel`.
-        gumbel: add Gumbel noise, so that top-k is importance resampling without replacement; False: plain top-k.
+        ids: (n,) content ids that Gumbel noise belongs to: top-k is then importance resampling without replacement.
+            None: no noise, plain top-k.
         seed: of the noise.
         per_token: mean over the row's n-grams instead of the sum.
         reduce: "max" or "mean" over tasks.
-        n: unigrams up to n-grams.
-        n_buckets: hash buckets.
-        smoothing: ε, added to each share.
         hash: "sha256" = the package's own buckets; "fast" = other collisions, about twice as quick.
 
     Returns:
         scores (n,) and per_task (n, j), the latter without noise.
 
     Raises:
-        ValueError: no n-gram in the pool or in a task, or `gumbel` without ids.
+        ValueError: no n-gram in the pool or in a task.
     """
     column = np.zeros(len(target), dtype=np.int64) if tasks is None else task_columns(tasks)[1]
     if len(column) != len(target) or not len(target):
         raise ValueError(f"{len(target)} target texts but {len(column)} tasks; both must be equal and at least 1")
-    if gumbel and ids is None:
-        raise ValueError("dsir with gumbel=True needs the rows' content ids")
-    hashing = NgramBuckets(n=n, n_buckets=n_buckets, hash=hash)
+    hashing = NgramBuckets(hash=hash)
     pool = Twice(hashing, docs)
     pool_counts = hashing.sum_counts(pool)
     of_task = [[t for t, j in zip(target, column, strict=True) if j == k] for k in range(column.max() + 1)]
-    ratios = [log_ratio(hashing.counts(t), pool_counts, smoothing=smoothing) for t in of_task]
+    ratios = [log_ratio(hashing.counts(t), pool_counts) for t in of_task]
     per_task = hashing.weigh(pool, np.stack(ratios, axis=1), per_token=per_token)
     scores = reduce_tasks(per_task, reduce)
-    return (scores + gumbel_by_id(ids, seed) if ids is not None and gumbel else scores), per_task
+    return (scores if ids is None else scores + gumbel_by_id(ids, seed)), per_task
 
 
-def log_ratio(target_counts: np.ndarray, pool_counts: np.ndarray, *, smoothing: float = 1e-8) -> np.ndarray:
+def log_ratio(target_counts: np.ndarray, pool_counts: np.ndarray) -> np.ndarray:
     """Return (n_buckets,) log(p + ε) − log(q + ε) from whole counts.
 
     Raises:
@@ -90,7 +83,7 @@ def log_ratio(target_counts: np.ndarray, pool_counts: np.ndarray, *, smoothing: 
     if target_counts.sum() == 0 or pool_counts.sum() == 0:
         raise ValueError("dsir: the pool and every task need at least one word")
     p, q = target_counts / target_counts.sum(), pool_counts / pool_counts.sum()
-    return np.log(p + smoothing) - np.log(q + smoothing)
+    return np.log(p + SMOOTHING) - np.log(q + SMOOTHING)
 
 
 @dataclass(frozen=True)
@@ -113,8 +106,8 @@ class Dsir(Method):
         names, codes = features.tasks
         target = features.target_texts(with_chosen=self.query == "prompt+chosen")
         score, per_task = dsir(
-            features.texts(), target, codes if self.by_task else None, ids=features.ids, gumbel=self.gumbel,
-            seed=self.seed, per_token=self.per_token, reduce=self.reduce,
+            features.texts(), target, codes if self.by_task else None,
+            ids=features.ids if self.gumbel else None, seed=self.seed, per_token=self.per_token, reduce=self.reduce,
         )  # fmt: skip
         return Scores(score, task_parts(names if self.by_task else ["all"], per_task))
 

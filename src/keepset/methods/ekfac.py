@@ -16,10 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from keepset.methods.gradient import InfluenceFunction, Labels
-from keepset.methods.influence import influence
+from keepset.methods.gradient import Labels
+from keepset.methods.influence import InfluenceFunction
 from keepset.stages.influence import Curvature
 
 
@@ -34,13 +32,9 @@ class Ekfac(InfluenceFunction):
     labels: Labels = "sampled"
     damping: float = 0.1
     damping_by: Literal["all", "matrix"] = "all"
-    reduce: Literal["max", "mean"] = "mean"
     seed: int = 0
 
     @property
     def solver(self) -> Curvature:
         solver = "ekfac-matrix" if self.damping_by == "matrix" else "ekfac"
         return Curvature(solver, self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
-
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return influence(dots[0], reduce=self.reduce)

@@ -28,12 +28,8 @@ if TYPE_CHECKING:
 def el2n(error_norms: np.ndarray, n_tokens: np.ndarray | None = None) -> np.ndarray:
     """Score rows by the mean length of their error vectors.
 
-    Args:
-        error_norms: (n,) or (c, n): Σ_t ‖p_t − onehot(y_t)‖₂ over supervised tokens, per checkpoint.
-        n_tokens: (n,) supervised tokens; None: the norms are means already.
-
-    Returns:
-        (n,) float64 in [0, √2], the mean over checkpoints.
+    `error_norms`, (n,) or (c, n), are Σ_t ‖p_t − onehot(y_t)‖₂ over a row's `n_tokens` (n,) supervised tokens, a
+    checkpoint; without `n_tokens` they are means already. Returns (n,) float64 in [0, √2], the mean over checkpoints.
     """
     norms = np.atleast_2d(np.asarray(error_norms, dtype=np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -75,7 +71,9 @@ class GradNorm(GradientMethod):
     paper = "GraNd, arXiv 2107.07075"
     formula = "S = mean_c ‖∇ℓ(z)‖"
 
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def reduce_dots(
+        self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         return grand(norms), np.zeros((norms.shape[1], 0))
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:

@@ -4,9 +4,8 @@
 
 L_c: mean loss at checkpoint c = 0 ... C − 1. The paper counts flips of a classifier from right to wrong, and takes
 examples never learnt as forgotten infinitely often. A language model has no "right": here a row is learnt while its
-loss is at or below τ = half-way between its first and its lowest loss, or below a fixed `threshold`. With few
-checkpoints many rows tie; `tie_break` adds the row's total rise of loss, squeezed into [0, 1), so that the count
-still decides first.
+loss is at or below τ = half-way between its first and its lowest loss. With few checkpoints many rows tie: the row's
+total rise of loss x = Σ max(0, L_{c+1} − L_c) is added as x / (1 + x), below 1, so that the count decides first.
 """
 
 from __future__ import annotations
@@ -25,16 +24,11 @@ if TYPE_CHECKING:
     from keepset.stages.job import Job
 
 
-def forgetting(losses: np.ndarray, *, threshold: float | None = None, tie_break: bool = True) -> np.ndarray:
+def forgetting(losses: np.ndarray) -> np.ndarray:
     """Score rows by their forgetting events; larger = forgotten more often = first.
 
-    Args:
-        losses: (c, n) mean nats a token at each checkpoint, in order of time, at least two.
-        threshold: a row is learnt at or below it; None: half-way between its first and its lowest loss.
-        tie_break: add x / (1 + x) with x = Σ max(0, L_{c+1} − L_c).
-
-    Returns:
-        (n,) float64; NaN for a row with a NaN loss.
+    `losses` (c, n) are mean nats a token at each checkpoint, in order of time, at least two. Returns (n,) float64; NaN
+    for a row with a NaN loss.
 
     Raises:
         ValueError: fewer than two checkpoints.
@@ -43,12 +37,11 @@ def forgetting(losses: np.ndarray, *, threshold: float | None = None, tie_break:
     if losses.ndim != 2 or len(losses) < 2:
         raise ValueError(f"forgetting needs losses (c, n) of at least two checkpoints, got {losses.shape}")
     lowest = losses.min(axis=0)
-    limit = (losses[0] + lowest) / 2 if threshold is None else np.full(losses.shape[1], threshold)
-    learnt = (losses <= limit) & (lowest < losses[0] if threshold is None else True)  # a loss that never fell: never
+    learnt = (losses <= (losses[0] + lowest) / 2) & (lowest < losses[0])  # a loss that never fell: never
     events = (learnt[:-1] & ~learnt[1:]).sum(axis=0).astype(np.float64)
     score = np.where(learnt.any(axis=0), events, len(losses))
     rises = np.maximum(np.diff(losses, axis=0), 0).sum(axis=0)
-    return np.where(np.isnan(lowest), np.nan, score + (rises / (1 + rises) if tie_break else 0.0))
+    return np.where(np.isnan(lowest), np.nan, score + rises / (1 + rises))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from keepset.methods.method import Columns, Cost, Features, Method, Scores, task_parts
-from keepset.stages.influence import Curvature, Dots, InfluenceRequest
+from keepset.stages.influence import Dots, InfluenceRequest
 from keepset.stages.stage import Stage
 from keepset.stages.trained import checkpoints
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 AdamMap = Literal["adam", "adam-less", "precondition", "sgd", "sign"]
 Labels = Literal["sampled", "data"]
+Per = Literal["task", "query"]
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,31 @@ class GradientMethod(Method):
         """Which gradients of the target, and which map of the rows'; plain ones unless a method says otherwise."""
         return InfluenceRequest()
 
+    @property
+    def columns_per(self) -> str:
+        """What the columns beside the score stand for: tasks, or rows of the target (see `Features.column_names`)."""
+        return self.request.per
+
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
         return {f"checkpoint {c.at}": Dots(self.request, c.at, shots) for c in checkpoints(job)}
 
     @abstractmethod
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def reduce_dots(
+        self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Scores (n,), and per task (n, j), of dots (c, n, j), norms (c, n) and mean learning rates (c,)."""
 
     def score(self, features: Features) -> Scores:
         """The reduced dots; beside them each checkpoint's norm, momentum share, best cosine and learning rate."""
-        columns = [features[name] for name in features.stages]
-        lr = np.array([features.learning_rate(name) for name in features.stages])
+        names = [name for name, stage in features.stages.items() if isinstance(stage, Dots)]
+        columns = [features[name] for name in names]
+        lr = np.array([features.learning_rate(name) for name in names])
         if not lr.any():  # a decay to 0 in a single step: LESS's rate, logged after the step, is 0
             features.say("the warm-up took too few steps for a mean learning rate: its checkpoints count alike")
             lr = np.ones(len(lr))
         dots, norms = np.stack([one["dots"] for one in columns]), np.stack([one["norms"] for one in columns])
-        score, per_task = self.reduce_dots(dots, norms, lr)
-        parts = task_parts(features.tasks[0], per_task)
+        score, per_task = self.reduce_dots(features, dots, norms, lr)
+        parts = task_parts(features.column_names(self.columns_per), per_task)
         for c, one in enumerate(columns):
             parts[f"ckpt{c}.norm"] = norms[c]
             parts[f"ckpt{c}.momentum"] = one["momentum"]
@@ -58,29 +67,6 @@ class GradientMethod(Method):
                 if name in one:
                     parts[f"ckpt{c}.{name}"] = np.full(len(score), one[name])
         return Scores(score, parts)
-
-
-@dataclass(frozen=True)
-class InfluenceFunction(GradientMethod):
-    """TracIn's pass at the last checkpoint, with the target multiplied by an inverse curvature."""
-
-    needs: ClassVar[tuple[str, ...]] = ("warmup", "gradients", "curvature", "target")
-
-    @property
-    def request(self) -> InfluenceRequest:
-        """Plain gradients, the target's after the inverse."""
-        return InfluenceRequest(curvature=self.solver)
-
-    @property
-    @abstractmethod
-    def solver(self) -> Curvature:
-        """The inverse that the target is multiplied by."""
-
-    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
-        return {"last": Dots(self.request, -1, shots)}
-
-    def noise(self, columns: Columns, relative: float) -> None:
-        """Not known: the solve multiplies noise by the curvature's condition, and a label that is drawn may turn."""
 
 
 def of_store(columns: Columns) -> bool:

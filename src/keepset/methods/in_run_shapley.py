@@ -16,50 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from keepset.methods.method import Columns, Features, Method, Scores, task_parts
-from keepset.methods.tasks import Reduce, reduce_tasks
-from keepset.stages.shapley import InRun, step_values
+from keepset.methods.tasks import reduce_tasks
+from keepset.stages.shapley import InRun
 from keepset.stages.stage import Stage
 
 if TYPE_CHECKING:
     from keepset.stages.job import Job
-
-
-def in_run_shapley(
-    dots: np.ndarray,
-    lr: np.ndarray,
-    in_batch: np.ndarray,
-    curvature: np.ndarray | None = None,
-    *,
-    reduce: Reduce = "mean",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sum the steps' Shapley values.
-
-    Args:
-        dots: (t, n, j) <v_tj, g_i>; what stands for rows outside a step's batch is ignored.
-        lr: (t,) learning rates.
-        in_batch: (t, n) bool.
-        curvature: (t, n, j) g_iᵀ H_tj Σ_{batch} g; None: first order.
-        reduce: over target tasks.
-
-    Returns:
-        scores (n,) and per_task (n, j).
-
-    Raises:
-        ValueError: shapes that don't fit.
-    """
-    dots, lr, in_batch = np.asarray(dots, np.float64), np.asarray(lr, np.float64), np.asarray(in_batch, bool)
-    if dots.ndim != 3 or lr.shape != dots.shape[:1] or in_batch.shape != dots.shape[:2]:
-        raise ValueError(
-            f"dots (t, n, j), lr (t,), in_batch (t, n) don't fit: {dots.shape}, {lr.shape}, {in_batch.shape}"
-        )
-    if curvature is not None and np.shape(curvature) != dots.shape:
-        raise ValueError(f"curvature {np.shape(curvature)} and dots {dots.shape} must have one shape")
-    values = step_values(dots, lr[:, None, None], curvature)
-    per_task = np.where(in_batch[:, :, None], values, 0.0).sum(axis=0)
-    return reduce_tasks(per_task, reduce), per_task
 
 
 @dataclass(frozen=True)
@@ -77,11 +40,13 @@ class InRunShapley(Method):
     epochs: int = 1
     reduce: Literal["max", "mean"] = "mean"
     seed: int = 0
+    unit_norm: bool = False
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
         run = InRun(
             second_order=self.order == "second", learning_rate=float(self.learning_rate),
             batch_size=int(self.batch_size), epochs=int(self.epochs), seed=int(self.seed), shots=shots,
+            unit_norm=self.unit_norm,
         )  # fmt: skip
         return {"run": run}
 

@@ -12,26 +12,73 @@ the scores are the dot products <∇ℓ(z), r_j>. `keepset.features.solvers` tur
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from keepset.methods.gradient import InfluenceFunction, Labels
+from keepset.methods.gradient import GradientMethod, Labels, Per
+from keepset.methods.method import Columns, Features
 from keepset.methods.tasks import Reduce, reduce_tasks
-from keepset.stages.influence import Curvature
+from keepset.stages.influence import Curvature, Dots, InfluenceRequest
+from keepset.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from keepset.stages.job import Job
 
 
-def influence(dots: np.ndarray, *, reduce: Reduce = "mean") -> tuple[np.ndarray, np.ndarray]:
+def influence(
+    dots: np.ndarray, norms: np.ndarray | None = None, *, reduce: Reduce = "mean"
+) -> tuple[np.ndarray, np.ndarray]:
     """Reduce dots (n, j) = <∇ℓ(z_i), r_j> to scores (n,); per task (n, j) beside them.
 
     Args:
         dots: inner products with the solved targets.
+        norms: (n,) ‖∇ℓ(z_i)‖, to divide by (a zero norm gives NaN); None: the inner products themselves.
         reduce: over targets; "mean" = the influence on the mean target loss.
     """
     per_task = np.asarray(dots, dtype=np.float64)
+    if norms is not None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            per_task = per_task / np.asarray(norms, dtype=np.float64)[:, None]
     return reduce_tasks(per_task, reduce), per_task
+
+
+@dataclass(frozen=True)
+class InfluenceFunction(GradientMethod):
+    """TracIn's pass at the last checkpoint, with the target multiplied by an inverse curvature.
+
+    With `cosine` the dots are divided by the row's norm, as LESS and ROSE do: raw dots are drawn to rows with large
+    gradients, which short answers have (experiments/methods-table).
+    """
+
+    reduce: Literal["max", "mean"] = "mean"
+    per: Per = "task"
+    cosine: bool = False
+    needs: ClassVar[tuple[str, ...]] = ("warmup", "gradients", "curvature", "target")
+
+    @property
+    def request(self) -> InfluenceRequest:
+        """Plain gradients, the target's after the inverse."""
+        return InfluenceRequest(curvature=self.solver, per=self.per)
+
+    @property
+    @abstractmethod
+    def solver(self) -> Curvature:
+        """The inverse that the target is multiplied by."""
+
+    def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
+        return {"last": Dots(self.request, -1, shots)}
+
+    def reduce_dots(
+        self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return influence(dots[0], norms[0] if self.cosine else None, reduce=self.reduce)
+
+    def noise(self, columns: Columns, relative: float) -> None:
+        """Not known: the solve multiplies noise by the curvature's condition, and a label that is drawn may turn."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +92,12 @@ class Influence(InfluenceFunction):
     curvature_rows: int = 100
     labels: Labels = "sampled"
     damping: float = 0.1
-    reduce: Literal["max", "mean"] = "mean"
     seed: int = 0
 
     @property
     def solver(self) -> Curvature:
         solver = "cg" if self.curvature == "gauss-newton" else "fisher"
         return Curvature(solver, self.labels, float(self.damping), int(self.curvature_rows), int(self.seed))
-
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return influence(dots[0], reduce=self.reduce)
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.curvature == "gauss-newton":

@@ -40,15 +40,9 @@ def knn_shapley(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score rows by their exact Shapley value in the K-nearest-neighbour game on cosine similarity.
 
-    Args:
-        pool: (n, d) representations of the rows.
-        queries: (m, d) representations of the target's rows.
-        tasks: (m,) their tasks.
-        k: neighbours that count.
-        reduce: "mean" or "max" over tasks; with "mean" the values sum to the tasks' mean utility.
-
-    Returns:
-        scores (n,) and per_task (n, j). A row without a direction (zero or NaN) is no player and gets NaN.
+    `pool` (n, d) and `queries` (m, d) are representations of the rows and of the target's rows with their tasks (m,);
+    `k` neighbours count. With the mean over tasks the values sum to the tasks' mean utility. Returns scores (n,) and
+    per_task (n, j). A row without a direction (zero or NaN) is no player and gets NaN.
     """
     names, column = task_columns(tasks)
     unit_pool, unit_queries = unit_rows(pool), unit_rows(queries)

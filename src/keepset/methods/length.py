@@ -18,12 +18,7 @@ from keepset.methods.method import Columns, Features, Method, Scores
 def length(n_tokens: np.ndarray, *, prefer: Literal["long", "short"] = "long") -> np.ndarray:
     """Score rows by their number of supervised tokens.
 
-    Args:
-        n_tokens: (n,) supervised tokens.
-        prefer: which end ranks first.
-
-    Returns:
-        (n,) float64 tokens, negated for "short".
+    Returns (n,) float64 tokens, negated for "short".
     """
     if prefer not in ("long", "short"):
         raise ValueError(f"prefer is 'long' or 'short', not {prefer!r}")

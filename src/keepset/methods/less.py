@@ -16,43 +16,18 @@ from typing import Literal
 
 import numpy as np
 
-from keepset.methods.gradient import GradientMethod, checkpoint_columns, cosines_noise, of_store
-from keepset.methods.method import Columns
+from keepset.methods.gradient import GradientMethod, Per, checkpoint_columns, cosines_noise, of_store
+from keepset.methods.method import Columns, Features
 from keepset.methods.rose import CosineMethod, rose
 from keepset.methods.tasks import Reduce, reduce_tasks
 from keepset.stages.influence import InfluenceRequest
 
 
-def less(
-    dots: np.ndarray,
-    norms: np.ndarray,
-    lr: np.ndarray | None = None,
-    *,
-    cosine: bool = True,
-    reduce: Reduce = "max",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce inner products to one score a row; arguments and results are those of `rose.rose`.
-
-    Args:
-        dots: (c, n, j) <Γ_c(z_i), v_cj> with v_cj from the SFT loss.
-        norms: (c, n) ‖Γ_c(z_i)‖.
-        lr: (c,) mean learning rate of each checkpoint; None = equal weights.
-        cosine: divide by the row's norm.
-        reduce: "max" or "mean" over tasks.
-    """
-    return rose(dots, norms, lr, cosine=cosine, reduce=reduce)
-
-
 def tracin(dots: np.ndarray, lr: np.ndarray | None = None, *, reduce: Reduce = "mean") -> tuple[np.ndarray, np.ndarray]:
     """Sum learning rate times plain inner product over the checkpoints (TracInCP, its equation 1).
 
-    Args:
-        dots: (c, n, j) inner products of plain gradients.
-        lr: (c,) learning rates, not normalised; None = 1 each.
-        reduce: over tasks; "mean" = the influence on the mean validation loss.
-
-    Returns:
-        scores (n,) and per_task (n, j).
+    `dots` (c, n, j) are inner products of plain gradients, `lr` (c,) learning rates, not normalised, None: 1 each. The
+    mean over tasks is the influence on the mean validation loss. Returns scores (n,) and per_task (n, j).
     """
     dots = np.asarray(dots, dtype=np.float64)
     weights = np.ones(len(dots)) if lr is None else np.asarray(lr, dtype=np.float64)
@@ -72,7 +47,7 @@ class Less(CosineMethod):
 
     @property
     def request(self) -> InfluenceRequest:
-        return InfluenceRequest(map=self.map, normalise=self.normalise)
+        return InfluenceRequest(map=self.map, normalise=self.normalise, per=self.per)
 
 
 @dataclass(frozen=True)
@@ -83,8 +58,15 @@ class TracIn(GradientMethod):
     paper = "TracIn, arXiv 2002.08484"
     formula = "S = mean_j Σ_c η_c <∇ℓ(z), ∇ℓ_j>"
     reduce: Literal["max", "mean"] = "mean"
+    per: Per = "task"
 
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def request(self) -> InfluenceRequest:
+        return InfluenceRequest(per=self.per)
+
+    def reduce_dots(
+        self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         return tracin(dots, lr, reduce=self.reduce)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
@@ -101,9 +83,16 @@ class GradCosine(GradientMethod):
     paper = "–"
     formula = "S = max_j Σ_c w_c cos(∇ℓ(z), ∇ℓ_j)"
     reduce: Literal["max", "mean"] = "max"
+    per: Per = "task"
 
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return less(dots, norms, lr, reduce=self.reduce)
+    @property
+    def request(self) -> InfluenceRequest:
+        return InfluenceRequest(per=self.per)
+
+    def reduce_dots(
+        self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return rose(dots, norms, lr, reduce=self.reduce)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
         return cosines_noise(columns, relative, cosine=True, map="sgd")

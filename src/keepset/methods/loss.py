@@ -33,14 +33,8 @@ def loss(
 ) -> np.ndarray:
     """Score rows by their loss.
 
-    Args:
-        nll: (n,) nats, summed over the supervised tokens.
-        n_tokens: (n,) supervised tokens.
-        form: a token, or summed.
-        prefer: which losses rank first.
-
-    Returns:
-        (n,) float64; NaN where a mean has no tokens.
+    `nll` (n,) is summed over the `n_tokens` (n,) supervised tokens, in nats. Returns (n,) float64; NaN where a mean has
+    no tokens.
 
     Raises:
         ValueError: an unknown form or preference.

@@ -54,12 +54,9 @@ class Features:
     ) -> None:
         """Nothing is computed before it is asked for.
 
-        Args:
-            job: the job.
-            stages: the method's.
-            shots: rows a task of the target that it looks at; None: all.
-            beside: other methods' stages, computed in the same passes where they can be.
-            rows: indices of the rows that a method without stages is to score; None: all.
+        `shots` are the rows a task of the target that it looks at (None: all), `beside` other methods' stages, computed
+        in the same passes where they can be, `rows` indices of the rows that a method without stages is to score (None:
+        all).
         """
         self._job, self._shots, self._beside, self._at = job, shots, list(beside), rows
         self.stages = stages
@@ -104,6 +101,11 @@ class Features:
         """The target's task names (j), sorted, and each of its rows' task as an index (m,)."""
         aim = self._job.aim(self._shots)
         return aim.names, aim.codes
+
+    def column_names(self, per: str) -> list[str]:
+        """What the columns of a target-aware method are called: the tasks, or `<task>.<k>` for each encoded row."""
+        aim = self._job.aim(self._shots)
+        return aim.names if per == "task" else [f"{aim.names[code]}.{k}" for k, code in enumerate(aim.pair_codes)]
 
     @property
     def encoded_tasks(self) -> np.ndarray:

@@ -27,13 +27,9 @@ def perplexity(
 ) -> np.ndarray:
     """Score rows by their mean loss.
 
-    Args:
-        nll: (n,) nats, summed over the supervised tokens.
-        n_tokens: (n,) supervised tokens; None: `nll` is a mean already (or the sum is meant).
-        prefer: which losses rank first.
-
-    Returns:
-        (n,) float64. For "mid" the score depends on the other rows; a NaN loss stays NaN and is not counted among them.
+    `nll` (n,) is summed over the `n_tokens` (n,) supervised tokens, in nats; without `n_tokens` it is a mean already.
+    Returns (n,) float64. For "mid" the score depends on the other rows; a NaN loss stays NaN and is not counted among
+    them.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.asarray(nll, dtype=np.float64) / (1 if n_tokens is None else np.asarray(n_tokens))
@@ -44,8 +40,8 @@ def perplexity(
     if prefer != "mid":
         raise ValueError(f"prefer is 'low', 'mid' or 'high', not {prefer!r}")
     out = np.full(mean.shape, np.nan)
-    known = ~np.isnan(mean)
-    out[known] = -np.abs(percentile(mean[known]) - 0.5)
+    finite = ~np.isnan(mean)
+    out[finite] = -np.abs(percentile(mean[finite]) - 0.5)
     return out
 
 

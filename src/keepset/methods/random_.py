@@ -19,12 +19,7 @@ from keepset.methods.method import Columns, Features, Method, Scores
 def random_(ids: int | Sequence[str] | np.ndarray, seed: int = 0) -> np.ndarray:
     """Score rows by independent uniform numbers.
 
-    Args:
-        ids: (n,) content ids; or the number of rows, when position is all there is.
-        seed: picks the draw.
-
-    Returns:
-        (n,) float64 in (0, 1).
+    `ids` are (n,) content ids, or the number of rows, when position is all there is. Returns (n,) float64 in (0, 1).
     """
     return uniform_by_id([str(i) for i in range(ids)] if isinstance(ids, int) else ids, seed)
 

@@ -32,23 +32,15 @@ def rds(
     tasks: Sequence[str] | np.ndarray,
     *,
     reduce: Reduce = "max",
-    query_reduce: Reduce = "mean",
     per: Literal["task", "query"] = "task",
     block: int = 8192,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score rows by their cosine similarity to the target.
 
-    Args:
-        pool: (n, d) representations of the rows.
-        queries: (m, d) representations of the target's rows.
-        tasks: (m,) their tasks.
-        reduce: "max" or "mean" over tasks (over queries with per="query").
-        query_reduce: "mean" or "max" over the queries of a task.
-        per: columns of the second result: one a task, or one a query (in the order given).
-        block: rows compared at a time.
-
-    Returns:
-        scores (n,) and per_task (n, j), or (n, m) with per="query". A zero or NaN representation gives NaN.
+    `pool` (n, d) and `queries` (m, d) are representations of the rows and of the target's rows with their tasks (m,).
+    `per` says whether the second result has a column a task, or a query in the order given; `block` rows are compared
+    at a time. Returns scores (n,) and per_task (n, j), or (n, m) with per="query". A zero or NaN representation gives
+    NaN.
 
     Raises:
         ValueError: shapes that don't fit.
@@ -60,7 +52,7 @@ def rds(
     parts = []
     for start in range(0, len(pool), block):
         cosines = unit_rows(pool[start : start + block]) @ unit_queries.T
-        parts.append(cosines if per == "query" else reduce_queries(cosines, tasks, query_reduce))
+        parts.append(cosines if per == "query" else reduce_queries(cosines, tasks))
     per_column = np.concatenate(parts) if parts else np.empty((0, len(queries)))
     return reduce_tasks(per_column, reduce), per_column
 

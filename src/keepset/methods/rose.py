@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from keepset.errors import RecipeError
-from keepset.methods.gradient import AdamMap, GradientMethod, cosines_noise
-from keepset.methods.method import Columns
+from keepset.methods.gradient import AdamMap, GradientMethod, Per, cosines_noise
+from keepset.methods.method import Columns, Features
 from keepset.methods.tasks import Reduce, reduce_tasks
 from keepset.stages.influence import InfluenceRequest
 from keepset.stages.stage import Stage
@@ -40,15 +40,9 @@ def rose(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reduce inner products to one score a row.
 
-    Args:
-        dots: (c, n, j) <Γ_c(z_i), v_cj>.
-        norms: (c, n) ‖Γ_c(z_i)‖.
-        lr: (c,) mean learning rate of each checkpoint; None = equal weights.
-        cosine: divide by the row's norm (the official code does). A zero norm gives NaN: the caller quarantines it.
-        reduce: "max" (the papers) or "mean" over tasks.
-
-    Returns:
-        scores (n,) and per_task (n, j).
+    `dots` (c, n, j) are <Γ_c(z_i), v_cj>, `norms` (c, n) ‖Γ_c(z_i)‖, `lr` (c,) each checkpoint's mean learning rate,
+    None: equal weights. `cosine` divides by the row's norm, as the official code does; a zero norm gives NaN: the
+    caller quarantines it. Returns scores (n,) and per_task (n, j).
 
     Raises:
         ValueError: shapes that don't fit, or weights that are negative or sum to 0.
@@ -85,13 +79,16 @@ class CosineMethod(GradientMethod):
     normalise: Literal["pair", "task"] = "pair"
     cosine: bool = True
     reduce: Literal["max", "mean"] = "max"
+    per: Per = "task"
     last: int = 0
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
         stages = super().stages(job, shots)
         return dict(list(stages.items())[-self.last :])
 
-    def reduce_dots(self, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def reduce_dots(
+        self, features: Features, dots: np.ndarray, norms: np.ndarray, lr: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         return rose(dots, norms, lr, cosine=self.cosine, reduce=self.reduce)
 
     def noise(self, columns: Columns, relative: float) -> np.ndarray | None:
@@ -112,7 +109,7 @@ class Rose(CosineMethod):
 
     @property
     def request(self) -> InfluenceRequest:
-        return InfluenceRequest(self.loss, self.map, self.reference, float(self.beta), self.normalise)
+        return InfluenceRequest(self.loss, self.map, self.reference, float(self.beta), self.normalise, per=self.per)
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
         """The dots at the checkpoints that count, in order of time.

@@ -12,6 +12,7 @@ from keepset.methods.dsir import Dsir
 from keepset.methods.ekfac import Ekfac
 from keepset.methods.el2n import El2n, GradNorm
 from keepset.methods.forgetting import Forgetting
+from keepset.methods.gist import Gist
 from keepset.methods.ifd import Ifd
 from keepset.methods.in_run_shapley import InRunShapley
 from keepset.methods.influence import Influence
@@ -19,6 +20,7 @@ from keepset.methods.knn_shapley import KnnShapley
 from keepset.methods.length import Length
 from keepset.methods.less import GradCosine, Less, TracIn
 from keepset.methods.loss import Loss, LossRef
+from keepset.methods.metagradient import Metagradient
 from keepset.methods.method import Method
 from keepset.methods.perplexity import Perplexity
 from keepset.methods.random_ import Random
@@ -31,8 +33,8 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Random, Length, Bm25, Rds, RdsPlus, Dsir, KnnShapley, Perplexity, Loss, LossRef, Ifd, El2n, Forgetting,
-        GradNorm, Davir, DavirRef, RhoSum, RhoMean, Rose, Less, TracIn, GradCosine, Influence, DataInf, Ekfac,
-        InRunShapley, TmcShapley,
+        GradNorm, Davir, DavirRef, RhoSum, RhoMean, Rose, Less, TracIn, GradCosine, Gist, Influence, DataInf, Ekfac,
+        InRunShapley, TmcShapley, Metagradient,
     )
 }  # fmt: skip
 

@@ -13,11 +13,7 @@ Reduce = Literal["max", "mean"]
 def task_columns(tasks: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Number the tasks in the order of their names.
 
-    Args:
-        tasks: (m,) task label of each query.
-
-    Returns:
-        names (j,), sorted, and column (m,) int64: the task's place in names.
+    Returns names (j,), sorted, and column (m,) int64: the task's place in names.
 
     Raises:
         ValueError: there is no query.
@@ -29,20 +25,11 @@ def task_columns(tasks: Sequence[str] | np.ndarray) -> tuple[np.ndarray, np.ndar
     return names, column.astype(np.int64)
 
 
-def reduce_queries(values: np.ndarray, tasks: Sequence[str] | np.ndarray, how: Reduce = "mean") -> np.ndarray:
-    """Reduce values of queries (n, m) to tasks (n, j): mean (or max) over each task's queries, ragged tasks allowed.
-
-    Args:
-        values: (n, m) one value per row and query.
-        tasks: (m,) task of each query.
-        how: "mean" or "max" over the queries of a task.
-    """
+def reduce_queries(values: np.ndarray, tasks: Sequence[str] | np.ndarray) -> np.ndarray:
+    """Reduce values of queries (n, m) of tasks (m,) to tasks (n, j): the mean over each one's, ragged tasks allowed."""
     names, column = task_columns(tasks)
-    out = np.empty((values.shape[0], len(names)), dtype=np.float64)
-    for j in range(len(names)):
-        part = values[:, column == j]
-        out[:, j] = part.max(axis=1) if how == "max" else part.mean(axis=1, dtype=np.float64)
-    return out
+    parts = [values[:, column == j].mean(axis=1, dtype=np.float64) for j in range(len(names))]
+    return np.stack(parts, axis=1)
 
 
 def reduce_tasks(per_task: np.ndarray, how: Reduce = "max") -> np.ndarray:

@@ -3,8 +3,8 @@
     φ(z) = E_π[ U(P_z ∪ {z}) − U(P_z) ],     π: a random order of the rows, P_z: those before z
 
 U: any function of a set of rows, such as minus the target's loss after training on them. A scan stops once |U(all) −
-U(P)| is at most `tolerance`: the rows after that get 0 in it (the truncation). With tolerance 0 and `antithetic`, the
-estimate is unbiased; each order is then also walked backwards (arXiv 2104.12199), which costs as much and often
+U(P)| is at most `tolerance`: the rows after that get 0 in it (the truncation). With tolerance 0 the estimate is
+unbiased; each order is also walked backwards (arXiv 2104.12199), which costs as much and often
 halves the variance.
 """
 
@@ -29,7 +29,7 @@ class ShapleyEstimate:
     """Values with their uncertainty and cost."""
 
     values: np.ndarray  # (n,)
-    standard_errors: np.ndarray  # (n,), over permutations (or antithetic pairs of them)
+    standard_errors: np.ndarray  # (n,), over pairs of an order and its reverse
     evaluations: int  # calls of the utility
 
 
@@ -39,29 +39,23 @@ def tmc_shapley(
     *,
     permutations: int = 100,
     tolerance: float = 0.0,
-    antithetic: bool = True,
     seed: int = 0,
 ) -> ShapleyEstimate:
     """Estimate Shapley values by walking random orders.
 
-    Args:
-        n: number of rows.
-        utility: maps an array of row indices (any order, may be empty) to a number, larger = better.
-        permutations: orders walked; an even number with `antithetic`.
-        tolerance: truncation; 0 = none.
-        antithetic: pair each order with its reverse.
-        seed: of the orders.
+    `utility` maps an array of row indices (any order, may be empty) to a number, larger = better. `permutations` orders
+    are walked, an even number: each is paired with its reverse. `tolerance` truncates; 0: never.
 
     Raises:
         ValueError: too few permutations for a standard error.
     """
-    rounds = permutations // 2 if antithetic else permutations
+    rounds = permutations // 2
     if rounds < 2:
-        raise ValueError(f"tmc_shapley needs at least {4 if antithetic else 2} permutations, not {permutations}")
+        raise ValueError(f"tmc_shapley needs at least 4 permutations, not {permutations}")
     nothing, everything = utility(np.zeros(0, np.int64)), utility(np.arange(n))
     evaluations = 2
     samples = np.zeros((rounds, n))
-    for sample, walks in zip(samples, orders(n, rounds, seed, antithetic=antithetic), strict=True):
+    for sample, walks in zip(samples, orders(n, rounds, seed), strict=True):
         for walk in walks:
             before = nothing
             for place in range(n):
@@ -69,7 +63,7 @@ def tmc_shapley(
                     break
                 after = everything if place == n - 1 else utility(walk[: place + 1])
                 evaluations += place < n - 1
-                sample[walk[place]] += (after - before) / (2 if antithetic else 1)
+                sample[walk[place]] += (after - before) / 2
                 before = after
     errors = samples.std(axis=0, ddof=1) / np.sqrt(rounds)
     return ShapleyEstimate(samples.mean(axis=0), errors, evaluations)

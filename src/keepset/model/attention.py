@@ -54,10 +54,12 @@ class Segments:
     Attributes:
         groups: (start, rows, length) of each run of equally long rows; together they cover [prefix, T).
         prefix: the first `prefix` positions are a common beginning that every row attends to (0: none).
+        twice: use torch's own attention, which can be differentiated twice (under `SDPBackend.MATH`).
     """
 
     groups: tuple[Run, ...]
     prefix: int = 0
+    twice: bool = False
     masks: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
@@ -146,10 +148,7 @@ def beside_prefix(
 
     softmax over [prefix, own] = the two softmaxes mixed by their log-sum-exps: w = sigmoid(lse_prefix - lse_own).
     Queries (1, H, T, D) and keys, values (1, Hk, T, D) are of the rows' own T tokens, `beginning` holds keys and values
-    (1, Hk, P, D) of the prefix, `segments` divides P + T. `scale` None is 1/sqrt(D).
-
-    Returns:
-        (T, H, D).
+    (1, Hk, P, D) of the prefix, `segments` divides P + T. `scale` None is 1/sqrt(D). Returns (T, H, D).
     """
     out, lse = flash(q, *beginning, 0.0, False, scale=scale)
     from_prefix = out[0].transpose(0, 1)
@@ -188,17 +187,15 @@ def packed_attention(
     """Causal attention inside each segment.
 
     Queries are (1, H, T, D), keys and values (1, Hk, T, D), H a multiple of Hk. `scale` None is 1/sqrt(D). A query sees
-    its own and the `window` - 1 tokens before it; None: the whole row.
-
-    Returns:
-        (1, T, H, D), the layout transformers' attention functions return.
+    its own and the `window` - 1 tokens before it; None: the whole row. Returns (1, T, H, D), the layout transformers'
+    attention functions return.
     """
     if segments.prefix:
         longest = segments.prefix + max(length for _, _, length in segments.groups)
         if torch.is_grad_enabled() or q.device.type != "cpu" or (window is not None and window < longest):
             raise ValueError("a shared prefix is for CPU forward passes of rows no longer than the sliding window")
         return _packed_with_prefix(q, k, v, segments, scale)
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not segments.twice:
         return _PackedCpu.apply(q, k, v, segments, scale, window)
     return _packed_elsewhere(q, k, v, segments, scale, window)
 

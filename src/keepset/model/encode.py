@@ -152,10 +152,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, spec: ModelSpec, *, context: int | None = None) -> None:
         """Read the template and the special tokens.
 
-        Args:
-            tokenizer: a fast transformers tokenizer (offsets are needed).
-            spec: chat_template, supervise, max_length and overlong are used.
-            context: the model's longest input, to which `max_length` is cut; default: what `load_tokenizer` noted.
+        The tokenizer is a fast one (offsets are needed). `context` is the model's longest input, to which `max_length`
+        is cut; default: what `load_tokenizer` noted.
 
         Raises:
             ModelError: a slow tokenizer, a template file that can't be read, a plain template without an EOS token,
@@ -342,7 +340,7 @@ class Encoder:
 
 
 def encode_all(
-    encoder: Encoder, rows: Iterable[Sequence[Mapping[str, str]]], *, n_prompt: int = 0
+    encoder: Encoder, rows: Iterable[Sequence[Mapping[str, str]]]
 ) -> tuple[list[Encoded | None], list[tuple[int, str, str]]]:
     """Encode many rows, tokenising in batches.
 
@@ -375,7 +373,7 @@ def encode_all(
         for i, messages in enumerate(rows):
             out.append(None)
             try:
-                waiting.append((i, encoder.render(messages, n_prompt=n_prompt)))
+                waiting.append((i, encoder.render(messages)))
             except RowRefused as error:
                 refused.append((i, error.reason, error.detail))
             if len(waiting) >= BATCH:

@@ -41,12 +41,8 @@ def matrix_weights(model: Any) -> tuple[float, int]:
 def flops(model: Any, n_tokens: int, n_head: int, *, passes: float = 1) -> float:
     """Operations of `passes` forward-equivalents over `n_tokens` tokens, the head at `n_head` positions.
 
-    Args:
-        model: any causal LM.
-        n_tokens: tokens run through the blocks.
-        n_head: positions at which logits are formed.
-        passes: 1 for a forward pass, 2 for forward + backward through frozen weights (LoRA), 3 for full training; a
-            backward pass that stops early counts by its share of the layers.
+    `passes` is 1 for a forward pass, 2 for forward + backward through frozen weights (LoRA), 3 for full training; a
+    backward pass that stops early counts by its share of the layers.
     """
     blocks, head = matrix_weights(model)
     return 2.0 * passes * (blocks * n_tokens + head * n_head)

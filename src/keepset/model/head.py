@@ -224,10 +224,7 @@ def after_decoder(model: Any, decoder: nn.Module, hidden: Tensor) -> Tensor:
     """Run a causal LM's own code on given final hidden states: its decoder returns them in the place of its own.
 
     So scaling, soft caps, multipliers and layers between decoder and logits are the model's, whatever they are.
-    `hidden` is (S, d).
-
-    Returns:
-        (S, V) logits.
+    `hidden` is (S, d). Returns (S, V) logits.
     """
     given = _Given(last_hidden_state=hidden[None])
     decoder.forward = lambda *args, **kwargs: given

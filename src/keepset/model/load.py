@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import keepset
 from keepset.errors import ModelError
 from keepset.model import weights
 from keepset.model.encode import Encoder
@@ -200,6 +201,21 @@ def pick_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {name}: torch sees no GPU here; use device: cpu")
     return name
+
+
+def machine(spec: ModelSpec) -> dict[str, str]:
+    """What numbers of a model depend on beside its weights: device, dtype, and the versions of the libraries."""
+    from importlib.metadata import version
+
+    import torch
+
+    device = torch.device(pick_device(spec.device))
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    libraries = {library: version(library) for library in ("numpy", "torch", "transformers")}
+    return {"device": name, "dtype": spec.dtype, "keepset": keepset.__version__, **libraries}
 
 
 def load(spec: ModelSpec, *, adapter: str | Path | None = None) -> Loaded:

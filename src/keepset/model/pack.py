@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -112,10 +112,7 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, token_budget: int, apart: 
 
     Every row stands in exactly one batch; a row longer than the budget gets its own. Longest first: memory trouble
     shows at once, and a progress bar's estimate errs on the safe side. A row of more than `apart` tokens gets a batch
-    of its own too (`Engine.apart`).
-
-    Returns:
-        Arrays of positions in `lengths`.
+    of its own too (`Engine.apart`). Returns arrays of positions in `lengths`.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
@@ -271,7 +268,7 @@ def last_hidden(model: Any, batch: Batch) -> Tensor:
     parts = []
     for offset, length in zip(batch.offsets, batch.lengths, strict=True):
         ids = batch.input_ids.flatten()[offset : offset + length][None]
-        segments = None if batch.segments is None else attention.Segments.of([length])
+        segments = batch.segments and replace(batch.segments, groups=attention.Segments.of([length]).groups)
         states = _states(model, ids, torch.arange(length, device=ids.device)[None], None, segments)[0]
         width = length if batch.segments is not None else batch.input_ids.shape[1]
         parts.append(nn.functional.pad(states, (0, 0, 0, width - length)))

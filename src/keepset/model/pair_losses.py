@@ -42,11 +42,6 @@ def davir_logit(policy_w: Tensor, policy_l: Tensor, ref_w: Tensor, ref_l: Tensor
     return (policy_w - ref_w) / ref_w.abs() - (policy_l - ref_l) / ref_l.abs()
 
 
-def simpo_logit(policy_w: Tensor, policy_l: Tensor, n_w: Tensor, n_l: Tensor) -> Tensor:
-    """ℓ_w/T_w − ℓ_l/T_l, (m,) nats a token; there is no reference."""
-    return policy_w / n_w - policy_l / n_l
-
-
 def sigmoid_loss(logit: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """−(1 − ε)·log σ(β·logit) − ε·log σ(−β·logit), (m,) nats a pair; log 2 where the logit is 0."""
     scaled = beta * logit
@@ -101,8 +96,8 @@ def ipo_loss(
 def simpo_loss(
     policy_w: Tensor, policy_l: Tensor, n_w: Tensor, n_l: Tensor, *, beta: float = 2.0, gamma: float = 1.0
 ) -> Tensor:
-    """SimPO: −log σ(β·(ℓ_w/T_w − ℓ_l/T_l) − γ), (m,)."""
-    return -F.logsigmoid(beta * simpo_logit(policy_w, policy_l, n_w, n_l) - gamma)
+    """SimPO: −log σ(β·(ℓ_w/T_w − ℓ_l/T_l) − γ), (m,); there is no reference."""
+    return -F.logsigmoid(beta * (policy_w / n_w - policy_l / n_l) - gamma)
 
 
 def pair_loss(

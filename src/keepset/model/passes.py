@@ -86,10 +86,8 @@ class Passes:
         """Run one batch.
 
         `index` and `prefix` are of `batches`. `value` makes (S,) numbers of the final hidden states (S, d) at
-        predicting positions and the labels (S,), while the pass's adapter is on or off.
-
-        Returns:
-            The batch, and what `value` gave in each pass.
+        predicting positions and the labels (S,), while the pass's adapter is on or off. Returns the batch, and what
+        `value` gave in each pass.
         """
         shared = prefix if len(index) > 1 else 0
         batch = packing.pack(

@@ -69,9 +69,8 @@ def prefix_groups(rows: Sequence[Row], members: np.ndarray) -> list[tuple[np.nda
     """Group rows by common beginnings: a group splits off where `FORWARD_PREFIX` more tokens are shared by enough
     rows.
 
-    Returns:
-        (indices, prefix length) of each group; the first token that is supervised is never part of the beginning,
-        and every row has a token of its own.
+    Returns (indices, prefix length) of each group; the first token that is supervised is never part of the beginning,
+    and every row has a token of its own.
     """
     free = {int(i): min(int(np.argmax(rows[i].supervised)), needed(rows[i]) - 1) for i in members}
 

@@ -46,12 +46,8 @@ def read(
 ) -> Any:
     """Return `auto.from_pretrained(source)`, all its weights from the checkpoint; an adapter beside it is not put on.
 
-    Args:
-        auto: one of transformers' Auto classes.
-        source: folder or hub name.
-        drawn: regular expression; what the checkpoint may lack: a new head that is still to be trained.
-        spare: tells, of the model and a tensor that it has no place for, whether that is the head of another task.
-        options: of `from_pretrained`.
+    What matches `drawn` the checkpoint may lack: a new head that is still to be trained. `spare` tells, of the model
+    and a tensor that it has no place for, whether that is the head of another task.
 
     Raises:
         ModelError: a tensor is missing, has another shape or is left over.

@@ -240,13 +240,17 @@ def direct_subset(job: Job) -> Subset:
 
 
 def control_methods(job: Job) -> list[tuple[MethodSpec, Kind]]:
-    """The controls' scoring: Random by seed, and the longest completions."""
+    """The controls' scoring: Random by seed, the longest and the shortest completions."""
     controls = job.recipe.controls
-    found: list[tuple[MethodSpec, Kind]] = [
+    specs: list[tuple[MethodSpec, Kind]] = [
         (MethodSpec(name="random", label=f"random-{seed}", options={"seed": seed}), "random")
         for seed in controls.random_seeds
     ]
-    return [*found, *([(MethodSpec(name="length", label="longest"), "longest")] if controls.longest else [])]  # type: ignore[list-item]
+    if controls.longest:
+        specs.append((MethodSpec(name="length", label="longest"), "longest"))
+    if controls.shortest:
+        specs.append((MethodSpec(name="length", label="shortest", options={"prefer": "short"}), "shortest"))
+    return specs
 
 
 def finish(job: Job, subset: Subset) -> Subset:

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from keepset.evaluate.statistics import bootstrap_ci, holm_by_label, paired_test, win_tie_loss
 from keepset.pipeline.learn import epoch_points, item_metrics
-from keepset.pipeline.metrics import Metric, headlines
+from keepset.pipeline.metrics import Metric, headline_of, headlines
+from keepset.pipeline.power import smallest_seen
 from keepset.pipeline.price import cost_of, full_training_flops, selection_cost
 from keepset.pipeline.verdict import loss_against_performance, means_of, pareto, qualities
 from keepset.runfolder import layout
@@ -26,6 +27,7 @@ from keepset.runfolder.records import (
     Mean,
     MeanOverSeeds,
     ModelRow,
+    Power,
     SelectionCost,
     TrainingSet,
     Versus,
@@ -55,26 +57,30 @@ def compare(job: Job, cells: list[Cell]) -> Comparison:
         (all seeds of Random together), the mean over seeds, the interval over items of the seed-averaged items, the
         standard deviation over seeds (`spread`), the paired difference to Random (interval, p, Holm-adjusted p over
         methods), wins / ties / losses by item against Random, and cost. A mix's Random is the mean of the mixes that
-        take a part by `random-*`. `pareto` and `loss_vs_performance`: see `keepset.pipeline.verdict`.
+        take a part by `random-*`. `headline`: see `metrics.headline_of`; `power`: see `powers`; `pareto` and
+        `loss_vs_performance`: see `keepset.pipeline.verdict`.
     """
     base = next((cell.items for cell in cells if cell.subset is None), None)
+    lead = ""
     resamples, seed = job.recipe.evaluate.bootstrap, job.recipe.seed
     rows, groups = [], defaultdict(list)
     for cell in cells:
         metrics = item_metrics(cell.items, base, job.recipe.evaluate.length_match)
+        lead = lead or headline_of({name: len(items) for name, items in metrics.items()}, job.recipe.evaluate.headline)
         means = {k: Mean(**vars(bootstrap_ci(v, resamples=resamples, seed=seed))) for k, v in metrics.items()}
         rows.append(ModelRow(**vars(describe(cell.subset)), seed=cell.seed, metrics=means))
         groups[group_of(cell.subset)].append((cell.subset, metrics))
     rivals = Rivals(job, groups)
-    summary = adjusted([entry_of(job, name, members, rivals) for name, members in groups.items()])
+    summary = adjusted([entry_of(job, name, members, rivals, lead) for name, members in groups.items()])
     full = full_training_flops(job)
     result = Comparison(
         rows=tuple(rows), summary=tuple(summary), full_training_flops=full,
         selection=selection_cost(job, full),
-        pareto={m.name: tuple(pareto(summary, m.name, m.sign)) for m in qualities(summary)},
+        pareto={m.name: tuple(pareto(summary, m.name, m.sign)) for m in qualities(summary, lead)},
         loss_vs_performance=Links(
             tuple(loss_against_performance(means_of(rows))), tuple(loss_against_performance(epoch_points(job)))
         ),
+        headline=lead, power=powers(groups, rivals, lead),
     )  # fmt: skip
     job.run.save_json(layout.COMPARISON, result.to_json())
     return result
@@ -98,7 +104,29 @@ class Rivals:
         return self.mix if subset.kind == "mix" and not drawn_mix else self.random.get(subset.budget, {})
 
 
-def entry_of(job: Job, group: str, members: list[tuple[Subset | None, Metrics]], rivals: Rivals) -> Entry:
+def powers(groups: dict[str, list[tuple[Subset | None, Metrics]]], rivals: Rivals, lead: str) -> dict[str, Power]:
+    """What the held-out items can show of each headline: by the spread of the items' differences to Random.
+
+    The standard deviation is the root mean square of those of all subsets that are held against Random; items averaged
+    over seeds.
+    """
+    spreads: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for members in groups.values():
+        averaged, rival = mean_items([m for _, m in members]), rivals.of(members[0][0])
+        for metric in headlines(averaged, lead) if rival else []:
+            if metric.name in averaged and len(averaged[metric.name]) > 1:
+                difference = averaged[metric.name] - rival[metric.name]
+                spreads[metric.name].append((len(difference), float(difference.std(ddof=1))))
+    found = {}
+    for name, each in spreads.items():
+        n, sd = each[0][0], float(np.sqrt(np.mean([sd**2 for _, sd in each])))
+        found[name] = Power(n, sd, smallest_seen(name, n, sd))
+    return found
+
+
+def entry_of(
+    job: Job, group: str, members: list[tuple[Subset | None, Metrics]], rivals: Rivals, lead: str
+) -> Entry:  # fmt: skip
     """The summary of one group of cells, its p-values not yet adjusted."""
     subset = members[0][0]
     resamples, seed = job.recipe.evaluate.bootstrap, job.recipe.seed
@@ -109,7 +137,7 @@ def entry_of(job: Job, group: str, members: list[tuple[Subset | None, Metrics]],
         spread = float(np.std(over_seeds, ddof=1)) if len(over_seeds) > 1 else None
         interval = bootstrap_ci(values, resamples=resamples, seed=seed)
         means[name] = MeanOverSeeds(**vars(interval), spread=spread)
-    for metric in headlines(averaged) if rival else []:
+    for metric in headlines(averaged, lead) if rival else []:
         if metric.name in averaged:
             ours, theirs = averaged[metric.name], rival[metric.name]
             test = paired_test(ours, theirs, resamples=resamples, seed=seed)
@@ -170,12 +198,18 @@ def print_comparison(result: Comparison, console: Console) -> None:
         share = f"{100 * entry.cost.select_flops / full:.0f} %" if full and entry.kind == "method" else "–"
         name = f"{entry.label} x{entry.seeds}" if entry.seeds > 1 else entry.label
         table.add_row(name, str(entry.n_rows or "–"), str(entry.n_tokens or "–"), *cells, share)
+    seen = {name: power.smallest for name, power in (result.power or {}).items() if not np.isnan(power.smallest)}
+    if seen:
+        smallest = [f"{seen[m.name]:.{m.decimals}f}" if m.name in seen else "–" for m in shown]
+        table.add_section()
+        table.add_row("seen 4 in 5", "", "", *smallest, "")
     console.print(table)
     console.print(
         "±: half of the 95 % interval over held-out items; for Random, its standard\ndeviation over seeds. "
         "accuracy: chosen preferred to rejected by log-probability\na token; matched: pairs of like length; "
         "implicit: against the base. tokens:\nsupervised ones. * p < 0.05 against Random (paired over items, Holm).\n"
-        "price: FLOPs of choosing by count, each method alone, over those of one\ntraining on the full pool.",
+        "price: FLOPs of choosing by count, each method alone, over those of one\ntraining on the full pool."
+        + ("\nseen 4 in 5: the difference to Random that four of five such comparisons find." if seen else ""),
         highlight=False,
     )
 
@@ -184,7 +218,7 @@ def distinct_columns(result: Comparison) -> list[Metric]:
     """The headlines that were measured, without those that repeat another one in every row (all pairs matched)."""
     shown: list[Metric] = []
     seen: set[tuple[float | None, ...]] = set()
-    for metric in headlines({m for entry in result.summary for m in entry.metrics}):
+    for metric in headlines({m for entry in result.summary for m in entry.metrics}, result.headline):
         means = [entry.metrics.get(metric.name) for entry in result.summary]
         values = tuple(None if mean is None else mean.value for mean in means)
         if any(v is not None for v in values) and values not in seen:

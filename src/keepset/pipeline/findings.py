@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from keepset.pipeline.metrics import is_loss
 from keepset.row_ids import Ids
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Finding, Level, read_json
+from keepset.runfolder.shards import machines
 
 if TYPE_CHECKING:
     from keepset.pipeline.choose import Subset
@@ -31,14 +33,12 @@ NEAR_ZERO_SCORE = 0.01  # median |DavIR| below this: the reference moved nothing
 SKEWED_LENGTH = 2.0  # kept answers this many times longer, or shorter, than the pool's are told as a warning
 STRONG_LENGTH = 0.5  # |Spearman| with length from here on is told as a warning
 FOLLOWS_LENGTH = "hold the result against the `longest` control and read the length-matched figures"
-FLEES_LENGTH = (
-    "hold the result against the shortest rows of its size: add "
-    "`{name: length, label: shortest, options: {prefer: short}}` to `methods`"
-)
+FLEES_LENGTH = "hold the result against the shortest rows of its size: set `controls.shortest: true`"
 NEAR_ZERO_LOSS = 0.05  # nats a token: DavIR divides by it
 STORE_AGREES = (
     0.9  # Spearman of a gradient store's cosines with the exact ones, below which ranks are not to be trusted
 )
+MIXED = ("mixed-machines",)
 COMPARED = ("no-better-than-random", "worse-than-random")
 MOST_SHARES = 12  # sources or categories that a finding names
 SWAMPED = 0.5  # median cosine of the mapped gradient with the momentum that all rows share
@@ -196,12 +196,25 @@ def diagnose_edge(subset: Subset) -> list[Finding]:
     if not edge.chosen:
         return [Finding("stability", "info", subset.name, 0, "no chosen row is within numerical noise of one left out",
                         "another batch size or machine chooses the same rows")]  # fmt: skip
-    some = ", ".join(edge.chosen[:3]) + (", ..." if len(edge.chosen) > 3 else "")
+    first_ids = ", ".join(edge.chosen[:3]) + (", ..." if len(edge.chosen) > 3 else "")
     n = len(edge.chosen)
     share = f"{n} of {subset.n_rows} chosen rows {'is' if n == 1 else 'are'}"
     return [Finding("stability", "warning", subset.name, n,
-        f"{share} within numerical noise of rows left out: {some}",
+        f"{share} within numerical noise of rows left out: {first_ids}",
         "another batch size or machine may exchange them; subsets.json names all")]  # fmt: skip
+
+
+def diagnose_machines(folder: Path) -> list[Finding]:
+    """Stages of a run folder whose shards were made with other devices, dtypes or libraries than one another."""
+    findings = []
+    for stage, made in machines(folder).items():
+        if len(made) > 1:
+            parts = "; ".join(f"{n} shards: {what}" for what, n in made.most_common())
+            text = f"{stage.split('/')[0]}: shards were made with different machines or libraries: {parts}"
+            findings.append(Finding("mixed-machines", "warning", stage, len(made), text,
+                "scores of rows may differ by rounding that is not theirs: use one kind of device and one environment, "
+                f"or delete work/{stage} and score again"))  # fmt: skip
+    return findings
 
 
 def diagnose_comparison(result: Comparison) -> list[Finding]:

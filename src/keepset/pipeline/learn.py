@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,15 @@ from safetensors.numpy import load_file, save_file
 
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
-from keepset.evaluate.preference import PairLogps, correct, length_matched, margins, pair_logps, preference_table
+from keepset.evaluate.preference import (
+    PairLogps,
+    correct,
+    length_matched,
+    margins,
+    pair_logps,
+    preference_loss,
+    preference_table,
+)
 from keepset.lazy import pick
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops, trained_sides
@@ -56,23 +65,32 @@ class Learner:
         """Its tokenizer and template."""
         return self.loaded.encoder if self.transfer else self.job.encoder
 
-    def rows(self, subset: Subset) -> Sequence[tuple[Encoded, ...]]:
-        """The sides of the subset's rows as this model's tokens, by id; what its template refuses is said."""
-        indices = subset.indices[id_order(subset.ids(self.job))]
+    def sides(self, indices: np.ndarray, name: str) -> Sequence[tuple[Encoded, ...] | None]:
+        """The sides of the job's rows as this model's tokens; None, and said under `name`, where it refuses one."""
         if not self.transfer:
             return pick(self.job.sides[1], indices)
         rows, refused = encode_pool(self.job.pool.take(self.job.usable[indices]), self.encoder)
         if refused:
-            self.job.say(f"{subset.name}: {len(refused)} rows left out by the other model's template: {refused[0][1]}")
-        return [row for row in rows if row is not None]
+            self.job.say(f"{name}: {len(refused)} rows left out by the other model's template: {refused[0][1]}")
+        return rows
+
+    def rows(self, subset: Subset) -> list[tuple[Encoded, ...]]:
+        """The sides of the subset's rows, by id, without those that this model's template refuses."""
+        sides = self.sides(subset.indices[id_order(subset.ids(self.job))], subset.name)
+        return [row for row in sides if row is not None]
+
+    @cached_property
+    def target_sides(self) -> tuple[list[tuple[Encoded, Encoded | None]], np.ndarray]:
+        """The target's rows as this model's tokens, chosen and rejected (or None), and their tasks."""
+        pairs, kept = (
+            encode_pairs(self.job.target, self.encoder, self.job.say) if self.transfer else self.job.target_pairs
+        )
+        return pairs, np.asarray(self.job.target.tasks, dtype=str)[kept]
 
     @cached_property
     def target_pairs(self) -> list[tuple[Encoded, ...]]:
         """The target's pairs as this model's tokens."""
-        pairs = (
-            encode_pairs(self.job.target, self.encoder, self.job.say)[0] if self.transfer else self.job.target_pairs[0]
-        )
-        return [(chosen, rejected) for chosen, rejected in pairs if rejected is not None]
+        return [(chosen, rejected) for chosen, rejected in self.target_sides[0] if rejected is not None]
 
     @cached_property
     def eval_pairs(self) -> tuple[list[tuple[Encoded, Encoded]], np.ndarray, Target] | None:
@@ -115,6 +133,18 @@ def direct_args(job: Job) -> TrainSpec:
     return args.model_copy(update={"loss": "dpo"}) if args.loss == "sft" else args
 
 
+def final_key(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
+    """Everything that a final model depends on."""
+    direct = subset.kind == "dpo-direct"
+    args = direct_args(job) if direct else job.recipe.train
+    return {
+        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
+        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
+        "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
+        **({"each_epoch": True} if job.recipe.evaluate.each_epoch else {}),
+    }  # fmt: skip
+
+
 def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[str, Any]:
     """Train the base on a subset, unless that was done with the same rows, arguments and seed."""
     from keepset.train.fit import fit
@@ -122,12 +152,6 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
     direct = subset.kind == "dpo-direct"
     args, rows = (direct_args(job), learner.target_pairs) if direct else (job.recipe.train, learner.rows(subset))
     folder = layout.model(subset.name, seed)
-    key = {
-        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
-        "lora": None if args.full else job.recipe.lora.model_dump(), "args": args.key(),
-        "ids": job.target.fingerprint() if direct else digest(sorted(str(i) for i in subset.ids(job))), "seed": seed,
-        **({"each_epoch": True} if job.recipe.evaluate.each_epoch else {}),
-    }  # fmt: skip
 
     def work(path: Path) -> dict[str, Any]:
         n_tokens, n_head = count_tokens(trained_sides(rows, args))
@@ -144,7 +168,7 @@ def train_final(job: Job, learner: Learner, subset: Subset, seed: int) -> dict[s
             spent.update(tokens=int(n_tokens * epochs), flops=work)
         return {"seconds": result.seconds, "steps": result.steps, "rows": len(rows), "tokens": n_tokens}
 
-    return job.run.step(folder, key, work)
+    return job.run.step(folder, final_key(job, learner, subset, seed), work)
 
 
 def in_order(data: Pool | Target, group: str) -> str:
@@ -152,26 +176,31 @@ def in_order(data: Pool | Target, group: str) -> str:
     return digest([data.table["id"].to_pylist(), data.table[group].to_pylist()])
 
 
+def evaluation_key(job: Job, learner: Learner, weights: Path | None) -> dict[str, Any]:
+    """Everything that a model's held-out items and their summary depend on; weights None: the untrained base."""
+    pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
+    looks_on = {"pairs", "heldout", "each_epoch", "headline"}
+    return {
+        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
+        "weights": [] if weights is None else [file_digest(p) for p in sorted(weights.glob("*.safetensors"))],
+        "pairs": in_order(pairs[2], "task") if pairs else None, "rows": in_order(rows[2], "source") if rows else None,
+        "gsm8k": in_order(load_pool(spec.gsm8k), "source") if spec.gsm8k else None,
+        "columns": "by task", "spec": spec.model_dump(mode="json", exclude=looks_on),
+    }  # fmt: skip
+
+
 def evaluate_final(
     job: Job, learner: Learner, name: str, seed: int | None, base: Items | None
 ) -> tuple[dict[str, Any], Items]:
     """Evaluate a trained model (or the untrained base: seed None), unless that was done.
 
-    Returns:
-        The summary (tables with intervals, as `summary.json` has them), and the items.
+    Returns the summary (tables with intervals, as `summary.json` has them), and the items.
     """
     weights = None if seed is None else job.run.path / layout.model(name, seed)
     folder = layout.evaluation(name, seed)
     if seed is not None:
         job.run.require_whole(layout.model(name, seed))
-    pairs, rows, spec = learner.eval_pairs, learner.eval_rows, job.recipe.evaluate
-    key = {
-        "version": VERSION, "model": learner.holder.fingerprint, "encoder": learner.encoder.fingerprint,
-        "weights": [] if weights is None else [file_digest(p) for p in sorted(weights.glob("*.safetensors"))],
-        "pairs": in_order(pairs[2], "task") if pairs else None, "rows": in_order(rows[2], "source") if rows else None,
-        "gsm8k": in_order(load_pool(spec.gsm8k), "source") if spec.gsm8k else None,
-        "columns": "by task", "spec": spec.model_dump(mode="json", exclude={"pairs", "heldout", "each_epoch"}),
-    }  # fmt: skip
+    key = evaluation_key(job, learner, weights)
 
     def work(path: Path) -> dict[str, Any]:
         with job.run.timed(f"evaluate {name if seed is None else layout.seeded(name, seed)}"):
@@ -228,13 +257,21 @@ def epoch_points(job: Job) -> list[Point]:
 
 def measure(job: Job, learner: Learner, weights: Path | None) -> tuple[Items, dict[str, Any] | None]:
     """Run one model over the held-out sets."""
+    with trained_model(learner, weights) as model:
+        return measure_model(job, learner, model)
+
+
+@contextmanager
+def trained_model(learner: Learner, weights: Path | None) -> Iterator[Any]:
+    """The model of a folder, an adapter or whole; None: the untrained base."""
     if weights is None:
-        return measure_model(job, learner, learner.loaded.model)
-    if (weights / "adapter_config.json").exists():
+        yield learner.loaded.model
+    elif (weights / "adapter_config.json").exists():
         with attached(learner.loaded.model, weights) as model:
-            return measure_model(job, learner, model)
-    with learner.holder.instead(learner.spec.model_copy(update={"model_name_or_path": str(weights)})) as trained:
-        return measure_model(job, learner, trained.model)
+            yield model
+    else:
+        with learner.holder.instead(learner.spec.model_copy(update={"model_name_or_path": str(weights)})) as trained:
+            yield trained.model
 
 
 def measure_model(job: Job, learner: Learner, model: Any) -> tuple[Items, dict[str, Any] | None]:
@@ -301,6 +338,8 @@ def item_metrics(items: Items, base: Items | None, share: float) -> dict[str, np
                 metrics[f"margin.{form}.matched"] = margin[matched]
         metrics["loss.chosen"] = -logps.chosen / logps.n_chosen
         metrics["loss.rejected"] = -logps.rejected / logps.n_rejected
+        if base is not None:
+            metrics["loss.preference"] = preference_loss(logps, logps_of(base))
         for task, member in items.tasks.items():
             for metric in BY_TASK:
                 metrics[f"{metric}.of.{task}"] = metrics[metric][member > 0]

@@ -17,13 +17,13 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "t
 
 def versions() -> dict[str, str]:
     """Versions of Python, keepset and what it stands on."""
-    found = {"python": platform.python_version(), "keepset": __version__}
+    version_of = {"python": platform.python_version(), "keepset": __version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            version_of[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return version_of
 
 
 def write_manifest(job: Job, seconds: float) -> None:

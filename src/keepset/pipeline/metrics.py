@@ -7,8 +7,10 @@ those of a task, with `loss.heldout.<source>` on rows of a source.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+
+from keepset.errors import RecipeError, did_you_mean
 
 HELD_OUT = "loss.heldout"
 
@@ -60,6 +62,7 @@ METRICS = (
     Metric("gsm8k.accuracy", "GSM8K\nexact", 2, "share of questions", headline=6, quality=2),
     Metric(HELD_OUT, "held-out\nloss", 3, "nats a token", headline=5, quality=5),
     Metric("loss.chosen", "loss of\nchosen", 3, "nats a token", headline=4, quality=4, by_task=True),
+    Metric("loss.preference", "preference\nloss", 4, "nats a pair"),
 )
 
 HEADLINES = tuple(sorted((m for m in METRICS if m.headline is not None), key=lambda m: m.headline or 0))
@@ -69,16 +72,55 @@ PERFORMANCE = tuple(m.name for m in METRICS if not m.is_loss)
 BY_TASK = tuple(m.name for m in METRICS if m.by_task)
 
 
-def headlines(measured: Collection[str]) -> list[Metric]:
-    """The headlines, with the held-out loss by source where there are several."""
-    found = []
+CONTINUOUS = ("margin.implicit_mean.matched", "loss.preference", HELD_OUT)
+"""What is looked at first where the recipe names nothing, in this order: numbers an item that no length moves.
+
+A margin or a loss says how far a pair moved, an accuracy only whether it crossed 0; and of sums the longer side wins.
+"""
+FEWEST_MATCHED = 16
+"""Pairs of like length below which the margin on them tells nothing (docs/theory.md, 6.3)."""
+
+
+def headline_of(measured: Mapping[str, int], named: str | None = None) -> str:
+    """The measure that is looked at first; "" where nothing is measured.
+
+    Args:
+        measured: each measure's items. Which measure it is depends on the held-out data alone, never on what came out.
+        named: the recipe's `evaluate.headline`.
+
+    Raises:
+        RecipeError: the named one is not measured.
+    """
+    if named is not None and named not in measured:
+        hint = did_you_mean(named, list(measured)) or f"; there are: {', '.join(measured)}"
+        raise RecipeError(f"evaluate.headline: '{named}' is not measured here{hint}")
+    if named is not None:
+        return named
+    for name in CONTINUOUS:
+        if measured.get(name, 0) >= (FEWEST_MATCHED if name.endswith(".matched") else 1):
+            return name
+    return next((m.name for m in HEADLINES if m.name in measured), "")
+
+
+def headlines(measured: Collection[str], first: str = "") -> list[Metric]:
+    """The headlines, `first` before the others, with the held-out loss by source where there are several."""
+    found = _headlines(measured)
+    if not first:
+        return found
+    known = {m.name: m for m in (*METRICS, *found)}
+    lead = known.get(first) or Metric(first, first.replace(".", "\n", 1), 3, unit_of(first))
+    return [lead, *(m for m in found if m.name != first)]
+
+
+def _headlines(measured: Collection[str]) -> list[Metric]:
+    metrics = []
     for metric in HEADLINES:
-        found.append(metric)
+        metrics.append(metric)
         if metric.name == HELD_OUT:
             start = f"{HELD_OUT}."
             sources = sorted(name for name in measured if name.startswith(start))
-            found += [replace(metric, name=s, heading="loss of\n" + s.removeprefix(start)) for s in sources]
-    return found
+            metrics += [replace(metric, name=s, heading="loss of\n" + s.removeprefix(start)) for s in sources]
+    return metrics
 
 
 def unit_of(name: str) -> str:

@@ -27,6 +27,9 @@ from keepset.evaluate.statistics import accuracy_power, bootstrap_ci
 from keepset.lazy import take
 from keepset.methods.table import method_of, needs_model
 from keepset.model.flops import count_tokens, flops
+from keepset.pipeline.bank import Bank
+from keepset.pipeline.learn import Learner
+from keepset.pipeline.power import print_power, what_can_be_seen
 from keepset.pipeline.price import Final, final_work, selection_work
 from keepset.pipeline.score import text_features
 from keepset.recipe import MethodSpec, Recipe
@@ -114,9 +117,9 @@ def probe(job: Job, kinds: set[str]) -> Rates:
         job.release()  # as a run does
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            told = train_sft(Training(job.recipe.model, job.recipe.lora, args), rows, Path(folder) / "probe")
-            overhead = time.perf_counter() - start - told.seconds
-        train = work / told.seconds
+            trained = train_sft(Training(job.recipe.model, job.recipe.lora, args), rows, Path(folder) / "probe")
+            overhead = time.perf_counter() - start - trained.seconds
+        train = work / trained.seconds
     return Rates(forward, backward, train, overhead)
 
 
@@ -128,14 +131,14 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     Returns:
         JSON-ready: `steps` (stage, methods, rows, tokens, flops, seconds), `total_seconds`, `peak_gib` (of the probe),
         `disk_mib` (adapters, scores and shards), `gpus` (name -> seconds, estimates), `cheaper` (advice with figures),
-        `heldout_pairs`, and `accuracy_seen`: what `accuracy_power` says of them.
+        `heldout_pairs`, `accuracy_seen`: what `accuracy_power` says of them, and `power`: `Shown` of each measure.
     """
     job = Job(recipe, console=console)
     start = clock(lambda: job.encoder)
     read = clock(lambda: job.tokens)
     load = clock(lambda: job.loaded)
     final = final_work(job)
-    counted = [*selection_work(job, recipe.methods), *final.works]
+    counted = [*selection_work(job, recipe.methods), *final.works, *(Bank(job).works() if recipe.validation else ())]
     kinds = {str(work.kind) for work in counted}
     if "train" in kinds:
         start += clock(lambda: [importlib.import_module(name) for name in ("datasets", "peft", "trl")])
@@ -164,22 +167,28 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
         "cheaper": cheaper(job, steps),
         "heldout_pairs": pairs,
         "accuracy_seen": accuracy_power(pairs),
+        "power": [asdict(one) for one in what_can_be_seen(job, Learner(job))],
     }
+
+
+def plan_validation(job: Job) -> list[Step]:
+    """What `keepset validate` would cost here: every training and measurement, those that are done included."""
+    works = list(Bank(job).works())
+    rates = probe(job, {str(work.kind) for work in works})
+    return [priced(work, rates) for work in works]
 
 
 def text_step(job: Job, spec: MethodSpec) -> Step:
     """A text method, timed on some of the rows and scaled to all."""
     n = len(job.ids)
-    method, some = method_of(spec), min(n, TEXT_ROWS)
+    method, n_timed = method_of(spec), min(n, TEXT_ROWS)
     method.score(text_features(job, np.arange(min(n, 20))))  # imports
-    seconds = clock(lambda: method.score(text_features(job, np.arange(some))))
-    return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, some))
+    seconds = clock(lambda: method.score(text_features(job, np.arange(n_timed))))
+    return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, n_timed))
 
 
 def heldout_pairs(job: Job) -> int:
     """Usable held-out pairs."""
-    from keepset.pipeline.learn import Learner
-
     pairs = Learner(job).eval_pairs
     return len(pairs[0]) if pairs else 0
 
@@ -212,44 +221,47 @@ def disk_bytes(job: Job, steps: list[Step]) -> float:
 
 def cheaper(job: Job, steps: list[Step]) -> list[str]:
     """What would cut the bill, with the seconds it would save."""
-    found = []
+    advice = []
     gradients = sum(s.seconds for s in steps if s.need == "gradients")
     spec = job.recipe.warmup
     if gradients and spec.checkpoints == "all" and spec.num_train_epochs > 1:
         share = 1 - 1 / np.ceil(spec.num_train_epochs)
-        found.append(
+        advice.append(
             f"warmup.checkpoints: last saves {gradients * share:.0f} s: scores at one checkpoint instead of all"
         )
     maps = [s for s in steps if s.need == "gradients"]
     if len(maps) > 1:
-        found.append(
+        advice.append(
             f"one map instead of {len(maps)} saves {sum(s.seconds for s in maps[1:]):.0f} s: a pass over the pool each"
         )
     reference = sum(s.seconds for s in steps if s.need == "reference")
     if reference and job.recipe.reference.num_train_epochs > 1:
-        found.append(
+        advice.append(
             f"reference.num_train_epochs: 1 saves {reference * (1 - 1 / job.recipe.reference.num_train_epochs):.0f} s"
         )
     if gradients and not any(m.name in ("bm25", "dsir") for m in job.recipe.methods):
-        found.append("bm25 and dsir look at the same target and cost seconds: worth a row in the table")
-    return found
+        advice.append("bm25 and dsir look at the same target and cost seconds: worth a row in the table")
+    return advice
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
-    """Print the plan as a table."""
+    """Print the plan as a table, and what follows from it."""
+    print_steps([Step(**step) for step in plan["steps"]], console)
+    print_totals(plan, console)
+
+
+def print_steps(steps: list[Step], console: Console) -> None:
+    """One line a stage."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("stage", "for", "rows", "tokens", "TFLOP", "seconds"):
         table.add_column(name, justify="left" if name in ("stage", "for") else "right")
-    for s in plan["steps"]:
-        table.add_row(
-            s["stage"],
-            s["methods"],
-            str(s["rows"]),
-            str(s["tokens"]),
-            f"{s['flops'] / 1e12:.1f}",
-            f"{s['seconds']:.0f}",
-        )
+    for s in steps:
+        table.add_row(s.stage, s.methods, str(s.rows), str(s.tokens), f"{s.flops / 1e12:.1f}", f"{s.seconds:.0f}")
     console.print(table)
+
+
+def print_totals(plan: dict[str, Any], console: Console) -> None:
+    """What the stages add up to, what the held-out data can show, and what would be cheaper."""
     rates = plan["rates_gflops"]
     probed = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
     console.print(
@@ -261,13 +273,14 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         gpus = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in plan["gpus"].items())
         console.print(f"estimate, not measured: at {plan['utilisation']:.0%} of peak: {gpus}", highlight=False)
     if plan["heldout_pairs"]:
-        seen, told = plan["accuracy_seen"], f"{plan['heldout_pairs']} held-out pairs: "
-        told += (
+        seen, pairs_line = plan["accuracy_seen"], f"{plan['heldout_pairs']} held-out pairs: "
+        pairs_line += (
             f"four of five comparisons tell accuracies apart that differ by {seen[0]:.3f} at best, by {seen[1]:.3f} if "
             "the models' answers are independent (docs/theory.md, 6.3)"
             if seen
             else "too few to tell two models apart by accuracy (docs/theory.md, 6.3)"
         )
-        console.print(told, highlight=False)
+        console.print(pairs_line, highlight=False)
+    print_power(plan["power"], console)
     for line in plan["cheaper"]:
         console.print(f"cheaper: {line}", highlight=False)

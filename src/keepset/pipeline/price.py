@@ -130,14 +130,15 @@ def final_work(job: Job) -> Final:
         unit, amount = parse_budget(budget, len(job.rows), int(job.n_tokens().sum()))
         n_rows = min(len(job.rows), amount if unit == "rows" else max(1, int(amount / job.n_tokens().mean())))
         middle = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[:n_rows]
-        longest = np.argsort(-job.n_tokens(), kind="stable")[:n_rows]
+        longest = np.argsort(-job.n_tokens(), kind="stable")
         count = (len(recipe.methods) + len(recipe.mix)) * len(recipe.train_seeds) + len(recipe.controls.random_seeds)
         one = training(job, "", pick(job.sides[1], middle), recipe.train)
         works.append(times(one, count, f"train {count} models on {budget}", "methods, random"))
         models += count
-        if recipe.controls.longest:
-            one = training(job, "", pick(job.sides[1], longest), recipe.train)
-            works.append(times(one, 1, f"train on the longest {budget}", "longest"))
+        by_length = {"longest": longest[:n_rows], "shortest": longest[::-1][:n_rows]}
+        for name in [name for name in by_length if getattr(recipe.controls, name)]:
+            one = training(job, "", pick(job.sides[1], by_length[name]), recipe.train)
+            works.append(times(one, 1, f"train on the {name} {budget}", name))
             models += 1
     if recipe.controls.full:
         one = training(job, "", job.sides[1], recipe.train)

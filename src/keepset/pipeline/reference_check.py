@@ -31,7 +31,10 @@ def check_reference(job: Job, learner: Learner) -> list[Finding]:
     if not labels:
         return []
     if not rows:
-        return [not_checked()]
+        return [
+            Finding("reference-held-out", "info", "", None, "not measured: no rows that the reference did not see",
+                    "name evaluate.heldout or evaluate.pairs, or set reference.folds")
+        ]  # fmt: skip
     ini, ref, n_tokens = held_out_losses(job, rows_outside(rows))
     return [held_out_finding(ini, ref, n_tokens, f"{len(rows)} held-out rows")]
 
@@ -58,9 +61,3 @@ def held_out_finding(ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray, whe
     return Finding("reference-held-out", "warning", label, round(drop.value, 4), text,
                    "not better than the base where it was not trained: scores may rank memory; train it longer or at "
                    "another rate, or cross-fit with reference.folds")  # fmt: skip
-
-
-def not_checked() -> Finding:
-    """No rows to tell by."""
-    return Finding("reference-held-out", "info", "", None, "not measured: no rows that the reference did not see",
-                   "name evaluate.heldout or evaluate.pairs, or set reference.folds")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from keepset.errors import KeepsetError
+from keepset.pipeline.cells import make_cell, share_cells
 from keepset.pipeline.choose import (
     Subset,
     choose,
@@ -16,18 +17,22 @@ from keepset.pipeline.choose import (
 )
 from keepset.pipeline.compare import Cell
 from keepset.pipeline.findings import (
+    MIXED,
     diagnose_edge,
     diagnose_leaks,
+    diagnose_machines,
     diagnose_scores,
     diagnose_shares,
     record,
 )
-from keepset.pipeline.learn import Learner, evaluate_epochs, evaluate_final, load_items, train_final
+from keepset.pipeline.learn import Learner, evaluate_final, load_items
+from keepset.pipeline.power import check_headline
 from keepset.pipeline.reference_check import check_reference
-from keepset.pipeline.score import scored
+from keepset.pipeline.score import make_stages, scored
 from keepset.recipe import MethodSpec, Recipe
 from keepset.runfolder import layout
 from keepset.runfolder.records import Items, Kind
+from keepset.stages.executors import executor
 from keepset.stages.job import Job
 
 
@@ -36,8 +41,9 @@ def choose_all(job: Job) -> list[Subset]:
     job.save_quarantine()
     _ = job.tokens  # the rows that every method and control share
     subsets: list[Subset] = []
-    wanted: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
-    for spec, kind in [*wanted, *control_methods(job)]:
+    methods: list[tuple[MethodSpec, Kind]] = [(m, "method") for m in job.recipe.methods]
+    make_stages(job, job.recipe.methods)
+    for spec, kind in [*methods, *control_methods(job)]:
         scored(job, spec)
         chosen = [choose(job, spec.label, budget, kind=kind) for budget in job.recipe.budget]
         subsets += chosen
@@ -46,6 +52,7 @@ def choose_all(job: Job) -> list[Subset]:
             record(job, diagnose_scores(table, spec.label, folds=job.recipe.reference.folds))
             for subset in chosen:
                 record(job, diagnose_edge(subset) + diagnose_shares(table, subset.name, subset.ids(job)))
+    record(job, diagnose_machines(job.run.path), anew=MIXED)
     if job.recipe.target:
         record(job, diagnose_leaks(job.pool, job.target, "target"))
     subsets += [choose_mix(job, mix) for mix in job.recipe.mix]
@@ -64,24 +71,25 @@ def train_and_evaluate(job: Job, subsets: list[Subset]) -> list[Cell]:
         job.say("evaluate: the recipe names no held-out pairs or rows, so nothing is trained or compared")
         record(job, check_reference(job, learner))
         return []
+    check_headline(job, learner)
     if learner.eval_pairs:
         record(job, diagnose_leaks(job.pool, learner.eval_pairs[2], "evaluation"))
     record(job, check_reference(job, learner))
+    plan = [(s, seed) for s in subsets for seed in seeds_for(job, s)]
+    with_base = bool(job.recipe.controls.base or evaluation.pairs)
+    who = executor(job)
+    if who.trains:
+        if with_base:
+            share_cells(job, learner, who, [(None, None)])
+        share_cells(job, learner, who, plan)
     base: Items | None = None
     cells: list[Cell] = []
-    if job.recipe.controls.base or evaluation.pairs:
+    if with_base:
         _, base = evaluate_final(job, learner, "base", None, None)
         cells.append(Cell(None, None, base))
-    plan = [(s, seed) for s in subsets for seed in seeds_for(job, s)]
     for number, (subset, seed) in enumerate(plan, start=1):
         job.say(f"model {number} of {len(plan)}: {subset.name}, seed {seed}")
-        facts = train_final(job, learner, subset, seed)
-        if facts["reused"]:
-            job.say(f"{subset.name}: trained before, kept")
-        _, items = evaluate_final(job, learner, subset.name, seed, base)
-        if evaluation.each_epoch and not job.recipe.train.full:
-            evaluate_epochs(job, learner, subset.name, seed, base, items)
-        cells.append(Cell(subset, seed, items))
+        cells.append(Cell(subset, seed, make_cell(job, learner, subset, seed, base)))
     return cells
 
 
@@ -109,7 +117,7 @@ def table_order(recipe: Recipe, cell: Cell) -> tuple[Any, ...]:
     if subset is None:
         return (-1,)
     labels = [m.label for m in recipe.methods] + [f"random-{k}" for k in recipe.controls.random_seeds]
-    labels += ["longest", *(m.label for m in recipe.mix), "full", "dpo-direct"]
+    labels += ["longest", "shortest", *(m.label for m in recipe.mix), "full", "dpo-direct"]
     budgets = [str(b) for b in recipe.budget]
     place = labels.index(subset.label) if subset.label in labels else len(labels)
     return place, budgets.index(subset.budget) if subset.budget in budgets else len(budgets), subset.name, seed or 0

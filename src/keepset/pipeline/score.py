@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +17,11 @@ from keepset.methods.table import METHODS, check_options, method_of
 from keepset.recipe import MethodSpec
 from keepset.row_ids import Ids, order_by
 from keepset.runfolder import layout
+from keepset.runfolder.claims import LOOK_EVERY, Busy
 from keepset.runfolder.files import canonical, canonical_list
+from keepset.stages.executors import executor
 from keepset.stages.influence import Dots
-from keepset.stages.stage import VERSION, Stage
+from keepset.stages.stage import VERSION, Stage, Sweep, closure, complete, make_needs
 
 if TYPE_CHECKING:
     from keepset.stages.job import Job
@@ -60,6 +65,53 @@ def stages_of(job: Job, spec: MethodSpec) -> dict[str, Stage]:
     return method_of(spec).stages(job, spec.shots)
 
 
+def make_stages(job: Job, specs: Iterable[MethodSpec]) -> None:
+    """Where others take part: have made what methods need, with as many at it as there are; else nothing.
+
+    What is left to the process that scores: gradient stores, and retraining, where each training hangs on the last.
+    """
+    stages = [stage for spec in specs for stage in stages_of(job, spec).values()]
+    if not stages or not (who := executor(job)).trains:
+        return
+    if not who.here:
+        make_needs(job, stages, who)
+    else:
+        take_part(job, stages)
+
+
+def take_part(job: Job, stages: Sequence[Stage]) -> None:
+    """Make what stages need as one of several workers: whatever is possible and nobody else is at."""
+    order = closure(job, stages)
+    left = list(order)
+    wait, job.run.wait = job.run.wait, False
+    try:
+        while left:
+            before = len(left)
+            for stage in order:
+                if stage in left and not any(need in left for need in stage.needs(job)):
+                    with suppress(Busy):
+                        for made in make(job, stage, left):
+                            left.remove(made)
+            if len(left) == before:
+                time.sleep(LOOK_EVERY)
+    finally:
+        job.run.wait = wait
+
+
+def make(job: Job, stage: Stage, left: Sequence[Stage]) -> list[Stage]:
+    """Have a stage's result in the run folder, with those that go through its pass; which these were."""
+    if isinstance(stage, Sweep):
+        if isinstance(stage, Dots) and job.recipe.gradients.store:
+            return [stage]
+        possible = [s for s in left if type(s) is type(stage) and not any(need in left for need in s.needs(job))]
+        group = [s for s in possible if isinstance(s, Sweep) and s.together(job) == stage.together(job)]
+        complete(job, group)
+        return list(group)
+    if stage.kept(job) is not None:
+        stage.value(job)
+    return [stage]
+
+
 def scored(job: Job, spec: MethodSpec) -> None:
     """Score by a method unless this folder has its whole scores, made of the same rows, models and options."""
     if job.run.saved_key(layout.scores(spec.label)) == score_key(job, spec):
@@ -71,15 +123,15 @@ def scored(job: Job, spec: MethodSpec) -> None:
 def score(job: Job, spec: MethodSpec) -> pa.Table:
     """Score every usable row by one method and write `scores/<label>.parquet`.
 
-    Returns:
-        id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason (why a
-        row has no score), the method's parts. Rows are in the pool's order.
+    Returns id, source, category, score, rank (1 = best; null where unscored), selected (all false), n_tokens, reason
+    (why a row has no score), the method's parts. Rows are in the pool's order.
 
     Raises:
         RecipeError: unknown method or option, or a recipe or data that the method can't score.
     """
     method = check_options(spec)
     job.save_quarantine()
+    make_stages(job, [spec])
     with job.run.timed(f"score {spec.label}") as spent:
         features = Features(job, stages_of(job, spec), spec.shots, beside=gradients_beside(job, spec, method))
         scores = method.score(features)
@@ -117,7 +169,7 @@ def reasons(values: np.ndarray, finite: np.ndarray) -> pa.Array:
     """Why each row has no score; null where it has one."""
     if finite.all():
         return pa.nulls(len(values), pa.string())
-    return pa.array([None if ok else unscored(v) for ok, v in zip(finite, values, strict=True)], pa.string())
+    return pa.array(np.where(np.isnan(values), "nan-score", "infinite-score"), pa.string(), mask=finite)
 
 
 def gradients_beside(job: Job, spec: MethodSpec, method: Method) -> list[Stage]:
@@ -136,8 +188,3 @@ def text_features(job: Job, rows: np.ndarray) -> Features:
 def ranking(scores: np.ndarray, ids: Ids | np.ndarray) -> np.ndarray:
     """Indices best first; ties by id, NaN and infinite last."""
     return order_by(np.where(np.isfinite(scores), -scores, np.inf), ids)
-
-
-def unscored(value: float) -> str:
-    """Why a row has no score."""
-    return "nan-score" if np.isnan(value) else "infinite-score"

@@ -24,6 +24,7 @@ from keepset.train.arguments import OURS
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
+    from keepset.train.training import Training
 
     Pair = tuple[Encoded, Encoded]
 
@@ -71,20 +72,20 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: a word that belongs to no argument, or an argument given twice.
     """
-    found: dict[str, list[str]] = {}
+    words_of: dict[str, list[str]] = {}
     name = None
     for word in words:
         if word.startswith("--"):
             name, separator, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            if name in found:
+            if name in words_of:
                 raise RecipeError(f"--{name} stands twice")
-            found[name] = [value] if separator else []
+            words_of[name] = [value] if separator else []
         elif name is None:
             raise RecipeError(f"'{word}': write arguments as --name value; files go behind --data")
         else:
-            found[name].append(word)
-    return {name: value_of(values) for name, values in found.items()}
+            words_of[name].append(word)
+    return {name: value_of(values) for name, values in words_of.items()}
 
 
 def sections(given: dict[str, Any], config_class: type[Any]) -> Sections:
@@ -108,9 +109,9 @@ def sections(given: dict[str, Any], config_class: type[Any]) -> Sections:
         elif name in trainers:
             extra[name] = value
         else:
-            known = [*ModelSpec.model_fields, *LoraSpec.model_fields, *own, *sorted(trainers)]
+            names = [*ModelSpec.model_fields, *LoraSpec.model_fields, *own, *sorted(trainers)]
             raise RecipeError(
-                f"--{name}: neither keepset nor {config_class.__name__} has it{did_you_mean(name, known)}"
+                f"--{name}: neither keepset nor {config_class.__name__} has it{did_you_mean(name, names)}"
             )
     try:
         return Sections(ModelSpec(**model), LoraSpec(**lora), TrainSpec(**train, extra=extra))
@@ -129,11 +130,11 @@ def read_rows(paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs:
     from keepset.model.load import load_tokenizer
 
     pool = load_pool([DataSpec(path=path, pairs=pairs) for path in paths])
-    found, refused = encode_pool(pool, Encoder(load_tokenizer(spec), spec))
+    encoded, refused = encode_pool(pool, Encoder(load_tokenizer(spec), spec))
     places = pool.table.select(["file", "line"]).to_pylist()
     bad = [asdict(q) for q in pool.quarantine]
     bad += [{**places[i], "reason": reason, "detail": detail} for i, reason, detail in refused]
-    used = [i for i in np.argsort(pool.ids.astype(str), kind="stable") if found[i] is not None]
+    used = [i for i in np.argsort(pool.ids.astype(str), kind="stable") if encoded[i] is not None]
     console.print(
         f"{', '.join(paths)}: {pool.n_in} rows in = {len(used)} used + {len(bad)} quarantined", highlight=False
     )
@@ -143,7 +144,7 @@ def read_rows(paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / layout.QUARANTINE, "".join(canonical(b) + "\n" for b in bad).encode("utf-8", "replace"))
     prompts = [pool.messages(i)[: pool.table["n_prompt"][int(i)].as_py() if pairs else -1] for i in used]
-    return Rows([found[i] for i in used], [canonical(p) for p in prompts])
+    return Rows([encoded[i] for i in used], [canonical(p) for p in prompts])
 
 
 def as_pairs(rows: Rows) -> list[Pair]:
@@ -178,78 +179,91 @@ def trained(spec: ModelSpec, out: Path) -> Iterator[Any]:
         yield load(spec.model_copy(update={"model_name_or_path": str(out)})).model
 
 
-def run_sft(
-    data: Sequence[str], out: Path, given: dict[str, Any], *, seed: int, resume: bool, evaluation: Sequence[str],
-    console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    """Fine-tune on rows; the loss of held-out rows before and after goes to `out/evaluation.json`."""
+@dataclass(frozen=True)
+class FileTraining:
+    """A training on files, as a command line asks for it; `given` are the arguments that `sections` sorts."""
+
+    data: Sequence[str]
+    out: Path
+    given: dict[str, Any]
+    seed: int
+    resume: bool
+    evaluation: Sequence[str]  # held-out files
+    console: Console
+
+    def training(self, config_class: type[Any]) -> Training:
+        """Model, adapter and arguments for a trainer of TRL's."""
+        from keepset.train.training import Training
+
+        said = sections(self.given, config_class)
+        return Training(said.model, said.lora, said.train, self.seed, resume=self.resume, console=self.console)
+
+    def rows(self, spec: ModelSpec, *, pairs: bool) -> Rows:
+        """The rows that are trained on."""
+        return read_rows(self.data, spec, self.console, pairs=pairs, out=self.out)
+
+    def held_out(self, spec: ModelSpec, *, pairs: bool) -> Rows:
+        """The rows of the held-out files."""
+        return read_rows(self.evaluation, spec, self.console, pairs=pairs)
+
+
+def run_sft(ask: FileTraining) -> dict[str, Any]:
+    """Fine-tune on rows; the loss of held-out rows before and after goes to `evaluation.json`."""
     from trl import SFTConfig
 
     from keepset.evaluate.heldout import heldout_losses, heldout_table
     from keepset.model.load import load
     from keepset.train.sft import train_sft
-    from keepset.train.training import Training
 
-    said = sections(given, SFTConfig)
-    rows = [row[0] for row in read_rows(data, said.model, console, pairs=False, out=out).sides]
-    training = Training(said.model, said.lora, said.train, seed, resume=resume, console=console)
-    result = train_sft(training, rows, out)
+    training = ask.training(SFTConfig)
+    spec = training.model
+    result = train_sft(training, [row[0] for row in ask.rows(spec, pairs=False).sides], ask.out)
     facts = training_facts(result)
-    if evaluation and is_main():
-        held = [row[0] for row in read_rows(evaluation, said.model, console, pairs=False).sides]
-        facts["heldout_before"] = heldout_table(heldout_losses(load(said.model).model, held))
-        with trained(said.model, out) as model:
+    if ask.evaluation and is_main():
+        held = [row[0] for row in ask.held_out(spec, pairs=False).sides]
+        facts["heldout_before"] = heldout_table(heldout_losses(load(spec).model, held))
+        with trained(spec, ask.out) as model:
             facts["heldout_after"] = heldout_table(heldout_losses(model, held))
-    return save_facts(out, facts)
+    return save_facts(ask.out, facts)
 
 
-def run_dpo(
-    data: Sequence[str], out: Path, given: dict[str, Any], *, loss: str, beta: float | None, seed: int, resume: bool,
-    evaluation: Sequence[str], console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    """Train on pairs; held-out pairs before and after go to `out/evaluation.json`."""
+def run_dpo(ask: FileTraining, loss: str, beta: float | None) -> dict[str, Any]:
+    """Train on pairs; held-out pairs before and after go to `evaluation.json`."""
     from trl import DPOConfig
 
     from keepset.evaluate.preference import pair_logps, preference_table
     from keepset.model.load import load
     from keepset.train.preference import PairLoss, train_dpo
-    from keepset.train.training import Training
 
     objective = PairLoss.of(loss, beta)
-    said = sections(given, DPOConfig)
-    pairs = as_pairs(read_rows(data, said.model, console, pairs=True, out=out))
-    training = Training(said.model, said.lora, said.train, seed, resume=resume, console=console)
-    result = train_dpo(training, pairs, out, objective)
+    training = ask.training(DPOConfig)
+    spec = training.model
+    result = train_dpo(training, as_pairs(ask.rows(spec, pairs=True)), ask.out, objective)
     facts = {**training_facts(result), "loss": objective.name, "beta": objective.beta}
-    if evaluation and is_main():
-        held = as_pairs(read_rows(evaluation, said.model, console, pairs=True))
-        base = pair_logps(load(said.model).model, held)
+    if ask.evaluation and is_main():
+        held = as_pairs(ask.held_out(spec, pairs=True))
+        base = pair_logps(load(spec).model, held)
         facts["preference_before"] = preference_table(base)
-        with trained(said.model, out) as model:
+        with trained(spec, ask.out) as model:
             facts["preference_after"] = preference_table(pair_logps(model, held), base)
-    return save_facts(out, facts)
+    return save_facts(ask.out, facts)
 
 
-def run_reward(
-    data: Sequence[str], out: Path, given: dict[str, Any], *, seed: int, resume: bool, evaluation: Sequence[str],
-    share: float, console: Console,
-) -> dict[str, Any]:  # fmt: skip
+def run_reward(ask: FileTraining, share: float) -> dict[str, Any]:
     """Train a reward model on pairs; its accuracy on held-out pairs (a file's, or a share of the prompts) comes too."""
     from trl import RewardConfig
 
     from keepset.train.reward import train_reward
-    from keepset.train.training import Training
 
-    said = sections(given, RewardConfig)
-    rows = read_rows(data, said.model, console, pairs=True, out=out)
-    if evaluation:
-        pairs, held = as_pairs(rows), as_pairs(read_rows(evaluation, said.model, console, pairs=True))
+    training = ask.training(RewardConfig)
+    rows = ask.rows(training.model, pairs=True)
+    if ask.evaluation:
+        pairs, held = as_pairs(rows), as_pairs(ask.held_out(training.model, pairs=True))
     else:
-        pairs, held = hold_out(rows, share, seed)
-        console.print(f"held out: {len(held)} pairs ({share:.0%} of the prompts)", highlight=False)
-    training = Training(said.model, said.lora, said.train, seed, resume=resume, console=console)
-    result = train_reward(training, pairs, out, heldout=held)
-    return save_facts(out, {**training_facts(result.train), "heldout": result.heldout})
+        pairs, held = hold_out(rows, share, ask.seed)
+        ask.console.print(f"held out: {len(held)} pairs ({share:.0%} of the prompts)", highlight=False)
+    result = train_reward(training, pairs, ask.out, heldout=held)
+    return save_facts(ask.out, {**training_facts(result.train), "heldout": result.heldout})
 
 
 def training_facts(result: Any) -> dict[str, Any]:

@@ -14,23 +14,22 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.evaluate.statistics import correlations
-from keepset.pipeline.metrics import LOSSES, PERFORMANCE, QUALITY, Metric
+from keepset.pipeline.metrics import LOSSES, PERFORMANCE, QUALITY, Metric, headlines
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Entry, Link, ModelRow, ParetoPoint, Point
 
 
-def qualities(summary: Sequence[Entry]) -> list[Metric]:
-    """The metrics of `QUALITY` that were measured for every entry."""
-    return [metric for metric in QUALITY if summary and all(metric.name in entry.metrics for entry in summary)]
+def qualities(summary: Sequence[Entry], headline: str = "") -> list[Metric]:
+    """The headline and the metrics of `QUALITY`, as far as they were measured for every entry."""
+    first = headlines((), headline)[:1] if headline else []
+    named = [*first, *(metric for metric in QUALITY if metric.name != headline)]
+    return [metric for metric in named if summary and all(metric.name in entry.metrics for entry in summary)]
 
 
 def pareto(summary: Sequence[Entry], metric: str, sign: int = 1) -> list[ParetoPoint]:
     """Entries by cost (choosing + one training), with what no cheaper-or-equal entry does better marked as `front`.
 
-    `sign` is −1 where smaller is better.
-
-    Returns:
-        The points, cheapest first.
+    `sign` is −1 where smaller is better. Returns the points, cheapest first.
     """
 
     def beats(other: Entry, entry: Entry) -> bool:
@@ -68,10 +67,7 @@ def loss_against_performance(points: Sequence[Point]) -> list[Link]:
     """How well a validation loss tells performance, over models or over models and their epochs.
 
     The papers argue for a reward-oriented target because it doesn't. Expected with a useful loss: a Spearman
-    correlation near −1.
-
-    Returns:
-        A link for each loss and metric that at least three points have and that vary.
+    correlation near −1. Returns a link for each loss and metric that at least three points have and that vary.
     """
     links = []
     for loss in LOSSES:
@@ -102,8 +98,9 @@ def means_of(rows: Sequence[ModelRow]) -> list[Point]:
     ]  # fmt: skip
 
 
-def print_tasks(result: Comparison, console: Console, metric: str = "accuracy.policy_mean") -> None:
-    """Print a metric of each task with its 95 % interval over items, where there are several tasks."""
+def print_tasks(result: Comparison, console: Console) -> None:
+    """Print the accuracy of each task with its 95 % interval over items, where there are several tasks."""
+    metric = "accuracy.policy_mean"
     start = f"{metric}.of."
     names = sorted({m for entry in result.summary for m in entry.metrics if m.startswith(start)})
     if not names:
@@ -132,7 +129,7 @@ def print_links(links: Sequence[Link], over: str, console: Console) -> None:
 def print_verdict(result: Comparison, console: Console) -> None:
     """Print accuracy by task, quality against cost, curves over budgets, and validation loss against performance."""
     print_tasks(result, console)
-    for metric in [quality.name for quality in qualities(result.summary)[:2]]:
+    for metric in [quality.name for quality in qualities(result.summary, result.headline)[:2]]:
         table = Table("trained on", "total FLOPs", "logged s", metric, "", box=SIMPLE_HEAD, pad_edge=False)
         for point in result.pareto[metric]:
             mark = "front" if point.front else ""

@@ -13,18 +13,15 @@ from keepset.runfolder.files import write_atomic
 __all__ = ["write_report"]
 
 
-def write_report(run_dir: Path, out: Path | None = None, *, max_rows: int = 20_000) -> Path:
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write `report.html` from whatever the run folder holds so far.
 
-    What is missing in the folder leaves its section out.
-
-    Returns:
-        The path written.
+    What is missing in the folder leaves its section out. Returns the path written.
 
     Raises:
         KeepsetError: `run_dir` holds no scores, or a file of it is damaged.
     """
     path = Path(out) if out is not None else Path(run_dir) / layout.REPORT
-    html = render(build_payload(read_run(Path(run_dir)), max_rows=max_rows))
+    html = render(build_payload(read_run(Path(run_dir))))
     write_atomic(path, html.encode("utf-8"))
     return path

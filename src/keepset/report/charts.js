@@ -132,6 +132,34 @@ function intervalChart(width, groups, metric, reference) {
   return svg;
 }
 
+// rows: [{label, control, value, low, high}] best first; 0 is chance, `ceiling` (or null) the most that can be reached.
+function truthChart(width, rows, ceiling, title) {
+  const narrow = width < 520, left = narrow ? 8 : Math.min(190, 60 + 7 * Math.max(...rows.map((r) => r.label.length)));
+  const right = width - (narrow ? 12 : 172), step = narrow ? 52 : 32, top = 46, height = top + rows.length * step + 44;
+  const low = Math.min(-0.1, ...rows.map((r) => r.low)) - 0.04, high = Math.max(ceiling || 0, 0.4, ...rows.map((r) => r.high)) + 0.04;
+  const x = scale(low, high, left, right);
+  const mark = (at, text, kind, row) => [
+    s("line", { x1: x(at), x2: x(at), y1: top - 8, y2: height - 42, class: kind }),
+    s("text", { x: x(at), y: top - 14 - 14 * row, class: "cut-name", "text-anchor": x(at) > (left + right) / 2 ? "end" : "start" }, text)];
+  const close = isNumber(ceiling) && x(ceiling) - x(0) < 220;
+  return frame(width, height, `${title}: ` + rows.map((r) => `${r.label} ${short(r.value, 2)} (${short(r.low, 2)} to ${short(r.high, 2)})`).join("; ") + (isNumber(ceiling) ? `; the most that can be reached ${short(ceiling, 2)}` : ""),
+    s("g", { class: "axes", "aria-hidden": "true" }, ticks(low, high, (right - left) / 90).map((t) => [
+      s("line", { x1: x(t), x2: x(t), y1: top - 8, y2: height - 42, class: "grid" }),
+      s("text", { x: x(t), y: height - 26, "text-anchor": "middle" }, tickText(t))]),
+      s("text", { x: left, y: height - 6, class: "axis-name" }, "← says the opposite"),
+      s("text", { x: right, y: height - 6, "text-anchor": "end", class: "axis-name" }, "says what training does →")),
+    mark(0, "a random score", "cut", close ? 1 : 0),
+    isNumber(ceiling) && mark(ceiling, "the most that can be reached", "cut ceiling", 0),
+    rows.map((r, i) => {
+      const y = top + i * step + step / 2 + (narrow ? 10 : 0), kind = r.control ? "rest" : "kept";
+      return s("g", {},
+        narrow ? s("text", { x: left, y: y - 12, class: "row-name" }, r.label) : s("text", { x: left - 14, y: y + 5, "text-anchor": "end", class: "row-name" }, r.label),
+        s("text", { x: narrow ? right : width, y: narrow ? y - 12 : y + 5, "text-anchor": "end", class: "row-value" }, `${short(r.value, 2)}  [${short(r.low, 2)}, ${short(r.high, 2)}]`),
+        s("line", { x1: x(r.low), x2: x(r.high), y1: y, y2: y, class: "whisker " + kind }),
+        s("circle", { cx: x(r.value), cy: y, r: 5.5, class: "point " + kind }));
+    }));
+}
+
 function shareChart(width, rows, totals) {
   const step = 42, height = rows.length * step + 4, most = Math.max(...rows.flatMap((r) => [r.pool / totals.pool, r.kept / (totals.kept || 1)]), 0.01);
   const x = scale(0, most, 0, width - 2);

@@ -19,9 +19,9 @@ from keepset.report.explain_tokens import tokens_of_rows
 from keepset.report.read import RunData, find_row, read_run
 from keepset.runfolder import layout
 from keepset.runfolder.run import Run
+from keepset.runfolder.truth import Validation
 
 NEIGHBOURS = 3
-WHY_FILE = layout.WHY
 EACH = 3  # validation rows kept for each direction
 ROWS = 2_000  # most rows a method
 
@@ -29,24 +29,22 @@ ROWS = 2_000  # most rows a method
 def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, Any]:
     """Explain one row of a run.
 
-    Args:
-        run_dir: the run folder.
-        row_id: its id, or the id's beginning.
-        label: the method to explain by; default: the recipe's first.
+    The id may be given by its beginning; the method is by default the recipe's first.
 
     Returns:
         JSON-ready: `id`, `label`, `method`, `source`, `category`, `n_tokens`, `score`, `rank`, `of`, `percentile`
         (share of scored rows below it), `selected`, `cut` (lowest kept score), `gap` (score − cut), `verdict`, `change`
         (what would turn the decision round), `reason` (why it has no score), `parts`, `tasks`, `checkpoints`, `methods`
-        (every method's view), `nearest` (kept rows most alike, by the cosine of hashed n-grams), `messages`.
+        (every method's view), `nearest` (kept rows most alike, by the cosine of hashed n-grams), `truth` (what
+        `keepset validate` found of the method, and of the row where it was left out), `messages`.
 
     Raises:
         KeepsetError: no scores in the folder, no such label, or no row (or several) of that id.
     """
     data = read_run(Path(run_dir))
     if label is not None and label not in data.columns:
-        known = did_you_mean(label, list(data.columns)) or f"; there are: {', '.join(data.columns)}"
-        raise KeepsetError(f"{run_dir}: no scores by '{label}'{known}")
+        hint = did_you_mean(label, list(data.columns)) or f"; there are: {', '.join(data.columns)}"
+        raise KeepsetError(f"{run_dir}: no scores by '{label}'{hint}")
     label = label or next(iter(data.columns))
     at = find_row(data, row_id)
     columns = data.columns[label]
@@ -78,6 +76,7 @@ def explain(run_dir: Path, row_id: str, label: str | None = None) -> dict[str, A
             for name, c in data.columns.items()
         ],
         "nearest": nearest(data, at, selected, columns),
+        "truth": truth(data.validation, label, id_),
         "messages": data.messages.get(id_, []),
     }  # fmt: skip
     facts["gap"] = None if facts["score"] is None or facts["cut"] is None else facts["score"] - facts["cut"]
@@ -96,20 +95,20 @@ def tasks(columns: dict[str, np.ndarray], at: int) -> list[dict[str, Any]]:
     out = []
     for name, values in columns.items():
         if name.startswith("task.") and math.isfinite(values[at]):
-            known = values[np.isfinite(values)]
-            place = int((known > values[at]).sum()) + 1
+            scored = values[np.isfinite(values)]
+            place = int((scored > values[at]).sum()) + 1
             out.append({"task": name.removeprefix("task."), "value": float(values[at]), "rank": place})
     return sorted(out, key=lambda entry: -entry["value"])
 
 
 def checkpoints(columns: dict[str, np.ndarray], at: int) -> list[dict[str, Any]]:
     """What each warm-up checkpoint said: cosine with the best task, gradient norm, learning rate, momentum share."""
-    found: dict[int, dict[str, Any]] = {}
+    parts_of: dict[int, dict[str, Any]] = {}
     for name, values in columns.items():
         head, _, part = name.partition(".")
         if head.startswith("ckpt") and head[4:].isdigit() and part:
-            found.setdefault(int(head[4:]), {})[part] = finite(values[at])
-    return [{"checkpoint": number, **parts} for number, parts in sorted(found.items())]
+            parts_of.setdefault(int(head[4:]), {})[part] = finite(values[at])
+    return [{"checkpoint": number, **parts} for number, parts in sorted(parts_of.items())]
 
 
 def nearest(data: RunData, at: int, selected: np.ndarray, columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -166,15 +165,36 @@ def change(facts: dict[str, Any], dropped: np.ndarray) -> str | None:
         return ahead + (f", or the budget below {facts['rank']:.0f} rows." if (facts["rank"] or 0) > 1 else ".")
     if facts["gap"] >= 0:
         return "A larger budget, or another quota or dedup setting, would let it in."
-    wanted = f"It comes in at a score of {cut:.4g}, or at a budget of {facts['rank']:.0f} rows"
+    needed_score = f"It comes in at a score of {cut:.4g}, or at a budget of {facts['rank']:.0f} rows"
     ini, ref = parts.get("loss_ini"), parts.get("loss_ref")
     if ini and ref is not None and math.isclose(score, (ini - ref) / ini, rel_tol=1e-6, abs_tol=1e-9):
         needed = f"{ini * (1 - cut):.4g}, not {ref:.4g}"
-        return f"{wanted}. With its base loss of {ini:.4g} nats the reference loss would have to be {needed}."
+        return f"{needed_score}. With its base loss of {ini:.4g} nats the reference loss would have to be {needed}."
     if facts["tasks"] and math.isclose(score, facts["tasks"][0]["value"], rel_tol=1e-6, abs_tol=1e-12):
         best = facts["tasks"][0]
-        return f"{wanted}: its best task, {best['task']}, gives {best['value']:.4g}."
-    return wanted + "."
+        return f"{needed_score}: its best task, {best['task']}, gives {best['value']:.4g}."
+    return needed_score + "."
+
+
+def truth(found: Validation | None, label: str, id_: str) -> list[str]:
+    """Sentences about what trainings said: of the score, on its first outcome, and of the row that one did without."""
+    out = []
+    for design in found.designs if found else ():
+        first = next((s for s in design.scores if s.label == label and math.isfinite(s.lds.value)), None)
+        if first is None:
+            continue
+        ceiling = next((o.ceiling for o in design.outcomes if o.name == first.outcome), None)
+        most = "" if ceiling is None else f"; at most {ceiling:.2f} can be reached"
+        out.append(
+            f"{label} orders {design.models} trainings ({design.name}) by {first.outcome} at {first.lds.value:+.2f} "
+            f"[{first.lds.low:+.2f}, {first.lds.high:+.2f}], 0 being chance{most}."
+        )
+    for gone in found.left_out if found else ():
+        if id_ in gone.ids:
+            beside = f" and {len(gone.ids) - 1} more" if len(gone.ids) > 1 else ""
+            worth = ", ".join(f"{name} {value:+.2g}" for name, value in gone.worth.items())
+            out.append(f"With this row{beside} the trained model is better by: {worth}.")
+    return out
 
 
 def print_explanation(facts: dict[str, Any], console: Console) -> None:
@@ -185,6 +205,8 @@ def print_explanation(facts: dict[str, Any], console: Console) -> None:
     console.print(Text(facts["verdict"]))
     if facts["change"]:
         console.print(Text(facts["change"]))
+    for line in facts["truth"]:
+        console.print(Text(line))
     for message in facts["messages"]:
         style = "green" if is_learnt(message) else ""
         console.print(Text(f"{message['role']}: ", style="dim") + Text(clip(message["content"], 600), style=style))
@@ -231,24 +253,24 @@ def write_why(run_dir: Path, *, console: Console | None = None) -> Path:
     """
     data = read_run(Path(run_dir))
     say = (console or Console(stderr=True)).print
-    found: dict[str, dict[str, Any]] = {}
+    why: dict[str, dict[str, Any]] = {}
     for label, columns in data.columns.items():
         kept = [str(i) for i in data.ids[columns["selected"] > 0] if str(i) in data.messages][:ROWS]
         if not kept:
             continue
         if {"loss_ini", "loss_ref"} <= set(columns):
             say(f"{label}: the tokens of {len(kept)} kept rows, before and after", highlight=False)
-            told = tokens_of_rows(run_dir, kept)
-            found[label] = {
+            changes = tokens_of_rows(run_dir, kept)
+            why[label] = {
                 id_: {"tokens": [[t["text"], round(t["before"], 3), round(t["after"], 3)] for t in facts["tokens"]]}
-                for id_, facts in told.items()
+                for id_, facts in changes.items()
             }
         elif data.method_names.get(label) in COSINES:
             say(f"{label}: the validation rows behind {len(kept)} kept rows", highlight=False)
-            found[label] = {id_: strongest(facts) for id_, facts in pair_pulls(run_dir, kept, label).items()}
-    if not found:
+            why[label] = {id_: strongest(facts) for id_, facts in pair_pulls(run_dir, kept, label).items()}
+    if not why:
         raise KeepsetError(f"{run_dir}: no method here keeps rows that a model explains (davir, rose, less and kin)")
-    return Run(Path(run_dir)).save_json(WHY_FILE, found)
+    return Run(Path(run_dir)).save_json(layout.WHY, why)
 
 
 def strongest(facts: dict[str, Any]) -> dict[str, Any]:

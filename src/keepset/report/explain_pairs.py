@@ -74,11 +74,11 @@ def pair_pulls(run_dir: Path, row_ids: Sequence[str], label: str | None = None) 
     by_best = exact and method.reduce == "max"  # the score is the best task's
     parts = np.stack([cosines(job, aim, c.path, rows, request) for c in checkpoints])  # (c, n, m)
     values = np.einsum("c,cnm->nm", weights, parts)
-    told = validation_texts(aim)
+    texts = validation_texts(aim)
     out = {}
     for k, id_ in enumerate(ids):
         pairs = [
-            {**told[p], "value": float(values[k, p]), "checkpoints": [float(v) for v in parts[:, k, p]]}
+            {**texts[p], "value": float(values[k, p]), "checkpoints": [float(v) for v in parts[:, k, p]]}
             for p in np.argsort(-values[k], kind="stable")
         ]
         without = without_pairs(data, label, id_, pairs) if by_best else None
@@ -99,9 +99,9 @@ def checkpoints_of(job: Job, name: str, method: CosineMethod | GradCosine) -> li
         if not (job.run.path / layout.WARMUP / layout.DONE).exists():
             raise KeepsetError(f"{job.run.path}: no warm-up checkpoints here; `keepset score {name}` trains them")
         job.run.require_whole(layout.WARMUP)
-    found = list_checkpoints(Path(given.path) if given.path else job.run.path / layout.WARMUP)
-    found = found if given.checkpoints == "all" else found[-1:]
-    return found[-method.last :] if isinstance(method, CosineMethod) else found
+    checkpoints = list_checkpoints(Path(given.path) if given.path else job.run.path / layout.WARMUP)
+    checkpoints = checkpoints if given.checkpoints == "all" else checkpoints[-1:]
+    return checkpoints[-method.last :] if isinstance(method, CosineMethod) else checkpoints
 
 
 def gradient_spec(data: RunData, label: str | None) -> tuple[Any, str]:
@@ -110,13 +110,13 @@ def gradient_spec(data: RunData, label: str | None) -> tuple[Any, str]:
     Raises:
         KeepsetError: the run has no such method, or it isn't a cosine of gradients.
     """
-    known = {m.label: m for m in (data.recipe.methods if data.recipe else []) if m.name in COSINES}
-    if label is None and known:
-        label = next(iter(known))
-    if label not in known:
-        have = ", ".join(known) or "none"
+    specs = {m.label: m for m in (data.recipe.methods if data.recipe else []) if m.name in COSINES}
+    if label is None and specs:
+        label = next(iter(specs))
+    if label not in specs:
+        have = ", ".join(specs) or "none"
         raise KeepsetError(f"{data.path}: single validation rows are known for {', '.join(COSINES)}; here: {have}")
-    return known[label], label
+    return specs[label], label
 
 
 def encoded(job: Job, data: RunData, ids: Sequence[str]) -> list[Encoded]:
@@ -150,19 +150,19 @@ def cosines(job: Job, aim: Aim, checkpoint: Path, rows: list[Encoded], request: 
     pairs = aim.pairs
     budget, adam = job.recipe.batching.token_budget, load_adam(checkpoint)
     top = job.recipe.gradients.last_layers
-    found = []
+    cosines = []
     with attached(job.loaded.model, checkpoint) as model:
         numbers = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
         size = max(1, NUMBERS // max(1, numbers))
         for start in range(0, len(pairs), size):
-            some = pairs[start : start + size]
+            block = pairs[start : start + size]
             vectors = target_vectors(
-                model, some, np.arange(len(some)), loss=request.loss, beta=request.beta, reference="none",
+                model, block, np.arange(len(block)), loss=request.loss, beta=request.beta, reference="none",
                 normalise="pair", token_budget=budget, last_layers=top,
             )  # fmt: skip
-            told = influence(model, rows, vectors, adam=adam, map=request.map, token_budget=budget, last_layers=top)
-            found.append(told.dots / told.norms[:, None])
-    return np.concatenate(found, axis=1)
+            own = influence(model, rows, vectors, adam=adam, map=request.map, token_budget=budget, last_layers=top)
+            cosines.append(own.dots / own.norms[:, None])
+    return np.concatenate(cosines, axis=1)
 
 
 def validation_texts(aim: Aim) -> list[dict[str, str]]:
@@ -181,10 +181,8 @@ def without_pairs(data: RunData, label: str, id_: str, pairs: list[dict[str, Any
     """How few validation rows would have to go for the decision to turn, the cut and all other rows as they are.
 
     A kept row loses its strongest supporters one by one, a row not kept its strongest opponents, in the task that gives
-    its score, until the score has passed the cut.
-
-    Returns:
-        `removed` (how many, of `of` in the task) and `score` then; None if nothing is kept or no removal turns it.
+    its score, until the score has passed the cut. Returns `removed` (how many, of `of` in the task) and `score` then;
+    None if nothing is kept or no removal turns it.
     """
     columns = data.columns[label]
     at = find_row(data, id_)
@@ -206,15 +204,16 @@ def without_pairs(data: RunData, label: str, id_: str, pairs: list[dict[str, Any
     return None
 
 
-def tell_without(found: dict[str, Any] | None) -> str | None:
+def tell_without(without: dict[str, Any] | None) -> str | None:
     """`without_pairs` as a sentence."""
-    if found is None:
+    if without is None:
         return None
-    who = "supporting" if found["kept"] else "opposing"
-    rows = "row" if found["removed"] == 1 else "rows"
+    who = "supporting" if without["kept"] else "opposing"
+    rows = "row" if without["removed"] == 1 else "rows"
     return (
-        f"Without the {found['removed']} most {who} of {found['of']} validation {rows} of {found['task']} its score "
-        f"would be {found['score']:.4g}: {'out' if found['kept'] else 'in'}, at the cut of {found['cut']:.4g}."
+        f"Without the {without['removed']} most {who} of {without['of']} validation {rows} of {without['task']} its "
+        f"score would be {without['score']:.4g}: {'out' if without['kept'] else 'in'}, "
+        f"at the cut of {without['cut']:.4g}."
     )
 
 
@@ -224,17 +223,17 @@ def print_pair_pulls(facts: dict[str, Any], console: Console) -> None:
     names = [f"ckpt {k} (x{w:.2f})" for k, w in enumerate(facts["weights"])] if c > 1 else []
     table = Table("pull", *names, "task", "validation row", box=SIMPLE_HEAD, pad_edge=False)
     pairs = facts["pairs"]
-    some = pairs if len(pairs) <= 2 * SHOWN else [*pairs[:SHOWN], *pairs[-SHOWN:]]
-    for pair in some:
+    shown = pairs if len(pairs) <= 2 * SHOWN else [*pairs[:SHOWN], *pairs[-SHOWN:]]
+    for pair in shown:
         parts = [f"{v:+.3f}" for v in pair["checkpoints"]] if c > 1 else []
         text = Text(pair["prompt"] + " → ") + Text(pair["chosen"], style="green")
         if pair["rejected"]:
             text += Text(" not ", style="dim") + Text(pair["rejected"], style="red")
         table.add_row(f"{pair['value']:+.3f}", *parts, Text(pair["task"]), text)
     console.print(table)
-    if len(pairs) > len(some):
-        console.print(f"({len(pairs) - len(some)} validation rows between them are left out here)", style="dim")
+    if len(pairs) > len(shown):
+        console.print(f"({len(pairs) - len(shown)} validation rows between them are left out here)", style="dim")
     if not facts["exact"]:
         console.print("this method weights these rows before it averages them; shown are their directions alone")
-    if told := tell_without(facts["without"]):
-        console.print(Text(told))
+    if sentence := tell_without(facts["without"]):
+        console.print(Text(sentence))

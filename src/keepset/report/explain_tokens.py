@@ -26,8 +26,7 @@ STRONG = 2.0  # nats of change that get the full colour
 def token_changes(run_dir: Path, row_id: str) -> dict[str, Any]:
     """Loss of every supervised token of a row under the base and under the run's reference model.
 
-    Returns:
-        `id`, `before` and `after` (summed nats) and `tokens`: [{"text", "before", "after"}] in order, nats.
+    Returns `id`, `before` and `after` (summed nats) and `tokens`: [{"text", "before", "after"}] in order, nats.
 
     Raises:
         KeepsetError: no such row, its text is gone, the run has no reference model, or the row can't be encoded.
@@ -51,14 +50,14 @@ def tokens_of_rows(run_dir: Path, row_ids: Sequence[str]) -> dict[str, dict[str,
         by_folder.setdefault(reference_folder(data, id_), []).append(id_)
     encoder, model = Encoder(load_tokenizer(data.recipe.model), data.recipe.model), None
     out: dict[str, dict[str, Any]] = {}
-    for folder, some in by_folder.items():
+    for folder, own_ids in by_folder.items():
         try:
-            rows = [encoder.encode(data.messages[id_]) for id_ in some]
+            rows = [encoder.encode(data.messages[id_]) for id_ in own_ids]
         except RowRefused as refusal:
-            raise KeepsetError(f"{run_dir}: a row of {', '.join(some)[:70]} can't be encoded: {refusal}") from None
+            raise KeepsetError(f"{run_dir}: a row of {', '.join(own_ids)[:70]} can't be encoded: {refusal}") from None
         model = model or load(data.recipe.model).model
         befores, afters = token_losses(model, rows, folder, data)
-        for id_, row, before, after in zip(some, rows, befores, afters, strict=True):
+        for id_, row, before, after in zip(own_ids, rows, befores, afters, strict=True):
             tokens = [
                 {"text": encoder.tokenizer.decode([token]), "before": float(a), "after": float(b)}
                 for token, a, b in zip(row.input_ids[row.supervised].tolist(), before, after, strict=True)
@@ -99,9 +98,9 @@ def token_losses(model: Any, rows: list[Encoded], folder: Path, data: RunData) -
     budget = max(data.recipe.batching.token_budget, *(len(row.input_ids) for row in rows))
     if (folder / "adapter_config.json").exists():
         with attached(model, folder) as adapted:
-            found = row_losses(adapted, rows, token_budget=budget, adapters=(False, True), per_token=True)
-        assert found.token_nll is not None
-        return found.token_nll[0], found.token_nll[1]
+            losses = row_losses(adapted, rows, token_budget=budget, adapters=(False, True), per_token=True)
+        assert losses.token_nll is not None
+        return losses.token_nll[0], losses.token_nll[1]
     other = load(data.recipe.model.model_copy(update={"model_name_or_path": str(folder)})).model
     both = [row_losses(m, rows, token_budget=budget, per_token=True).token_nll for m in (model, other)]
     assert both[0] is not None and both[1] is not None
@@ -122,8 +121,8 @@ def print_token_changes(facts: dict[str, Any], console: Console) -> None:
         f"loss {facts['before']:.3f} → {facts['after']:.3f} nats ({share:+.1%} of it learned)", highlight=False
     )
     order = sorted(facts["tokens"], key=lambda t: t["after"] - t["before"])
-    for title, some in (("fell most", order[:SHOWN]), ("rose most", order[::-1][:SHOWN])):
+    for title, candidates in (("fell most", order[:SHOWN]), ("rose most", order[::-1][:SHOWN])):
         sign = 1 if title == "fell most" else -1
-        moved = [t for t in some if sign * (t["before"] - t["after"]) > 0]
-        told = "  ".join(f"{t['text']!r} {t['before']:.2f}→{t['after']:.2f}" for t in moved)
-        console.print(Text(f"{title}: {told or 'none'}"))
+        moved = [t for t in candidates if sign * (t["before"] - t["after"]) > 0]
+        listed = "  ".join(f"{t['text']!r} {t['before']:.2f}→{t['after']:.2f}" for t in moved)
+        console.print(Text(f"{title}: {listed or 'none'}"))

@@ -51,11 +51,8 @@ def inspect_data(
 ) -> dict[str, Any]:
     """Look at one data file, folder or hub dataset.
 
-    Args:
-        data: the file; with a `DataSpec` its format, limit and columns are honoured.
-        target: few-shot rows or pairs that must not be in it.
-        evaluation: held-out pairs that must not be in it.
-        model: adds token lengths and rendered rows by this model's tokenizer and template.
+    Of a `DataSpec` format, limit and columns are honoured. Rows of `target` and `evaluation` must not be in the data.
+    `model` adds token lengths and rendered rows by its tokenizer and template.
 
     Returns:
         JSON-ready facts: `format`, `container`, `columns`, `carried` (columns and message keys that are not used),
@@ -149,9 +146,9 @@ def reasons(quarantine: Sequence[Quarantined], refused: list[tuple[int, str, str
         where = {"file": files[index].as_py(), "line": lines[index].as_py()}
         places[reason].append({**where, "detail": detail, "excerpt": ""})
     return [
-        {"reason": name, "rows": len(found), "meaning": REASONS.get(name) or TEMPLATE_REASONS.get(name, ""),
-         "first": found[0]}
-        for name, found in sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
+        {"reason": name, "rows": len(cases), "meaning": REASONS.get(name) or TEMPLATE_REASONS.get(name, ""),
+         "first": cases[0]}
+        for name, cases in sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
     ]  # fmt: skip
 
 
@@ -282,30 +279,31 @@ def print_inspection(facts: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     console.print(f"columns: {', '.join(facts['columns'])}", highlight=False, markup=False)
-    for kind, found in facts["carried"].items():
-        if found:
-            told = ", ".join(
-                f"{name} ({n} rows{'; ' + NOTES[name] if name in NOTES else ''})" for name, n in found.items()
+    for kind, counts in facts["carried"].items():
+        if counts:
+            listed = ", ".join(
+                f"{name} ({n} rows{'; ' + NOTES[name] if name in NOTES else ''})" for name, n in counts.items()
             )
-            console.print(f"{kind.replace('_', ' ')} carried along, not used: {told}", highlight=False, markup=False)
+            console.print(f"{kind.replace('_', ' ')} carried along, not used: {listed}", highlight=False, markup=False)
     for name in ("roles", "sources", "categories"):
         if facts[name]:
             shown = " · ".join(f"{key} {n}" for key, n in facts[name].items())
             console.print(f"{name}: {shown}", highlight=False, markup=False)
     if facts["pairs"]:
         p = facts["pairs"]
-        told = "" if p["chosen_longer"] is None else (
+        longer = "" if p["chosen_longer"] is None else (
             f"; chosen is longer in {p['chosen_longer']:.0%}, sides within 20 % in {p['length_matched']:.0%}"
         )  # fmt: skip
         tasks = ", ".join(f"{task} {n}" for task, n in list(p["tasks"].items())[:8])
-        console.print(f"pairs: {p['pairs']} in {len(p['tasks'])} tasks ({tasks}){told}", highlight=False, markup=False)
+        console.print(f"pairs: {p['pairs']} in {len(p['tasks'])} tasks ({tasks}){longer}",
+                      highlight=False, markup=False)  # fmt: skip
     print_lengths(facts["lengths"], console)
     print_reasons(facts["reasons"], console)
     for line in facts["drops"]:
         console.print(line, highlight=False)
     for leak in facts["leakage"]:
-        found = ", ".join(f"{kind} {n}" for kind, n in leak["exact"].items()) or "none"
-        console.print(f"in the {leak['against']} as well ({leak['path']}): exact {found}; near {leak['near']}",
+        exact = ", ".join(f"{kind} {n}" for kind, n in leak["exact"].items()) or "none"
+        console.print(f"in the {leak['against']} as well ({leak['path']}): exact {exact}; near {leak['near']}",
                       highlight=False, markup=False)  # fmt: skip
         for row in leak["first"]:
             console.print(f"  {row['file']}:{row['line']} {row['kind']}", highlight=False, markup=False)
@@ -315,27 +313,27 @@ def print_inspection(facts: dict[str, Any], console: Console) -> None:
         console.print(Text("→ ", style="bold yellow") + Text(line))
 
 
-def print_lengths(found: dict[str, Any] | None, console: Console) -> None:
+def print_lengths(lengths: dict[str, Any] | None, console: Console) -> None:
     """Quantiles in a line, and a bar for each bucket."""
-    if found is None:
+    if lengths is None:
         return
     console.print(
-        f"answers: {found['total']:,} {found['unit']}; mean {found['mean']:.1f}, median {found['p50']:.0f}, "
-        f"90 % up to {found['p90']:.0f}, longest {found['max']}",
+        f"answers: {lengths['total']:,} {lengths['unit']}; mean {lengths['mean']:.1f}, median {lengths['p50']:.0f}, "
+        f"90 % up to {lengths['p90']:.0f}, longest {lengths['max']}",
         highlight=False,
     )
-    most = max(bucket["rows"] for bucket in found["histogram"]) or 1
-    for bucket in found["histogram"]:
+    most = max(bucket["rows"] for bucket in lengths["histogram"]) or 1
+    for bucket in lengths["histogram"]:
         bar = "█" * round(30 * bucket["rows"] / most) or ("▏" if bucket["rows"] else "")
         console.print(f"{bucket['from']:>7}–{bucket['to']:<7}{bucket['rows']:>8}  {bar}", highlight=False)
 
 
-def print_reasons(found: list[dict[str, Any]], console: Console) -> None:
+def print_reasons(reasons: list[dict[str, Any]], console: Console) -> None:
     """The bad rows as a table."""
-    if not found:
+    if not reasons:
         return
     table = Table("rows", "reason", "first at", "detail", box=None, pad_edge=False)
-    for entry in found:
+    for entry in reasons:
         first = entry["first"]
         table.add_row(
             str(entry["rows"]), entry["reason"], Text(f"{first['file']}:{first['line']}"), Text(first["detail"])

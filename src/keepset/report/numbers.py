@@ -26,14 +26,14 @@ def cut_of(score: np.ndarray, selected: np.ndarray) -> float | None:
     return float(kept.min()) if len(kept) else None
 
 
-def histogram(score: np.ndarray, selected: np.ndarray, bins: int = BINS) -> dict[str, Any] | None:
+def histogram(score: np.ndarray, selected: np.ndarray) -> dict[str, Any] | None:
     """Counts of all and of kept rows over equal bins.
 
     A few far outliers would squeeze everything into one bin, so a tail beyond three times the inner 99 % range is
     counted in the outermost bin and `clipped` says how many rows that was.
 
     Returns:
-        {"edges": bins + 1 numbers, "all": counts, "kept": counts, "clipped": rows}, or None without two finite scores.
+        {"edges": BINS + 1 numbers, "all": counts, "kept": counts, "clipped": rows}, or None without two finite scores.
     """
     finite = np.isfinite(score)
     values = score[finite]
@@ -46,7 +46,7 @@ def histogram(score: np.ndarray, selected: np.ndarray, bins: int = BINS) -> dict
         low, high = max(low, inner_low - span / 2), min(high, inner_high + span / 2)
     if high <= low:
         low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, bins + 1)
+    edges = np.linspace(low, high, BINS + 1)
     clipped = int(((values < low) | (values > high)).sum())
     values = np.clip(values, low, high)
     kept = selected[finite] > 0
@@ -133,5 +133,5 @@ def length_correlation(score: np.ndarray, n_tokens: np.ndarray) -> dict[str, flo
     both = np.isfinite(score) & np.isfinite(n_tokens)
     if both.sum() < 3:
         return None
-    found = correlations(score[both], n_tokens[both])
-    return {"pearson": number(found.pearson, 4), "spearman": number(found.spearman, 4)}
+    link = correlations(score[both], n_tokens[both])
+    return {"pearson": number(link.pearson, 4), "spearman": number(link.spearman, 4)}

@@ -7,7 +7,7 @@ let current = (DATA.methods.find((m) => !m.control) || DATA.methods[0]).label;
 
 const METRICS = new Map(DATA.metrics.map((m) => [m.name, m]));
 const lowerIsBetter = (metric) => METRICS.get(metric).lower_is_better;
-const byKind = { method: 0, mix: 1, random: 2, longest: 3, full: 4, base: 5 };
+const byKind = { method: 0, mix: 1, random: 2, longest: 3, shortest: 3, full: 4, base: 5 };
 const UNIT = DATA.summary.unit;
 const plainLabel = (row) => (row.kind === "random" ? "random" : row.label.split("@")[0]);
 
@@ -43,7 +43,7 @@ function randomMean(groups, budget) {
 }
 
 // Budgets that something was trained at, smallest first; base, full and mixes belong to none.
-const isSized = (g) => g.kind === "method" || g.kind === "random" || g.kind === "longest";
+const isSized = (g) => g.kind === "method" || ["random", "longest", "shortest"].includes(g.kind);
 const budgetsOf = (groups) => [...new Map(groups.filter(isSized).sort((a, b) => a.n_rows - b.n_rows).map((g) => [g.budget, g])).keys()];
 
 function head() {
@@ -83,7 +83,7 @@ function comparisonSection() {
   const draw = () => {
     const groups = groupsOf(metric), shown = groups.filter((g) => !isSized(g) || g.budget === budget);
     const children = [figure(words(metric) + (METRICS.get(metric).unit && ", " + METRICS.get(metric).unit) + (lowerIsBetter(metric) ? ": lower is better" : ": higher is better"), (w) => intervalChart(w, shown, metric, randomMean(groups, budget)),
-      "Dot: the value; line: its 95 % interval. Small rings: single seeds. Dashed: the mean of the random choices.", { wide: true })];
+      "Dot: the value; line: its 95 % interval. Small rings: single seeds. Dashed: the mean of the random choices." + (isNumber(METRICS.get(metric).seen) ? ` Four of five comparisons with random on these items see a difference of ${short(METRICS.get(metric).seen)}.` : ""), { wide: true })];
     const curves = new Map();
     for (const g of groups) if (isNumber(g.n_rows) && g.kind !== "base" && g.kind !== "full") curves.set(g.label, [...(curves.get(g.label) || []), { x: g.n_rows, y: g.value, low: g.low, high: g.high, kind: g.kind }]);
     const series = [...curves].map(([label, points]) => ({ label, kind: points[0].kind, points: points.sort((a, b) => a.x - b.x) })).filter((c) => c.points.length > 1);
@@ -108,6 +108,35 @@ function comparisonTable(metrics) {
     h("thead", {}, h("tr", {}, ["trained on", "rows", UNIT, "seeds", ...metrics.map(words), "cost"].map((t, i) => h("th", { scope: "col", class: i ? "num" : "" }, visible(t))))),
     h("tbody", {}, [...groups.values()].map((g) => h("tr", {}, h("th", { scope: "row" }, visible(g.label)), h("td", { class: "num" }, g.kind === "base" ? "–" : whole(g.n_rows)), h("td", { class: "num" }, g.kind === "base" ? "–" : whole(g.n_tokens)), h("td", { class: "num" }, g.values.length),
       metrics.map((m) => { const c = g.cells[m]; return h("td", { class: "num" }, c ? short(c.value) : "–", c && isNumber(c.low) && h("small", {}, `${short(c.low)} to ${short(c.high)}`), c && c.versus && h("small", {}, `${c.versus.difference > 0 ? "+" : ""}${short(c.versus.difference)} to random, p ${short(c.versus.p_holm ?? c.versus.p)}`)); }), h("td", { class: "num" }, duration(g.cost)))))));
+}
+
+const OUTCOMES = { "loss.target": "the target's loss", "loss.target.preference": "the target's preference loss", "loss.heldout": "the held-out loss", "loss.chosen": "the loss of held-out chosen answers", "loss.preference": "the held-out pairs' preference loss", "margin.implicit_mean.matched": "the margin of held-out pairs of like length", "accuracy.policy_mean.matched": "the accuracy on held-out pairs of like length", "gsm8k.accuracy": "GSM8K's exact match" };
+const outcomeName = (name) => OUTCOMES[name] || words(name);
+
+// What every score is worth: held against trainings that differ in their rows alone.
+function truthSection() {
+  const truth = DATA.truth;
+  if (!truth || !(truth.designs.length || truth.deciles.length)) return null;
+  const place = h("div", {}), views = ["averaged over queries", "of the mean over queries"], named = { halves: "random halves", "leave-out": "rows left out" };
+  let design = truth.designs[0], outcome = design && design.outcomes[0], view = 0;
+  const draw = () => {
+    const shown = outcome.scores.map((r) => ({ label: r.label, control: ["random", "length"].includes(METHODS[r.label]?.name), ...r.views[view] })).filter((r) => isNumber(r.value)).sort((a, b) => b.value - a.value);
+    const how = design.name === "halves" ? `${whole(design.models)} models were trained, each on a random half of ${whole(truth.rows)} rows` : `One model was trained on all of ${whole(truth.rows)} rows, ${whole(design.models - 1)} with some left out`;
+    const note = `${how}, from the same start in the same order. Dot: rank correlation of a score's sum over a model's rows with ${outcomeName(outcome.name)} of that model, ${views[view]}; line: its 95 % interval over models and queries.` + (isNumber(outcome.ceilings[view]) ? ` The most that can be reached follows from ${whole(design.again)} models trained a second time with another seed.` : "");
+    place.replaceChildren(shown.length ? figure(sentence(`for ${outcomeName(outcome.name)}`), (w) => truthChart(w, shown, outcome.ceilings[view], outcomeName(outcome.name)), note, { wide: true }) : h("p", { class: "note" }, `${sentence(outcomeName(outcome.name))} is the same for all models: it orders nothing.`));
+  };
+  const byName = (list, name) => list.find((one) => one.name === name);
+  const outcomes = design ? design.outcomes.map((o) => o.name) : [];
+  if (design) draw();
+  const tenths = truth.deciles.length > 0 && h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Trainings on tenths" }, h("table", {}, h("thead", {}, h("tr", {}, ["trained on tenths of", "measure", "order", "p"].map((t, i) => h("th", { scope: "col", class: i > 1 ? "num" : "" }, t)))),
+    h("tbody", {}, truth.deciles.map((d) => h("tr", {}, h("th", { scope: "row" }, visible(d.label)), h("td", {}, outcomeName(d.outcome)), h("td", { class: "num" }, short(d.spearman, 2)), h("td", { class: "num" }, short(d.p)))))));
+  return h("section", { "aria-labelledby": "h-truth" },
+    h("div", { class: "bar" }, h("h2", { id: "h-truth" }, "Do the scores say what training does?"),
+      design && h("div", { class: "choices" },
+        truth.designs.length > 1 && choice("Trainings", truth.designs.map((d) => named[d.name]), named[design.name], (n) => { design = truth.designs.find((d) => named[d.name] === n); outcome = byName(design.outcomes, outcome.name); draw(); }),
+        choice("Outcome", outcomes.map(outcomeName), outcomeName(outcome.name), (n) => { outcome = design.outcomes.find((o) => outcomeName(o.name) === n); draw(); }),
+        choice("View", views, views[0], (v) => { view = views.indexOf(v); draw(); }))),
+    place, tenths);
 }
 
 function findingsSection() {
@@ -176,5 +205,5 @@ function overlapSection() {
 }
 
 function overview() {
-  $("panel-overview").append(...[comparisonSection(), findingsSection(), methodSection(), overlapSection()].filter(Boolean));
+  $("panel-overview").append(...[comparisonSection(), truthSection(), findingsSection(), methodSection(), overlapSection()].filter(Boolean));
 }

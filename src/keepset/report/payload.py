@@ -20,11 +20,11 @@ from keepset.report.numbers import (
     shares,
 )
 from keepset.report.read import Message, RunData, as_dict, as_list
-from keepset.runfolder.records import Record
+from keepset.runfolder.records import Mean, Power, Record
 
 TEXT_BUDGET = 12_000_000  # characters of row text in the page
 QUARANTINE_ROWS = 2_000
-CONTROLS = ("random", "longest", "length")
+CONTROLS = ("random", "longest", "shortest", "length")
 
 
 def sample_rows(data: RunData, max_rows: int) -> np.ndarray:
@@ -80,6 +80,7 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
         "metrics": metrics_of(data),
         "comparison": comparison_rows(data),
         "verdicts": verdicts(data),
+        "truth": truth_of(data),
         "findings": [f.to_json() for f in sorted(data.findings, key=lambda f: f.level != "warning")],
         "quarantine": data.quarantine[:QUARANTINE_ROWS],
         "manifest": data.manifest,
@@ -105,8 +106,8 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
 def why_of(data: RunData, ids: set[str]) -> dict[str, dict[str, Any]]:
     """What the models said about rows (`explain.write_why`), by label and id; entries of another form are left out."""
     out: dict[str, dict[str, Any]] = {}
-    for label, found in data.why.items():
-        for id_, entry in as_dict(found).items():
+    for label, entries in data.why.items():
+        for id_, entry in as_dict(entries).items():
             if label not in data.columns or id_ not in ids or not isinstance(entry, dict):
                 continue
             tokens = [t for t in entry.get("tokens") or [] if isinstance(t, list) and len(t) == 3]
@@ -196,9 +197,49 @@ def best_dropped(score: np.ndarray, kept: np.ndarray) -> float:
 def metrics_of(data: RunData) -> list[dict[str, Any]]:
     """What the comparison measured, its headlines first; which way is better, and the unit of a mean ("": unknown)."""
     measured = list(dict.fromkeys(m for row in (data.comparison.rows if data.comparison else ()) for m in row.metrics))
-    first = [metric.name for metric in headlines(measured) if metric.name in measured]
+    lead = data.comparison.headline if data.comparison else ""
+    first = [metric.name for metric in headlines(measured, lead) if metric.name in measured]
     names = [*first, *(name for name in measured if name not in first)]
-    return [{"name": name, "lower_is_better": is_loss(name), "unit": unit_of(name)} for name in names]
+    power = (data.comparison.power if data.comparison else None) or {}
+    return [
+        {"name": name, "lower_is_better": is_loss(name), "unit": unit_of(name), "seen": seen_of(power.get(name))}
+        for name in names
+    ]
+
+
+def seen_of(power: Power | None) -> float | None:
+    """The difference to Random that four of five comparisons see."""
+    return None if power is None else number(power.smallest)
+
+
+def truth_of(data: RunData) -> dict[str, Any] | None:
+    """What every score is worth, by design and outcome: two views, averaged over queries and of the mean over items."""
+    found = data.validation
+    if found is None:
+        return None
+    designs = [
+        {
+            "name": design.name, "models": design.models, "again": design.again, "kept": design.kept,
+            "outcomes": [
+                {"name": o.name, "queries": o.queries, "ceilings": [number(o.ceiling), number(o.ceiling_of_mean)],
+                 "scores": [{"label": s.label, "views": [interval_of(s.lds), interval_of(s.of_mean)]}
+                            for s in design.scores if s.outcome == o.name]}
+                for o in design.outcomes
+            ],
+        }
+        for design in found.designs
+    ]  # fmt: skip
+    deciles = [
+        {"label": d.label, "outcome": d.outcome, "spearman": number(d.spearman), "p": number(d.p),
+         "values": [number(v) for v in d.values], "unit": unit_of(d.outcome), "lower_is_better": is_loss(d.outcome)}
+        for d in found.deciles
+    ]  # fmt: skip
+    return {"rows": found.rows, "designs": designs, "deciles": deciles}
+
+
+def interval_of(mean: Mean) -> dict[str, float | None]:
+    """A value with its interval."""
+    return {"value": number(mean.value), "low": number(mean.low), "high": number(mean.high)}
 
 
 def comparison_rows(data: RunData) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from keepset.errors import KeepsetError, RecipeError, did_you_mean
-from keepset.pipeline.metrics import HEADLINES, is_loss
+from keepset.pipeline.metrics import headlines, is_loss
 from keepset.report.numbers import cut_of, histogram, length_correlation, overlap
 from keepset.report.payload import CONTROLS
 from keepset.report.read import RunData, read_run
@@ -25,7 +25,7 @@ from keepset.runfolder.records import Entry
 FORMATS = ("png", "svg", "pdf")
 KEPT, REST, INK = "#0b7a6f", "#a7a49c", "#26231d"
 KINDS = ("scores", "length", "losses", "comparison", "curve", "overlap")
-SIZED = ("method", "random", "longest")  # what is trained at each budget
+SIZED = ("method", "random", "longest", "shortest")  # what is trained at each budget
 DOTS = 20_000  # most dots of a scatter plot
 STYLE: Any = {
     "font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
@@ -33,6 +33,11 @@ STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "keepset", "pdf.fonttype": 42, "figure.constrained_layout.use": True,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "text.parse_math": False,
 }  # fmt: skip
+
+
+def leading(data: RunData) -> list[str]:
+    """The metrics that the comparison leads with, its headline first."""
+    return [metric.name for metric in headlines((), data.comparison.headline if data.comparison else "")]
 
 
 def write_plots(
@@ -46,13 +51,9 @@ def write_plots(
 ) -> list[Path]:
     """Draw what the run folder has figures for.
 
-    Args:
-        run_dir: the run folder.
-        out: where the files go; default `run_dir/plots`.
-        formats: png, svg, pdf.
-        only: some of `KINDS`; default: all that the run has data for.
-        metrics: those of the comparison; default: the ones it leads with (else the first four).
-        width: inches; the height follows.
+    Formats are png, svg, pdf; `only` are some of `KINDS`, by default all that the run has data for; `metrics` by
+    default those that the comparison leads with (else the first four). Files go to `out`, by default `run_dir/plots`;
+    `width` is in inches.
 
     Returns:
         The files: `scores-<label>` (histogram with the cut), `length-<label>` (score against length), `losses-<label>`
@@ -63,10 +64,10 @@ def write_plots(
         RecipeError: an unknown format or kind.
         KeepsetError: matplotlib is missing, the folder has no scores, or nothing of `only` is there.
     """
-    for what, given, known in (("format", formats, FORMATS), ("plot", only, KINDS)):
+    for what, given, choices in (("format", formats, FORMATS), ("plot", only, KINDS)):
         for name in given:
-            if name not in known:
-                hint = did_you_mean(name, list(known)) or f"; there are: {', '.join(known)}"
+            if name not in choices:
+                hint = did_you_mean(name, list(choices)) or f"; there are: {', '.join(choices)}"
                 raise RecipeError(f"no {what} '{name}'{hint}")
     try:
         import matplotlib
@@ -105,7 +106,7 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
-def drawings(data: RunData, wanted: Sequence[str]) -> Iterator[tuple[str, float, Callable[[Any], None]]]:
+def drawings(data: RunData, asked: Sequence[str]) -> Iterator[tuple[str, float, Callable[[Any], None]]]:
     """What there is to draw: file name, height over width, and the function that draws into axes."""
     for label, columns in data.columns.items():
         if data.method_names.get(label, label) in CONTROLS:
@@ -118,7 +119,7 @@ def drawings(data: RunData, wanted: Sequence[str]) -> Iterator[tuple[str, float,
             yield f"losses-{label}", 0.85, partial(draw_losses, columns, data)
     summary = data.comparison.summary if data.comparison else ()
     measured = list(dict.fromkeys(name for entry in summary for name in entry.metrics))
-    metrics = [m for m in wanted or [metric.name for metric in HEADLINES] if m in measured] or measured[:4]
+    metrics = [m for m in asked or leading(data) if m in measured] or measured[:4]
     budgets = list(dict.fromkeys(e.budget for e in summary if e.kind in SIZED))
     for metric in metrics:
         first = [e for e in summary if metric in e.metrics and e.budget in (budgets[0] if budgets else None, None)]
@@ -132,11 +133,11 @@ def drawings(data: RunData, wanted: Sequence[str]) -> Iterator[tuple[str, float,
 
 def draw_scores(columns: dict[str, np.ndarray], ax: Any) -> None:
     """Histogram of the scores, kept rows in colour, the cut as a line."""
-    found = histogram(columns["score"], columns["selected"])
-    assert found is not None
-    edges = np.array(found["edges"])
-    ax.bar(edges[:-1], found["all"], np.diff(edges), align="edge", color=REST, label="not kept")
-    ax.bar(edges[:-1], found["kept"], np.diff(edges), align="edge", color=KEPT, label="kept")
+    bars = histogram(columns["score"], columns["selected"])
+    assert bars is not None
+    edges = np.array(bars["edges"])
+    ax.bar(edges[:-1], bars["all"], np.diff(edges), align="edge", color=REST, label="not kept")
+    ax.bar(edges[:-1], bars["kept"], np.diff(edges), align="edge", color=KEPT, label="kept")
     cut = cut_of(columns["score"], columns["selected"])
     if cut is not None:
         ax.axvline(cut, color=INK, lw=0.8, ls=(0, (3, 2)))
@@ -150,19 +151,19 @@ def scatter(ax: Any, x: np.ndarray, y: np.ndarray, selected: np.ndarray) -> None
     """Dots, kept ones on top; of very many a fair draw (rows stand in the order of their ids, which are hashes)."""
     both = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
     for mask, colour, label in ((selected[both] <= 0, REST, "not kept"), (selected[both] > 0, KEPT, "kept")):
-        some = both[mask]
-        some = some[:: max(1, len(some) // DOTS)]
-        size = 9 if len(some) < 400 else 2.5
-        ax.scatter(x[some], y[some], s=size, color=colour, lw=0, alpha=0.7, label=label, rasterized=len(some) > 3000)
+        dots = both[mask]
+        dots = dots[:: max(1, len(dots) // DOTS)]
+        size = 9 if len(dots) < 400 else 2.5
+        ax.scatter(x[dots], y[dots], s=size, color=colour, lw=0, alpha=0.7, label=label, rasterized=len(dots) > 3000)
     ax.legend()
 
 
 def draw_length(columns: dict[str, np.ndarray], data: RunData, ax: Any) -> None:
     """Score against length, with the rank correlation."""
     scatter(ax, data.n_tokens, columns["score"], columns["selected"])
-    found = length_correlation(columns["score"], data.n_tokens) or {}
-    if found.get("spearman") is not None:
-        ax.set_title(f"Spearman {found['spearman']:+.2f}", fontsize=8, loc="left")
+    link = length_correlation(columns["score"], data.n_tokens) or {}
+    if link.get("spearman") is not None:
+        ax.set_title(f"Spearman {link['spearman']:+.2f}", fontsize=8, loc="left")
     ax.set(xlabel=f"supervised {data.length_unit}", ylabel="score")
 
 
@@ -205,28 +206,28 @@ def draw_curve(entries: Sequence[Entry], metric: str, ax: Any) -> None:
     dashes = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1))]
     for k, (label, points) in enumerate(lines.items()):
         x, y, low, high = zip(*sorted(points), strict=True)
-        colour = REST if label in ("random", "longest") else KEPT
+        colour = REST if label in ("random", "longest", "shortest") else KEPT
         ax.plot(x, y, color=colour, ls=dashes[k % 4], lw=1.2, marker="o", ms=3, label=label)
         ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
     ax.set(xlabel="rows trained on", ylabel=named(metric))
     ax.legend()
 
 
-def draw_overlap(found: dict[str, Any], ax: Any) -> None:
+def draw_overlap(agreement: dict[str, Any], ax: Any) -> None:
     """Below the diagonal the Jaccard of the kept rows, above it the rank correlation of the scores."""
-    n = len(found["labels"])
+    n = len(agreement["labels"])
     values = np.full((n, n), np.nan)
     for i in range(n):
         for j in range(n):
             if i != j:
-                value = (found["jaccard"] if i > j else found["spearman"])[i][j]
+                value = (agreement["jaccard"] if i > j else agreement["spearman"])[i][j]
                 values[i, j] = np.nan if value is None else value
     ax.imshow(np.abs(values), cmap="Greys", vmin=0, vmax=1.6)
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             ax.text(j, i, f"{value:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=7)
-    ax.set_xticks(range(n), found["labels"], rotation=35, ha="right")
-    ax.set_yticks(range(n), found["labels"])
+    ax.set_xticks(range(n), agreement["labels"], rotation=35, ha="right")
+    ax.set_yticks(range(n), agreement["labels"])
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)

@@ -18,6 +18,7 @@ from keepset.recipe import DataSpec, Recipe
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Finding, read_json
 from keepset.runfolder.run import Run
+from keepset.runfolder.truth import Validation
 
 Message = dict[str, str]
 PLAIN = {"id", "source", "category", "score", "rank", "selected", "n_tokens"}
@@ -37,6 +38,7 @@ class RunData:
     recipe: Recipe | None = None
     recipe_text: str = ""
     comparison: Comparison | None = None
+    validation: Validation | None = None
     findings: tuple[Finding, ...] = ()
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +69,7 @@ def read_run(path: Path, *, texts: bool = True) -> RunData:
     data.recipe = recipe
     data.recipe_text = (path / layout.RECIPE).read_text(encoding="utf-8") if recipe else ""
     data.comparison = read_json(Comparison | None, run.load_json(layout.COMPARISON), str(path / layout.COMPARISON))
+    data.validation = read_json(Validation | None, run.load_json(layout.VALIDATION), str(path / layout.VALIDATION))
     data.findings = read_json(tuple[Finding, ...], run.load_json(layout.FINDINGS, []), str(path / layout.FINDINGS))
     data.manifest = as_dict(run.load_json(layout.MANIFEST))
     data.why = as_dict(run.load_json(layout.WHY))
@@ -212,11 +215,11 @@ def find_row(data: RunData, row_id: str) -> int:
     ids = [str(i) for i in data.ids]
     if row_id in ids:
         return ids.index(row_id)
-    found = [i for i, id_ in enumerate(ids) if id_.startswith(row_id)] if row_id else []
-    if len(found) == 1:
-        return found[0]
-    if found:
-        some = ", ".join(ids[i][:12] for i in found[:4])
-        raise KeepsetError(f"{data.path}: '{row_id}' begins {len(found)} ids ({some} ...); give more of it")
+    matches = [i for i, id_ in enumerate(ids) if id_.startswith(row_id)] if row_id else []
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        beginnings = ", ".join(ids[i][:12] for i in matches[:4])
+        raise KeepsetError(f"{data.path}: '{row_id}' begins {len(matches)} ids ({beginnings} ...); give more of it")
     quarantined = f"; {len(data.quarantine)} rows are in quarantine.jsonl" if data.quarantine else ""
     raise KeepsetError(f"{data.path}: no scored row '{row_id}'{quarantined}; ids stand in scores/*.parquet")

@@ -1,10 +1,13 @@
-"""What the stages of a run cost: `costs.jsonl`, truthful also where a session was killed.
+"""What the stages of a run cost: `costs.jsonl`, with what killed sessions spent.
 
 A stage adds its entry when it ends. While it is under way its entry so far lies in `work/costs-open.json`, renewed at
 every committed shard and every few seconds. The next session finds what a killed one left there and adds it, marked
 `stopped`; an entry of the same stage after it is marked `resumed`. So the seconds of all entries of a stage are what
 was really spent on it, up to the few seconds before each kill, the work that was lost and done again included.
 `cpu_seconds`, the process's own processor time, say more on a machine that is shared or paused.
+
+A worker (another process, perhaps on another machine) leaves each entry as a file of its own in `work/costs/`, which
+the process that leads takes over. What a killed worker spent on an unfinished training is in no entry.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 
 from keepset.memory import Count
 from keepset.runfolder import layout
+from keepset.runfolder.files import write_atomic
 
 BEAT = 5.0  # seconds between renewals
 
@@ -27,9 +31,15 @@ BEAT = 5.0  # seconds between renewals
 class Meter:
     """The costs of one run folder."""
 
-    def __init__(self, folder: Path) -> None:
-        """Nothing is written before a stage begins."""
+    def __init__(self, folder: Path, *, worker: bool = False) -> None:
+        """Nothing is written before a stage begins.
+
+        Args:
+            folder: the run folder.
+            worker: another process leads the run.
+        """
         self.path, self.open_path = folder / layout.COSTS, folder / layout.OPEN_COSTS
+        self.workers, self.worker = folder / layout.WORKERS_COSTS, worker
         self.session = os.urandom(8).hex()
         self.under_way: list[tuple[float, float, dict[str, Any]]] = []  # stages may be nested
         self.guard = threading.Lock()
@@ -68,6 +78,8 @@ class Meter:
 
     def note(self) -> None:
         """Renew the open entries; called after every committed piece of work."""
+        if self.worker:
+            return
         with self.guard:
             entries = [
                 {**entry, **spent(start, cpu), "session": self.session, "stopped": True}
@@ -87,28 +99,47 @@ class Meter:
 
     def settle(self) -> None:
         """Take over what a session that was stopped left; call with the folder locked, before any stage."""
-        if self.under_way or not self.open_path.exists():
+        if self.worker or self.under_way:
+            return
+        self.collect()
+        if not self.open_path.exists():
             return
         try:
             left = json.loads(self.open_path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             left = []
-        known = {(e.get("session"), e["stage"]) for e in self.entries()}
+        logged = {(e.get("session"), e["stage"]) for e in self.entries()}
         for entry in left if isinstance(left, list) else []:
-            if sound(entry) and (entry.get("session"), entry["stage"]) not in known and not entry.pop("skip", False):
+            if sound(entry) and (entry.get("session"), entry["stage"]) not in logged and not entry.pop("skip", False):
                 self.add(entry)
         self.open_path.unlink(missing_ok=True)
 
+    def collect(self) -> None:
+        """Take over what workers have left; of the process that leads."""
+        known = {(e.get("session"), e["stage"]) for e in self.entries()}
+        for path in sorted(self.workers.glob("*.json")):
+            try:
+                entry = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError):
+                entry = None
+            if sound(entry) and (entry.get("session"), entry["stage"]) not in known:
+                self.add(entry)
+            path.unlink(missing_ok=True)
+
     def since_last(self, stage: str) -> list[dict[str, Any]]:
         """The stage's entries after its last whole one."""
-        found: list[dict[str, Any]] = []
+        stopped: list[dict[str, Any]] = []
         for entry in self.entries():
             if entry["stage"] == stage:
-                found = [*found, entry] if entry.get("stopped") else []
-        return found
+                stopped = [*stopped, entry] if entry.get("stopped") else []
+        return stopped
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append an entry to `costs.jsonl`."""
+        """Append an entry to `costs.jsonl`; a worker leaves it in a file of its own."""
+        if self.worker:
+            entry = {**entry, "session": os.urandom(8).hex()}  # the same stage may be done twice
+            write_atomic(self.workers / f"{entry['session']}.json", json.dumps(entry, ensure_ascii=False).encode())
+            return
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")  # a crash in the middle of a line
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
@@ -116,15 +147,15 @@ class Meter:
     def entries(self) -> list[dict[str, Any]]:
         """All entries of `costs.jsonl`; torn lines (a crash) are left out."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        found = []
+        whole = []
         for line in text.split("\n"):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
                 continue
             if sound(entry):
-                found.append(entry)
-        return found
+                whole.append(entry)
+        return whole
 
 
 def spent(start: float, cpu: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Who computes the shards that are missing: this process, or forks of it. The bytes are the same.
+"""Who computes the shards that are missing: this process, forks of it, or others beside it. The bytes are the same.
 
 An executor is handed a task and shard numbers and nothing else. A task is a function of a module with an argument that
 can be pickled, so that any process on any machine that sees the run folder can do it; a committed shard is the mark
@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from keepset.memory import Count
+from keepset.runfolder.claims import LOOK_EVERY as LOOK_AT_OTHERS
+from keepset.runfolder.claims import Busy, Claims
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +32,21 @@ DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2), Linux
 
 @dataclass(frozen=True)
 class Task:
-    """A function of a module, and what it works on; both can be pickled. It commits the shards of the given numbers."""
+    """A function of a module, and what it works on; both can be pickled. It commits the shards of the given numbers.
+
+    A shard is any numbered piece of work whose result stays in the run folder: rows of a pass, or a whole training.
+
+    Attributes:
+        function: takes the argument and numbers.
+        argument: what it works on; where the run folder isn't shared, a dataclass whose `recipe` is JSON.
+        name: what pieces are claimed by; equal in every process that does this task.
+        reads: what of the run folder it reads: files and folders.
+    """
 
     function: Callable[[Any, Sequence[int]], None]
     argument: Any
+    name: str = ""
+    reads: tuple[str, ...] = ()
 
     def __call__(self, numbers: Sequence[int]) -> None:
         """Do these shards."""
@@ -41,7 +54,15 @@ class Task:
 
 
 class Executor(Protocol):
-    """Whoever has shards computed."""
+    """Whoever has shards computed.
+
+    Attributes:
+        here: it computes in this process or in forks of it, which take over what this one has loaded.
+        trains: independent trainings are tasks for it, too.
+    """
+
+    here: ClassVar[bool]
+    trains: ClassVar[bool]
 
     def run(
         self, task: Task, numbers: Sequence[int], *, is_there: Callable[[int], bool], advance: Callable[[int], None]
@@ -59,6 +80,9 @@ class Executor(Protocol):
 class Here:
     """This process, one shard after the other."""
 
+    here: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
+
     def run(
         self, task: Task, numbers: Sequence[int], *, is_there: Callable[[int], bool], advance: Callable[[int], None]
     ) -> None:
@@ -73,6 +97,8 @@ class Forks:
     """Forks of this process, after the first shard: whatever a task prepares once is there before they start."""
 
     workers: int
+    here: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
 
     def run(
         self, task: Task, numbers: Sequence[int], *, is_there: Callable[[int], bool], advance: Callable[[int], None]
@@ -81,6 +107,50 @@ class Forks:
         Here().run(task, numbers[:1], is_there=is_there, advance=advance)
         share_out(numbers[1:], task, self.workers, is_there=is_there, advance=advance)
         Here().run(task, [n for n in numbers[1:] if not is_there(n)], is_there=is_there, advance=advance)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """This process beside others that work on the same run folder (`keepset work`): each claims what it does.
+
+    Attributes:
+        claims: this process's.
+        wait: stay until others have done what they claimed; else go, so that the caller finds other work.
+    """
+
+    claims: Claims
+    wait: bool = True
+    here: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+
+    def run(
+        self, task: Task, numbers: Sequence[int], *, is_there: Callable[[int], bool], advance: Callable[[int], None]
+    ) -> None:
+        """See `Executor.run`.
+
+        Raises:
+            Busy: nothing is left but what others are at, and `wait` is False.
+        """
+        first = int(self.claims.begin * len(numbers))
+        waiting = [*numbers[first:], *numbers[:first]]
+        while waiting:
+            before = len(waiting)
+            for number in list(waiting):
+                claim = f"{task.name}-{number}"
+                if not is_there(number):
+                    if not self.claims.take(claim):
+                        continue
+                    try:
+                        if not is_there(number):
+                            task([number])
+                    finally:
+                        self.claims.release(claim)
+                waiting.remove(number)
+                advance(number)
+            if len(waiting) == before:
+                if not self.wait:
+                    raise Busy(task.name)
+                time.sleep(LOOK_AT_OTHERS)
 
 
 def share_out(
@@ -117,7 +187,7 @@ def share_out(
                     if status:
                         log.warning("a worker %s; what it lacked is computed here", how_it_ended(status))
         look()
-    finally:  # an error or a signal here: nobody goes on behind our back
+    finally:  # after an error or a signal here no fork goes on
         for pid, report_fd in running.items():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -13,6 +13,9 @@ from typing import IO, Any
 
 from keepset.errors import KeepsetError
 
+PART = ".part"
+"""How a file is called while it is written; a process that shares the folder with others makes it its own."""
+
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: the text that fingerprints are taken of."""
@@ -78,7 +81,7 @@ def write_atomic(
     Raises:
         KeepsetError: the disk is full, or the folder can't be written.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if part.is_symlink():  # left by other hands: opening it would write where it leads
@@ -102,6 +105,12 @@ def write_atomic(
         raise KeepsetError(
             f"{path}: can't be written: {error.strerror}; free space, or write to another folder"
         ) from None
+
+
+def share_folder(owner: str) -> None:
+    """Let this process write beside others: two may write the same file, which is then whole from one of them."""
+    global PART
+    PART = f".{owner}.part"
 
 
 def misfits(folder: Path, files: Mapping[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ QUARANTINE = "quarantine.jsonl"
 SUBSETS = "subsets.json"
 COMPARISON = "comparison.json"
 FINDINGS = "findings.json"
+VALIDATION = "validation.json"
 OVERLAP = "overlap.json"
 WHY = "why.json"
 MANIFEST = "manifest.json"
@@ -30,7 +31,11 @@ DATA_FOLDER = "data"
 TRAINERS_FOLDER = "trainers"
 PLOTS_FOLDER = "plots"
 LM_EVAL_FOLDER = "lm-eval"
-STEP_FOLDERS = (MODELS_FOLDER, EVALUATION_FOLDER, EPOCHS_FOLDER)
+VALIDATION_FOLDER = "validation"
+STEP_FOLDERS = (
+    MODELS_FOLDER, EVALUATION_FOLDER, EPOCHS_FOLDER, f"{VALIDATION_FOLDER}/{MODELS_FOLDER}",
+    f"{VALIDATION_FOLDER}/{EVALUATION_FOLDER}",
+)  # fmt: skip
 """Each folder in these is a step with a `done.json`."""
 WORK_FOLDER = "work"
 """Shards of the stages, and the folder's own bookkeeping."""
@@ -43,6 +48,14 @@ SEEN_FROM = f"{WORK_FOLDER}/seen_from"
 """Holds the way from the run folder to the folder that it was started in."""
 OPEN_COSTS = f"{WORK_FOLDER}/costs-open.json"
 RECORDS_FOLDER = f"{WORK_FOLDER}/records"
+WORKERS_COSTS = f"{WORK_FOLDER}/costs"
+"""What stages cost other processes than the one that leads, an entry a file, until that one takes it over."""
+CLAIMS_FOLDER = f"{WORK_FOLDER}/claims"
+"""What the workers of `keepset work` are at."""
+BOARD = f"{WORK_FOLDER}/board.json"
+"""What the worker that leads has for the others to do."""
+PROBE = f"{WORK_FOLDER}/ray-word"
+"""Whoever finds this process's word in it shares the folder."""
 
 # Inside the folder of a step, a stage or a model.
 DONE = "done.json"
@@ -102,9 +115,24 @@ def in_run(key: str) -> str:
     return f"{MODELS_FOLDER}/in-run-{key}"
 
 
+def metagradient(key: str) -> str:
+    """The replayed training of metagradient."""
+    return f"{MODELS_FOLDER}/metagradient-{key}"
+
+
 def evaluation(name: str, seed: int | None) -> str:
     """The evaluation of a subset's model; seed None: of the untrained `name`."""
     return f"{EVALUATION_FOLDER}/{name if seed is None else seeded(name, seed)}"
+
+
+def validation_model(name: str, seed: int | str) -> str:
+    """A model that judges scores: `half-007`, `whole`, `without-003`, `tenth-rose-0`."""
+    return f"{VALIDATION_FOLDER}/{model(name, seed)}"
+
+
+def validation_measured(name: str, seed: int | None) -> str:
+    """What was measured on it; seed None: on the untrained base."""
+    return f"{VALIDATION_FOLDER}/{evaluation(name, seed)}"
 
 
 def epochs(name: str, seed: int) -> str:

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from keepset.errors import KeepsetError
 
-Kind = Literal["method", "random", "longest", "full", "mix", "base", "dpo-direct"]
+Kind = Literal["method", "random", "longest", "shortest", "full", "mix", "base", "dpo-direct"]
 """What a training set is in a comparison; `base` is the untrained model."""
 
 
@@ -345,6 +345,15 @@ class Links(Record):
 
 
 @dataclass(frozen=True)
+class Power(Record):
+    """Four of five comparisons with Random on n items, whose differences have this `sd`, see one of `smallest`."""
+
+    n: int
+    sd: Number
+    smallest: Number
+
+
+@dataclass(frozen=True)
 class Comparison(Record):
     """`comparison.json`; see `keepset.pipeline.compare.compare`."""
 
@@ -354,3 +363,10 @@ class Comparison(Record):
     selection: SelectionCost
     pareto: dict[str, tuple[ParetoPoint, ...]]
     loss_vs_performance: Links
+    headline: str = ""
+    power: dict[str, Power] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; the last two only where they are known: files of before lack them."""
+        whole = asdict(self)
+        return whole if self.power is not None else {k: v for k, v in whole.items() if k not in ("headline", "power")}

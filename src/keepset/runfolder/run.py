@@ -7,55 +7,65 @@ computes what is missing and nothing else, and the result has the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
+from keepset.keys import diff_keys
 from keepset.located import located
 from keepset.recipe import Recipe
 from keepset.row_ids import Ids
 from keepset.runfolder import layout
+from keepset.runfolder.claims import Claims
 from keepset.runfolder.costs import Meter
 from keepset.runfolder.files import canonical, digest, file_digest, json_text, misfits, write_atomic
-from keepset.runfolder.shards import Arrays, Shards, find_shard, stage_folder, write_shard
-
-ROW_GROUP = 1 << 20
-"""Rows of a Parquet file that stand together."""
+from keepset.runfolder.lock import is_free, locked, refuse_links
+from keepset.runfolder.shards import Arrays, Kept, Shards, find_shard, stage_folder, write_shard
+from keepset.runfolder.tables import read_table, write_changed, write_table
 
 
 class Run:
     """A run folder, locked while open."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, worker: bool = False) -> None:
         """Open (and create) the folder; nothing is written before `lock` or a save.
+
+        Args:
+            path: the folder.
+            worker: another process leads the run.
 
         Attributes:
             lenders: other run folders whose shards (of the same stage, key and rows) and finished steps (of the same
                 key) are copied, not made again.
+            machine: gives what shards are made with here, for their records.
+            claims: of this process, where several work on the folder; what one of them makes, the others don't.
+            wait: whether it waits for what another one makes; else `Busy` is raised.
             held: whether this process may write: it has locked the folder, or works for the process that has.
         """
         self.path = Path(path)
         self.held = False
         self.lenders: list[Path] = []
-        self.meter = Meter(self.path)
+        self.meter = Meter(self.path, worker=worker)
+        self.machine: Callable[[], Mapping[str, str]] | None = None
+        self.claims: Claims | None = None
+        self.wait = True
 
     # -- the recipe ---------------------------------------------------------------------------------------------
 
     def adopt(self, recipe: Recipe, *, force: bool = False) -> None:
         """Make `recipe` the folder's own, or check that it is.
 
-        Methods, variants and workers may change freely; any other difference from the stored recipe is refused.
+        Methods, variants, workers, executor, the headline and what is validated may change freely; any other difference
+        from the stored recipe is refused.
 
         Raises:
             PlanMismatch: the folder was made by another recipe; the message lists what differs.
@@ -63,8 +73,8 @@ class Run:
         """
         path = self.path / layout.RECIPE
         new = recipe.model_dump(mode="json", exclude={"run_dir"})
-        known = path.exists() and not force
-        if known:
+        go_on = path.exists() and not force
+        if go_on:
             try:  # a key that an older keepset didn't know has its default
                 stored = self._parsed().model_dump(mode="json", exclude={"run_dir"})
                 here = Path.cwd()  # the same file may be called otherwise from another folder
@@ -74,7 +84,8 @@ class Run:
                 stored = old = self.recipe_data()
                 old.pop("run_dir", None)
                 ours = new
-            free = ("methods", "variants", "batching.workers:")  # they change no number that is there
+            # they change no number that is there
+            free = ("methods", "variants", "batching.workers:", "executor.", "validate", "evaluate.headline")
             differences = [d for d in diff_keys(old, ours) if not d.startswith(free)]
             if differences:
                 shown = "; ".join(differences[:4]) + (
@@ -84,11 +95,12 @@ class Run:
                     f"{self.path} was made by another recipe ({shown}); use another --run_dir, "
                     "or --force to go on here: what still fits is kept, the rest is redone"
                 )
-            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching")}}
+            new = {**stored, **{key: new[key] for key in ("methods", "variants", "batching", "executor", "validate")}}
+            new["evaluate"] = {**stored["evaluate"], "headline": recipe.evaluate.headline}
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True).encode()
         if not path.exists() or path.read_bytes() != text:
-            with self.lock():  # not under the feet of a run that is at work
-                if not known:
+            with self.lock():  # refused while another process works in the folder
+                if not go_on:
                     seen_from = os.path.relpath(os.getcwd(), os.path.realpath(self.path))
                     write_atomic(self.path / layout.SEEN_FROM, seen_from.encode("utf-8", "surrogateescape"))
                 write_atomic(path, text)
@@ -140,41 +152,24 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process.
+        """Hold the folder for this process; with claims it is a claim that tells the worker that leads.
 
         Raises:
             KeepsetError: another process works in it, or it can't be written.
         """
-        self.refuse_links()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / layout.LOCK).open("a")
-        except OSError as error:
-            raise KeepsetError(f"{self.path}: can't be written: {error.strerror}; choose another --run_dir") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise KeepsetError(f"{self.path}: another keepset process works in this folder; wait for it") from None
+        refuse_links(self.path)
+        before = self.held
+        with nullcontext() if self.claims is not None else locked(self.path):
             self.meter.settle()
-            before, self.held = self.held, True
+            self.held = True
             try:
                 yield
             finally:
                 self.held = before
 
-    def refuse_links(self) -> None:
-        """Refuse links in the folder that lead out of it: a folder from elsewhere must not decide where is written.
-
-        Raises:
-            KeepsetError: there is one; the message names it.
-        """
-        root = os.path.realpath(self.path)
-        for folder, folders, files in os.walk(root):
-            for name in (*folders, *files):
-                place = os.path.join(folder, name)
-                if os.path.islink(place) and not os.path.realpath(place).startswith(root + os.sep):
-                    raise KeepsetError(f"{place}: a link that leads out of the run folder; remove it (link the folder)")
+    def is_free(self) -> bool:
+        """Whether no process without claims holds the folder."""
+        return is_free(self.path)
 
     # -- files --------------------------------------------------------------------------------------------------
 
@@ -198,8 +193,8 @@ class Run:
         """The record's entry that fits the file as it is; None without file, record or fit."""
         try:
             entries = json.loads((self.path / layout.record(name)).read_text(encoding="utf-8"))
-            found = file_digest(self.path / name)
-            return next((e for e in entries if e["sha256"] == found and "key" in e), None)
+            sha256 = file_digest(self.path / name)
+            return next((e for e in entries if e["sha256"] == sha256 and "key" in e), None)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -241,15 +236,11 @@ class Run:
             raise KeepsetError(f"{path}: damaged (not JSON); delete it and run the same command again") from None
 
     def save_table(self, name: str, table: pa.Table, key: str | None = None, *, solid: bool = False) -> Path:
-        """Write a Parquet file (see `save`); with `solid` its bytes don't depend on the table's chunks."""
-
-        def write(file: IO[bytes]) -> None:
-            with pq.ParquetWriter(file, table.schema, compression="zstd") as out:
-                for start in range(0, max(1, table.num_rows), ROW_GROUP):
-                    part = table.slice(start, ROW_GROUP)
-                    out.write_table(part.combine_chunks() if solid else part, row_group_size=ROW_GROUP)
-
-        write_atomic(self.path / name, write, lambda part: self._record(name, file_digest(part), key))
+        """Write a Parquet file (see `save` and `tables.write_table`)."""
+        write_atomic(
+            self.path / name, partial(write_table, table=table, solid=solid),
+            lambda part: self._record(name, file_digest(part), key),
+        )  # fmt: skip
         return self.path / name
 
     def change_table(self, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -258,17 +249,9 @@ class Run:
         Raises:
             KeepsetError: it is missing or damaged.
         """
-        metadata = self.load_table(name, lambda column: False).schema.metadata
-        with pq.ParquetFile(self.path / name) as old:
-
-            def write(file: IO[bytes]) -> None:
-                parts = (change(old.read_row_group(k)) for k in range(old.num_row_groups))
-                first = next(parts).replace_schema_metadata(metadata)
-                with pq.ParquetWriter(file, first.schema, compression="zstd") as out:
-                    for part in chain([first], parts):
-                        out.write_table(part.replace_schema_metadata(metadata), row_group_size=ROW_GROUP)
-
-            write_atomic(self.path / name, write, lambda part: self._record(name, file_digest(part), None))
+        self.load_table(name, lambda column: False)  # refused where it is damaged
+        write = partial(write_changed, path=self.path / name, change=change)
+        write_atomic(self.path / name, write, lambda part: self._record(name, file_digest(part), None))
 
     def load_table(self, name: str, wanted: Callable[[str], bool] | None = None) -> pa.Table:
         """Read a Parquet file of the folder, or the columns whose names are wanted.
@@ -279,8 +262,7 @@ class Run:
         path = self.path / name
         self.check(name)
         try:
-            columns = None if wanted is None else [column for column in pq.read_schema(path).names if wanted(column)]
-            return pq.read_table(path, columns=columns)
+            return read_table(path, wanted)
         except FileNotFoundError:
             have = sorted(p.stem for p in path.parent.glob("*.parquet"))
             raise KeepsetError(
@@ -295,22 +277,32 @@ class Run:
         """Arrays that are no rows of the pool (target vectors), kept on disk as one shard of a stage of their own."""
         folder, of = stage_folder(self.path, name, key), digest(key)
         arrays = find_shard(self.path, folder, 0, of, self.lenders)
-        if arrays is None:
-            write_atomic(folder / layout.KEY, canonical(key).encode())
-            arrays = compute()
-            write_shard(folder, 0, of, arrays)
-            self.meter.note()
+        if arrays is not None:
+            return arrays
+        with self.alone(str(folder.relative_to(self.path))):
+            arrays = find_shard(self.path, folder, 0, of, self.lenders)  # whoever had the claim may have made it
+            if arrays is None:
+                write_atomic(folder / layout.KEY, canonical(key).encode())
+                arrays = compute()
+                write_shard(folder, 0, of, arrays, None if self.machine is None else self.machine())
+                self.meter.note()
         return arrays
 
+    def alone(self, name: str, *, fatal: bool = False) -> AbstractContextManager[None]:
+        """Let no other worker do the same meanwhile; see `Claims.holding`."""
+        return nullcontext() if self.claims is None else self.claims.holding(name, wait=self.wait, fatal=fatal)
+
+    def has(self, kept: Kept) -> bool:
+        """Whether a result is there, whole and of this key."""
+        if kept.step:
+            return self.whole(kept.folder, kept.key) is not None
+        return find_shard(self.path, self.path / kept.folder, 0, digest(kept.key), self.lenders) is not None
+
     def shards(
-        self,
-        stages: Mapping[str, Mapping[str, Any]],
-        ids: Ids | np.ndarray,
-        shard_rows: int | None = None,
-        held: Collection[str] | None = None,
+        self, stages: Mapping[str, Mapping[str, Any]], ids: Ids | np.ndarray, shard_rows: int | None = None
     ) -> Shards:
         """The shards of some stages (name -> key) over rows with these ids; see `Shards`."""
-        return Shards(self.path, stages, ids, shard_rows, self.lenders, held)
+        return Shards(self.path, stages, ids, shard_rows, self.lenders, self.machine)
 
     # -- steps that end in a folder (training) --------------------------------------------------------------------
 
@@ -319,17 +311,31 @@ class Run:
 
         `work(path)` fills the folder and returns facts to remember (seconds, tokens ...); they come back on a re-run.
         """
+        record = self.whole(folder, key)
+        if record is None:
+            with self.alone(folder, fatal=True):
+                record = self.whole(folder, key)  # whoever had the claim may have done it
+                if record is None:
+                    return {**self._do(folder, key, work), "reused": False}
+        return {**record["facts"], "reused": True}
+
+    def whole(self, folder: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of a step that was done with this key and whose files are whole; a lender's is copied."""
         path = self.path / folder
         record = self.done(folder)
         if record and record["key"] == digest(key) and not misfits(path, record["files"]):
-            return {**record["facts"], "reused": True}
+            return record
         for lender in self.lenders:
             lent = Run(lender).done(folder)
             if lent and lent["key"] == digest(key) and not misfits(lender / folder, lent["files"]):
                 for name in lent["files"]:
                     write_atomic(path / name, (lender / folder / name).read_bytes())
                 self.save_json(layout.done(folder), lent)
-                return {**lent["facts"], "reused": True}
+                return lent
+        return None
+
+    def _do(self, folder: str, key: Mapping[str, Any], work: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        path = self.path / folder
         (path / layout.DONE).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         facts = dict(work(path))
@@ -339,7 +345,7 @@ class Run:
             if p.is_file() and p.name != layout.DONE and p.suffix in {".safetensors", ".json"}
         }
         self.save_json(layout.done(folder), {"key": digest(key), "facts": facts, "files": files, "inputs": dict(key)})
-        return {**facts, "reused": False}
+        return facts
 
     def done(self, folder: str) -> dict[str, Any] | None:
         """A step's record; None if it wasn't finished, or the record is damaged."""
@@ -374,13 +380,3 @@ class Run:
     def costs(self) -> list[dict[str, Any]]:
         """All entries of `costs.jsonl`; a torn last line (a crash) is left out."""
         return self.meter.entries()
-
-
-def diff_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Say in words where two nested mappings differ: `budget: 5% -> 10%`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted({*old, *new}, key=str):
-            found += diff_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-        return found
-    return [] if old == new else [f"{prefix}: {old} -> {new}"]

@@ -14,10 +14,8 @@ from keepset.errors import RecipeError
 def shares(sizes: np.ndarray, budget: int, quota: Literal["proportional", "equal"]) -> np.ndarray:
     """Split a budget over groups; whole numbers that sum to min(budget, sum of sizes), none above its group's size.
 
-    Args:
-        sizes: (g,) rows (or tokens) each group has.
-        budget: rows (or tokens) in all.
-        quota: "proportional" to size (largest remainders), or "equal" (what a small group can't use, the others share).
+    "proportional" is to size, by largest remainders; what a small group can't use of "equal" shares, the others share.
+    `sizes` (g,) and the result (g,) int64 are rows or tokens.
 
     Returns:
         (g,) int64.

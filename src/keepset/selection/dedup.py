@@ -66,8 +66,7 @@ def near_copies(texts: Sequence[str], threshold: float) -> int:
 def near_pairs(texts: Sequence[str], others: Sequence[str], threshold: float) -> dict[int, int]:
     """Find, for each text that has one, its first near copy among `others`.
 
-    Returns:
-        index of the text -> index of the other.
+    Returns index of the text -> index of the other.
     """
     keys = band_keys(texts, threshold, SHINGLE)
     buckets: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(keys.shape[1])]

@@ -57,15 +57,9 @@ def facility_location(
     so few are computed anew. Without room for all similarities they are made a block at a time; the first pass costs
     n² d either way.
 
-    Args:
-        embeddings: (n, d) in rank order; rows of length 0 cover nothing.
-        relevance: (n,) r in [0, 1].
-        rows: (n,) the pool's index of each, for the ledger.
-        ledger: says what still fits and books what is taken.
-        k: rows expected to be taken, for the scale of the coverage.
-        diversity: λ in [0, 1].
-        block: candidates whose similarities are held at a time (block x n float32).
-        keep_bytes: keep all n² similarities if they fit in this (16,384 rows in 1 GiB), which saves making them anew.
+    `embeddings` (n, d) are in rank order, rows of length 0 cover nothing; `relevance` (n,) lies in [0, 1]; `rows` and
+    `ledger` as in `mmr`. `k` rows are expected to be taken. Similarities of `block` candidates are held at a time, or
+    all n² where they fit in `keep_bytes`, which saves making them anew.
     """
     unit = np.nan_to_num(unit_rows(embeddings)).astype(np.float32)
     n = len(unit)
@@ -75,9 +69,9 @@ def facility_location(
 
     whole = unit @ unit.T if 4 * n * n <= keep_bytes else None
 
-    def gains(some: np.ndarray) -> np.ndarray:
-        more = (unit[some] @ unit.T if whole is None else whole[some]) - covered
-        return base[some] + scale * np.maximum(more, 0, out=more).sum(axis=1, dtype=np.float64)
+    def gains(ranks: np.ndarray) -> np.ndarray:
+        more = (unit[ranks] @ unit.T if whole is None else whole[ranks]) - covered
+        return base[ranks] + scale * np.maximum(more, 0, out=more).sum(axis=1, dtype=np.float64)
 
     starts = range(0, n, block)
     first = np.concatenate([gains(np.arange(s, min(s + block, n))) for s in starts]) if n else np.zeros(0)

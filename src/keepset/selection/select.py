@@ -30,7 +30,7 @@ def select(
     embeddings: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Choose rows.
+    """Choose rows: the indices of the chosen ones, best first (in the order the policy took them).
 
     Args:
         scores: (n,) larger = better, all finite.
@@ -44,9 +44,6 @@ def select(
         texts: (n,) needed for `dedup: near`; used for `mmr` and `facility_location` without embeddings.
         embeddings: (n, d) for `mmr` and `facility_location`; default: hashed word n-grams of `texts`.
         seed: for `sample`.
-
-    Returns:
-        indices of the chosen rows, best first (in the order the policy took them).
 
     Raises:
         RecipeError: the spec needs something that isn't there.
@@ -66,25 +63,21 @@ def select(
         return order[:amount]
     label = None if groups is None else np.asarray(groups)
     ledger = Ledger(amount, costs, order, groups=label, quota=spec.quota, floor=spec.quota_floor)
-
     if spec.policy == "round_robin":
         if per_task is None:
             raise RecipeError("policy 'round_robin' needs a method that scores rows by task, such as rose, rds or bm25")
         _round_robin(np.asarray(per_task), np.asarray(ids), order, ledger)
     elif spec.policy in ("mmr", "facility_location"):
-        vectors = _vectors(order, texts, embeddings, spec.policy)
-        relevance = percentile(scores[order])
+        vectors, relevance = _vectors(order, texts, embeddings, spec.policy), percentile(scores[order])
         if spec.policy == "mmr":
             mmr(vectors, relevance, order, ledger, diversity=spec.diversity)
         else:
             k = amount if unit == "rows" else round(amount / max(1.0, float(costs[order].mean())))
-            k = min(k, len(order))
-            facility_location(vectors, relevance, order, ledger, k=k, diversity=spec.diversity)
-    elif spec.policy == "sample":
-        soft = soft_scores(scores[order], np.asarray(ids)[order], temperature=spec.temperature, seed=seed)
-        order = order[rank_order(soft, np.asarray(ids)[order])]
-        ledger.fill(order.tolist())
+            facility_location(vectors, relevance, order, ledger, k=min(k, len(order)), diversity=spec.diversity)
     else:
+        if spec.policy == "sample":
+            soft = soft_scores(scores[order], np.asarray(ids)[order], temperature=spec.temperature, seed=seed)
+            order = order[rank_order(soft, np.asarray(ids)[order])]
         ledger.fill(order.tolist())
     if ledger.owed_in_all:
         taken = set(ledger.taken)

@@ -89,8 +89,7 @@ def encode_pool(pool: Pool, encoder: Encoder) -> tuple[list[tuple[Encoded, ...] 
 def encode_pairs(target: Target, encoder: Encoder, say: Callable[[str], None]) -> tuple[list[Pair], np.ndarray]:
     """Encode prompt + chosen and prompt + rejected of every row; a row with a refused side is said and left out.
 
-    Returns:
-        `(chosen, rejected or None)` of each usable row, and the usable rows' indices (m,).
+    Returns `(chosen, rejected or None)` of each usable row, and the usable rows' indices (m,).
 
     Raises:
         DataError: none is left.

@@ -19,11 +19,12 @@ from keepset.data import Pool, load_pool
 from keepset.lazy import Counts, Lazy
 from keepset.recipe import parse_recipe
 from keepset.runfolder import layout
-from keepset.runfolder.execute import Executor, Forks, Here, Task
-from keepset.runfolder.files import canonical
+from keepset.runfolder.execute import Executor, Here, Shared, Task
+from keepset.runfolder.files import canonical, digest
 from keepset.runfolder.run import Run
 from keepset.runfolder.shards import Arrays, Shards
 from keepset.stages.encoded import encode_pool
+from keepset.stages.executors import executor
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded, Encoder
@@ -74,7 +75,7 @@ OPEN: dict[Encoding, tuple[Pool, Encoder, Shards]] = {}
 def shards_of(pool: Pool, encoder: Encoder, run: Run, shard_rows: int | None) -> Shards:
     """The shards of a pool's tokens in a run folder."""
     key = {"layout": 1, "encoder": encoder.fingerprint, "pool": pool.fingerprint(), "pairs": pool.has_pairs}
-    return run.shards({NAME: key}, pool.ids, shard_rows, HELD)
+    return Shards(run.path, {NAME: key}, pool.ids, shard_rows, run.lenders, held=HELD)
 
 
 def encode_shards(own: Encoding, numbers: Sequence[int]) -> None:
@@ -186,6 +187,11 @@ class Tokens(Lazy[tuple["Encoded", ...]]):
         self.refused = len(lengths) - len(self.usable)
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
+    @property
+    def folder(self) -> str:
+        """Where the shards lie in the run folder."""
+        return self._shards.place(NAME).relative_to(self._shards.folder).as_posix()
+
     def __len__(self) -> int:
         return len(self.usable)
 
@@ -260,22 +266,24 @@ def tokens_of(job: Job) -> Tokens:
     a temporary one.
     """
     pool, encoder, batching = job.pool, job.encoder, job.recipe.batching
-    shards, folder, workers = shards_of(pool, encoder, job.run, batching.shard_rows), None, batching.workers
+    shards, folder = shards_of(pool, encoder, job.run, batching.shard_rows), None
     numbers = [number for number in range(len(shards.parts)) if shards.missing(number)]
     if numbers and not job.run.held:
-        folder, workers = tempfile.TemporaryDirectory(prefix="keepset-tokens-"), 1
+        folder = tempfile.TemporaryDirectory(prefix="keepset-tokens-")
         apart = Run(folder.name)
         apart.lenders = [job.run.path, *job.run.lenders]
         shards = shards_of(pool, encoder, apart, batching.shard_rows)
         numbers = [number for number in range(len(shards.parts)) if shards.missing(number)]
     if numbers:
         own = Encoding(canonical(job.recipe.model_dump(mode="json")))
+        task = Task(encode_shards, own, digest(shards.stages)[:16])
         OPEN[own] = pool, encoder, shards
         try:
             with job.tracked("tokens", len(pool)) as advance:
                 advance(len(pool) - sum(len(shards.parts[number]) for number in numbers))
-                executor_of(workers).run(
-                    Task(encode_shards, own), numbers, is_there=lambda number: not shards.missing(number),
+                who = Here() if folder is not None else executor_of(job)
+                who.run(
+                    task, numbers, is_there=lambda number: not shards.missing(number),
                     advance=lambda number: advance(len(shards.parts[number])),
                 )  # fmt: skip
         finally:
@@ -283,9 +291,10 @@ def tokens_of(job: Job) -> Tokens:
     return Tokens(shards, shards.gather()[NAME], hold=folder)
 
 
-def executor_of(workers: int) -> Executor:
-    """This process, or forks of it, in which the tokenizer has one thread."""
-    if workers == 1:
-        return Here()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return Forks(workers)
+def executor_of(job: Job) -> Executor:
+    """Who makes the tokens: whoever computes for the job. Beside other workers it stays until all of them are there."""
+    if job.run.claims is not None:
+        return Shared(job.run.claims)
+    if job.recipe.batching.workers > 1:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads don't survive a fork
+    return executor(job)

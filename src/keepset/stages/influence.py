@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from keepset.errors import RecipeError
 from keepset.lazy import column, flat, pick, take
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops
 from keepset.runfolder.files import digest
-from keepset.runfolder.shards import Arrays
+from keepset.runfolder.shards import Arrays, Kept
 from keepset.stages.rows import Rows
 from keepset.stages.stage import VERSION, Batch, Stage, Sweep, Work
-from keepset.stages.stored import sample_of, stored_influence
+from keepset.stages.stored import gradient_passes, sample_of, stored_influence, target_passes
 from keepset.stages.trained import WarmupCheckpoint, weights_of
 from keepset.train.warmup import pick_subset
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from keepset.features.targets import GradientTarget
     from keepset.model.encode import Encoded
     from keepset.stages.job import Job
+
+
+MOST_NUMBERS = 1 << 30  # of target gradients held at once: 4 GiB
 
 
 @dataclass(frozen=True)
@@ -51,21 +56,11 @@ class InfluenceRequest:
     beta: float = 0.1
     normalise: str = "task"  # pair | task
     curvature: Curvature | None = None
+    per: str = "task"  # task | query: a gradient for each row of the target
 
     def key(self) -> dict[str, Any]:
-        """Its fields, `curvature` only where there is one."""
-        return {k: v for k, v in asdict(self).items() if v is not None}
-
-
-def target_passes(job: Job) -> float:
-    """Forward-equivalents of plain gradients: the backward part ends below the lowest layer that is looked at."""
-    depth, layers = job.recipe.gradients.last_layers, job.loaded.model.config.get_text_config().num_hidden_layers
-    return 2.0 if depth is None else 1.0 + min(1.0, depth / layers)
-
-
-def gradient_passes(job: Job) -> float:
-    """Forward-equivalents of a gradient pass over the pool; a pair's weight in its loss takes policy and reference."""
-    return target_passes(job) + (2.0 if job.pair_gradients else 0.0)
+        """Its fields, `curvature` only where there is one, `per` only where it is not the task."""
+        return {k: v for k, v in asdict(self).items() if v is not None and (k, v) != ("per", "task")}
 
 
 def gradient_key(job: Job) -> dict[str, Any]:
@@ -87,7 +82,7 @@ def store_inputs(job: Job) -> Any:
 
 @dataclass(frozen=True)
 class TargetGradients(Stage):
-    """A gradient for each task of the target at one checkpoint, never mapped; after its inverse curvature, if any."""
+    """A gradient for each task (or row) of the target at one checkpoint, never mapped; after its inverse curvature."""
 
     request: InfluenceRequest
     at: int = -1
@@ -112,9 +107,9 @@ class TargetGradients(Stage):
         return {**data, "target": aim.target.fingerprint(), "tasks": aim.names, **gradient_key(job)}
 
     def _key(self, job: Job) -> dict[str, Any]:
-        wanted = {k: v for k, v in self.request.key().items() if k != "map"}
+        request = {k: v for k, v in self.request.key().items() if k != "map"}
         weights = digest(weights_of(WarmupCheckpoint(self.at).value(job).path))
-        return {"version": VERSION, **self.inputs(job), "checkpoint": weights, "request": wanted}
+        return {"version": VERSION, **self.inputs(job), "checkpoint": weights, "request": request}
 
     def works(self, job: Job) -> tuple[Work, ...]:
         request, aim, ids = self.request, job.aim(self.shots), (self.id(job),)
@@ -124,7 +119,7 @@ class TargetGradients(Stage):
             rows, (tokens, work) = curvature_rows(job, request.curvature), curvature_cost(job, request.curvature)
             titles = (f"curvature at {checkpoint} {how}",) if checkpoint else ()
             return (Work(f"curvature {how}", "backward", len(rows), tokens, work, ids, titles),)
-        how = f"{request.loss}, a {request.normalise}{aim.title}"
+        how = f"{request.loss}, a {request.normalise}{', a row' if request.per == 'query' else ''}{aim.title}"
         if (request.loss, request.normalise) == ("dpo", "task"):
             how += f", beta {request.beta:g}, reference {request.reference}"
         sides, (tokens, work) = self._sides(job), self._cost(job)
@@ -145,9 +140,12 @@ class TargetGradients(Stage):
 
     def value(self, job: Job) -> Arrays:
         """`GradientTarget.arrays`."""
-        checkpoint = WarmupCheckpoint(self.at).value(job)
-        make = self._solve if self.request.curvature else self._differentiate
-        return job.run.once(f"target-{checkpoint.path.name}", self._key(job), lambda: make(job).arrays())
+        make, kept = self._solve if self.request.curvature else self._differentiate, self.kept(job)
+        return job.run.once(kept.name, kept.key, lambda: make(job).arrays())
+
+    def kept(self, job: Job) -> Kept:
+        """As arrays."""
+        return Kept(f"target-{WarmupCheckpoint(self.at).value(job).path.name}", self._key(job))
 
     def _differentiate(self, job: Job) -> GradientTarget:
         from keepset.features.targets import target_vectors
@@ -155,12 +153,16 @@ class TargetGradients(Stage):
         request, aim, checkpoint = self.request, job.aim(self.shots), WarmupCheckpoint(self.at).value(job)
         job.say(f"target gradients at {checkpoint.path.name}: {request.loss}, {len(aim.pairs)} rows")
         (work,) = self.works(job)
+        codes, count = aim.pair_codes, len(aim.names)
+        if request.per == "query":
+            codes, count = np.arange(len(aim.pairs)), len(aim.pairs)
         with (
             attached(job.loaded.model, checkpoint.path) as model,
             job.run.timed(work.titles[0], rows=work.rows, ids=list(work.ids), tokens=work.tokens, flops=work.flops),
         ):
+            refuse_too_many(model, count)
             return target_vectors(
-                model, aim.pairs, aim.pair_codes, n_tasks=len(aim.names), loss=request.loss, beta=request.beta,
+                model, aim.pairs, codes, n_tasks=count, loss=request.loss, beta=request.beta,
                 reference=request.reference, normalise=request.normalise,
                 token_budget=job.recipe.batching.token_budget, last_layers=job.recipe.gradients.last_layers,
             )  # fmt: skip
@@ -184,6 +186,20 @@ class TargetGradients(Stage):
                 damping=curvature.damping, token_budget=job.recipe.batching.token_budget, seed=curvature.seed,
                 last_layers=job.recipe.gradients.last_layers,
             )  # fmt: skip
+
+
+def refuse_too_many(model: Any, count: int) -> None:
+    """Refuse target gradients that don't fit into memory.
+
+    Raises:
+        RecipeError: so many gradients of the adapter take more than `MOST_NUMBERS`.
+    """
+    numbers = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    if count * numbers > MOST_NUMBERS:
+        raise RecipeError(
+            f"{count} gradients of {numbers:,} numbers each take {count * numbers / 2**28:.0f} GiB: set `per: task`, "
+            "fewer `shots`, a smaller lora.lora_r, or gradients.last_layers"
+        )
 
 
 def on_device(arrays: Arrays, model: Any) -> GradientTarget:
@@ -297,16 +313,13 @@ class Dots(Sweep):
         return {stage: job.once_a_recipe((stage, "stored"), partial(stage._stored, job)) for stage in stages}
 
     def _stored(self, job: Job) -> Arrays:
-        from keepset.features.adam import load_adam
-
         checkpoint, target = WarmupCheckpoint(self.at).value(job), self.target.value(job)
         works = self.works(job)
         rows = column(self.rows(job).tokens, 0)
         with attached(job.loaded.model, checkpoint.path) as model:
             return stored_influence(
-                job, model, self.title(job, [self]), rows, on_device(target, model), load_adam(checkpoint.path),
-                self.request.map, digest(weights_of(checkpoint.path)), (list(works[0].ids), list(works[1].ids)),
-                gradient_passes(job),
+                job, model, self.title(job, [self]), rows, on_device(target, model), checkpoint.path,
+                self.request.map, (list(works[0].ids), list(works[1].ids)),
             )  # fmt: skip
 
     @classmethod

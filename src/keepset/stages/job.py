@@ -53,12 +53,9 @@ class Job:
     ) -> None:
         """Adopt the recipe in its run folder (see `Run.adopt` for what is refused).
 
-        Args:
-            recipe: what to do.
-            console: where progress goes; default: standard error.
-            force: go on in a folder made by another recipe.
-            text_only: never load a tokenizer; lengths are counted in words.
-            worker: take part in the work of the process that adopted the recipe.
+        Progress goes to `console` (default: standard error). `force` goes on in a folder made by another recipe.
+        `text_only` never loads a tokenizer; lengths are counted in words. A `worker` takes part in the work of the
+        process that adopted the recipe.
         """
         self.recipe = recipe
         self.held: dict[str, Loaded] = {}
@@ -67,7 +64,9 @@ class Job:
         self._made: dict[Any, Any] = {}
         self.text_only = text_only
         self.console = console or Console(stderr=True)
-        self.run = Run(recipe.run_dir)
+        self.worker = worker
+        self.run = Run(recipe.run_dir, worker=worker)
+        self.run.machine = lambda: self.machine
         if not worker:
             self.run.adopt(recipe, force=force)
         self.run.held = worker
@@ -148,6 +147,13 @@ class Job:
             self.release()
 
     @cached_property
+    def machine(self) -> dict[str, str]:
+        """What numbers are made with here: device, dtype and libraries, which all may round differently."""
+        from keepset.model.load import machine
+
+        return machine(self.recipe.model)
+
+    @cached_property
     def encoder(self) -> Encoder:
         """The scoring model's tokenizer and template."""
         from keepset.model.encode import Encoder
@@ -193,6 +199,11 @@ class Job:
     def tokens(self) -> tuple[np.ndarray, Sequence[Encoded]]:
         """Indices (n,) of the pool's usable rows and their tokens (of a pair: the chosen side's)."""
         return self.sides[0], column(self.sides[1], 0)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The folder of the tokens, where they are known: a task that looks at rows reads it."""
+        return (self.encoded.folder,) if "encoded" in self.__dict__ and not self.text_only else ()
 
     def refused(self) -> Iterator[dict[str, Any]]:
         """A quarantine entry for each row of the pool that has no tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from keepset.model.flops import count_tokens, flops
 from keepset.model.weights import fingerprint
-from keepset.runfolder.shards import Arrays
+from keepset.runfolder.shards import Arrays, Kept
 from keepset.stages.losses import forward
 from keepset.stages.rows import Rows
 from keepset.stages.stage import VERSION, Batch, Stage, Sweep, Work
@@ -94,15 +94,26 @@ class TargetRepresentations(Stage):
         """(m, d), m the target's usable rows."""
         from keepset.features.representations import representations
 
-        aim, model = job.aim(self.shots), job.loaded.model
+        aim, model, budget = job.aim(self.shots), job.loaded.model, job.recipe.batching.token_budget
+        return queries(
+            job, self, self.kept(job),
+            lambda: representations(model, aim.chosen, token_budget=budget, pooling=self.pooling),
+        )  # fmt: skip
 
-        def queries() -> Arrays:
-            (work,) = self.works(job)
-            with job.run.timed(work.stage, rows=work.rows, tokens=work.tokens, flops=work.flops, ids=list(work.ids)):
-                budget = job.recipe.batching.token_budget
-                return {"state": representations(model, aim.chosen, token_budget=budget, pooling=self.pooling)}
+    def kept(self, job: Job) -> Kept:
+        """As arrays."""
+        return Kept(f"queries-{self.pooling}", {"version": VERSION, **self.inputs(job)})
 
-        return job.run.once(f"queries-{self.pooling}", {"version": VERSION, **self.inputs(job)}, queries)["state"]
+
+def queries(job: Job, stage: Stage, kept: Kept, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The target's vectors (m, d), made once by `make` and kept."""
+
+    def timed() -> Arrays:
+        (work,) = stage.works(job)
+        with job.run.timed(work.stage, rows=work.rows, tokens=work.tokens, flops=work.flops, ids=list(work.ids)):
+            return {"state": make()}
+
+    return job.run.once(kept.name, kept.key, timed)["state"]
 
 
 def embedding_weights(name: str) -> list[str]:
@@ -176,15 +187,12 @@ class TargetEmbeddings(Stage):
         return (embedding(title, self.id(job), aim.texts(with_chosen=True), self.model),)
 
     def value(self, job: Job) -> np.ndarray:
-        texts = job.aim(self.shots).texts(with_chosen=True)
+        texts, budget = job.aim(self.shots).texts(with_chosen=True), job.recipe.batching.token_budget
+        return queries(job, self, self.kept(job), lambda: embedder(job, self.model)(texts, token_budget=budget))
 
-        def queries() -> Arrays:
-            (work,) = self.works(job)
-            with job.run.timed(work.stage, rows=work.rows, tokens=work.tokens, flops=work.flops, ids=list(work.ids)):
-                budget = job.recipe.batching.token_budget
-                return {"state": embedder(job, self.model)(texts, token_budget=budget)}
-
-        return job.run.once("queries-embeddings", {"version": VERSION, **self.inputs(job)}, queries)["state"]
+    def kept(self, job: Job) -> Kept:
+        """As arrays."""
+        return Kept("queries-embeddings", {"version": VERSION, **self.inputs(job)})
 
 
 def embedder(job: Job, name: str) -> TextEncoder:

@@ -17,6 +17,7 @@ from keepset.model.flops import count_tokens, flops
 from keepset.row_ids import id_order
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, write_atomic
+from keepset.runfolder.shards import Kept
 from keepset.stages.stage import VERSION, Stage, Work
 from keepset.stages.trained import WarmupCheckpoint, weights_of
 
@@ -50,6 +51,7 @@ class InRun(Stage):
     epochs: int
     seed: int
     shots: int | None = None
+    unit_norm: bool = False  # values divided by the norm of the row's gradient
 
     word = "in-run"
 
@@ -61,7 +63,7 @@ class InRun(Stage):
         return {**job.data_key(), "ids": job.ids_digest, "tasks": aim.names, "target": aim.target.fingerprint()}
 
     def _key(self, job: Job) -> dict[str, Any]:
-        run = {k: v for k, v in vars(self).items() if k != "shots"}
+        run = {k: v for k, v in vars(self).items() if k != "shots" and (k, v) != ("unit_norm", False)}
         weights = digest(weights_of(WarmupCheckpoint().value(job).path))
         return {"version": VERSION, **self.inputs(job), "checkpoint": weights, "run": run}
 
@@ -97,19 +99,23 @@ class InRun(Stage):
         """
         if job.pair_gradients:
             raise RecipeError("in-run-shapley values single rows, not pairs; use rose, less or grad-cosine")
-        key, checkpoint = self._key(job), WarmupCheckpoint().value(job)
-        folder = layout.in_run(digest(key)[:8])
+        kept, checkpoint = self.kept(job), WarmupCheckpoint().value(job)
 
         def work(path: Path) -> dict[str, Any]:
             with attached(job.loaded.model, checkpoint.path) as model:
                 return run_steps(job, self, model, path / layout.STATE)
 
-        facts = job.run.step(folder, key, work)
+        facts = job.run.step(kept.folder, kept.key, work)
         if not facts["reused"]:
             job.say(
                 f"in-run Shapley: {facts['steps']} SGD steps took the target's loss down by {facts['drop']:.4f} nats"
             )
-        return load_state(job.run.path / folder / layout.STATE)["values"]
+        return load_state(job.run.path / kept.folder / layout.STATE)["values"]
+
+    def kept(self, job: Job) -> Kept:
+        """Its folder."""
+        key = self._key(job)
+        return Kept(layout.in_run(digest(key)[:8]), key, step=True)
 
 
 def run_steps(job: Job, stage: InRun, model: Any, path: Path) -> dict[str, Any]:
@@ -153,7 +159,8 @@ def run_steps(job: Job, stage: InRun, model: Any, path: Path) -> dict[str, Any]:
             step = in_run_step(
                 model, rows, target, weights, learning_rate=lr, second_order=stage.second_order, token_budget=budget
             )
-            values[indices] += step_values(np.asarray(step.dots, np.float64), lr, step.curvature)
+            gained = step_values(np.asarray(step.dots, np.float64), lr, step.curvature)
+            values[indices] += gained / step.norms[:, None] if stage.unit_norm else gained
             tokens, work = stage.step_cost(job, rows)
             spent["tokens"] += tokens
             spent["flops"] += work
@@ -177,12 +184,12 @@ def load_state(path: Path) -> dict[str, np.ndarray]:
 # -- sets trained on for real -----------------------------------------------------------------------------------------
 
 
-def orders(n: int, rounds: int, seed: int, *, antithetic: bool) -> Iterator[list[np.ndarray]]:
+def orders(n: int, rounds: int, seed: int) -> Iterator[list[np.ndarray]]:
     """The random orders of n players that Monte-Carlo Shapley walks; antithetic: each with its reverse."""
     rng = np.random.default_rng(seed)
     for _ in range(rounds):
         order = rng.permutation(n)
-        yield [order, order[::-1]] if antithetic else [order]
+        yield [order, order[::-1]]
 
 
 @dataclass(frozen=True)
@@ -244,7 +251,7 @@ class Retraining(Stage):
     def sets(self, n: int) -> set[frozenset[int]]:
         """The sets of players that are trained on without truncation, each once."""
         seen = {frozenset[int](), frozenset(range(n))}
-        for walks in orders(n, self.permutations // 2, self.seed, antithetic=True):
+        for walks in orders(n, self.permutations // 2, self.seed):
             seen |= {frozenset(walk[:place].tolist()) for walk in walks for place in range(1, n)}
         return seen
 

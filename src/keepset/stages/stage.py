@@ -7,21 +7,22 @@ entries in `costs.jsonl`, the keys of stored scores (`id`), and what another pro
 
 from __future__ import annotations
 
+import atexit
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.console import Console
 
-from keepset.errors import RecipeError
 from keepset.lazy import take
 from keepset.recipe import parse_recipe
-from keepset.runfolder.execute import Executor, Forks, Here, Task
+from keepset.runfolder.execute import Executor, Task
 from keepset.runfolder.files import canonical, digest
-from keepset.runfolder.shards import Arrays, Shards
+from keepset.runfolder.shards import Arrays, Kept, Shards
+from keepset.stages.executors import executor
 
 if TYPE_CHECKING:
     from keepset.stages.job import Job
@@ -98,6 +99,10 @@ class Stage(ABC):
     @abstractmethod
     def value(self, job: Job) -> Any:
         """Its result: read from the run folder, or computed and kept there."""
+
+    def kept(self, job: Job) -> Kept | None:
+        """Where its result lies as one piece; None: nowhere, or shard by shard. Asked when what it needs is there."""
+        return None
 
     def id(self, job: Job) -> str:
         """Hash (16 hex digits) of everything that its numbers depend on."""
@@ -179,48 +184,54 @@ def fetch(job: Job, stages: Sequence[Sweep], beside: Iterable[Stage] = ()) -> di
 
 
 def sweep(job: Job, stages: Sequence[Sweep]) -> dict[Sweep, Arrays]:
-    """Compute what is missing of some stages in one pass, shard by shard, with its progress and its costs."""
-    own = Pass(canonical(job.recipe.model_dump(mode="json")), tuple(stages))
+    """The columns of some stages; what is missing is computed in one pass."""
+    names = {stage.name(job): stage for stage in stages}
+    return {names[name]: columns for name, columns in complete(job, stages).gather().items()}
+
+
+def complete(job: Job, stages: Sequence[Sweep]) -> Shards:
+    """Compute what is missing of some stages in one pass, shard by shard, with its progress and its costs.
+
+    Raises:
+        Busy: another worker is at it, and this one doesn't wait.
+    """
+    who = executor(job)
+    if not who.here:
+        make_needs(job, stages, who)
+    own = Pass(recipe_of(job), tuple(stages))
     shards, kind, rows = own.shards(job), type(stages[0]), stages[0].rows(job)
     lacking = {number: own.lacking(job, shards, number) for number in range(len(shards.parts))}
     numbers = [number for number, names in lacking.items() if names]
-    if numbers:
-        used = [stage for stage in stages if any(stage in lacking[n] for n in numbers)]
-        title = kind.title(job, used)
-        ids = sorted({i for stage in used for work in stage.works(job) for i in work.ids})
-        with own.opened(job, used, shards), job.run.timed(title, ids=ids) as entry:
-            entry.update(tokens=0, flops=0.0, rows=0)
-            with job.tracked(title, len(rows.ids)) as advance:
-                advance(len(rows.ids) - sum(len(shards.parts[n]) for n in numbers))
+    if not numbers:
+        return shards
+    used = [stage for stage in stages if any(stage in lacking[n] for n in numbers)]
+    title = kind.title(job, used)
+    ids = sorted({i for stage in used for work in stage.works(job) for i in work.ids})
+    kept = [] if who.here else [kept.folder for s in closure(job, stages) if (kept := s.kept(job))]
+    reads = () if who.here else (*job.reads, *kept)
+    task = Task(make_shards, own, digest(shards.stages)[:16], reads)
+    opened = own.opened(job, used, shards) if who.here else nullcontext()
+    with opened, job.run.timed(title, ids=ids) as entry:
+        entry.update(tokens=0, flops=0.0, rows=0, skip=job.worker)  # whoever leads counts
+        with job.tracked(title, len(rows.ids)) as advance:
+            advance(len(rows.ids) - sum(len(shards.parts[n]) for n in numbers))
 
-                def committed(number: int) -> None:
-                    part = take(rows.tokens, shards.parts[number])
-                    tokens, work = kind.spent(job, part, lacking[number])
-                    entry.update(
-                        rows=entry["rows"] + len(part), tokens=entry["tokens"] + tokens, flops=entry["flops"] + work
-                    )
-                    job.run.meter.note()
-                    advance(len(part))
-
-                executor(job).run(
-                    Task(make_shards, own), numbers, is_there=lambda n: not shards.missing(n), advance=committed
+            def committed(number: int) -> None:
+                part = take(rows.tokens, shards.parts[number])
+                tokens, work = kind.spent(job, part, lacking[number])
+                entry.update(
+                    rows=entry["rows"] + len(part), tokens=entry["tokens"] + tokens, flops=entry["flops"] + work
                 )
-    names = {stage.name(job): stage for stage in stages}
-    return {names[name]: columns for name, columns in shards.gather().items()}
+                job.run.meter.note()
+                advance(len(part))
+
+            who.run(task, numbers, is_there=lambda n: not shards.missing(n), advance=committed)
+    return shards
 
 
-def executor(job: Job) -> Executor:
-    """Who computes: this process, or forks of it where `batching.workers` says so.
-
-    Raises:
-        RecipeError: several workers, and the model is on a GPU, which forks can't share.
-    """
-    workers = job.recipe.batching.workers
-    if workers == 1:
-        return Here()
-    if job.loaded.model.device.type != "cpu":
-        raise RecipeError(f"batching.workers: {workers} processes score on the CPU only; leave it at 1 on a GPU")
-    return Forks(workers)
+def recipe_of(job: Job) -> str:
+    """What a task tells another process of the job: the recipe with its run folder, as canonical JSON."""
+    return canonical(job.recipe.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -257,19 +268,81 @@ class Pass:
 OPEN: dict[Pass, tuple[Job, Shards, Batch]] = {}
 """The passes that this process has opened; forks inherit them."""
 
+JOBS: dict[str, Job] = {}
+"""The job of this process, by its recipe, where it takes part in another's run."""
+
+HELD = ExitStack()
+"""Keeps the last pass open in a process that is handed shards one by one."""
+atexit.register(HELD.close)  # while threads can still be started
+
+
+def job_of(recipe: str) -> Job:
+    """This process's job for a recipe of `recipe_of`; the pass that it kept open is closed."""
+    HELD.close()
+    if recipe not in JOBS:
+        from keepset.stages.job import Job
+
+        JOBS.clear()
+        JOBS[recipe] = Job(parse_recipe(json.loads(recipe), stored=True), console=Console(quiet=True), worker=True)
+    return JOBS[recipe]
+
 
 def make_shards(own: Pass, numbers: Sequence[int]) -> None:
     """Compute and commit shards of a pass, in whatever process: the function that executors are handed."""
-    with ExitStack() as stack:
-        if own not in OPEN:
-            from keepset.stages.job import Job
+    if own not in OPEN:
+        job = job_of(own.recipe)
+        HELD.enter_context(own.opened(job, own.stages, own.shards(job)))
+    job, shards, batch = OPEN[own]
+    rows = own.stages[0].rows(job)
+    for number in numbers:
+        stages = own.lacking(job, shards, number)
+        if stages:
+            arrays = batch(take(rows.tokens, shards.parts[number]), stages)
+            shards.write(number, {stage.name(job): columns for stage, columns in arrays.items()})
+        if job.worker:
+            shards.read[number].clear()  # whoever leads reads them all
 
-            job = Job(parse_recipe(json.loads(own.recipe), stored=True), console=Console(quiet=True), worker=True)
-            stack.enter_context(own.opened(job, own.stages, own.shards(job)))
-        job, shards, batch = OPEN[own]
-        rows = own.stages[0].rows(job)
-        for number in numbers:
-            stages = own.lacking(job, shards, number)
-            if stages:
-                arrays = batch(take(rows.tokens, shards.parts[number]), stages)
-                shards.write(number, {stage.name(job): columns for stage, columns in arrays.items()})
+
+# -- what is kept as one piece, made by an executor -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Values:
+    """Stages whose results are kept as one piece, each a task of its own: trainings, gradients of the target."""
+
+    recipe: str
+    stages: tuple[Stage, ...]
+
+
+def make_values(own: Values, numbers: Sequence[int]) -> None:
+    """Have some stages' results kept in the run folder, in whatever process."""
+    job = job_of(own.recipe)
+    for number in numbers:
+        own.stages[number].value(job)
+
+
+def make_needs(job: Job, stages: Iterable[Stage], who: Executor) -> None:
+    """Have all that is kept as one piece made by an executor, what is ready at the same time together."""
+    order = closure(job, stages)
+    while True:
+        there: dict[Stage, bool] = {}
+        ready: list[Stage] = []
+        for stage in order:
+            possible = all(there[need] for need in stage.needs(job))
+            kept = stage.kept(job) if possible else None
+            there[stage] = possible and (kept is None or job.run.has(kept))
+            if possible and not there[stage]:
+                ready.append(stage)
+        if not ready:
+            return
+        own = Values(recipe_of(job), tuple(ready))
+        reads = (*job.reads, *(kept.folder for s in order if there[s] and (kept := s.kept(job))))
+        task = Task(make_values, own, digest([stage.id(job) for stage in ready])[:16], reads)
+
+        def is_there(number: int, ready: list[Stage] = ready) -> bool:
+            kept = ready[number].kept(job)
+            return kept is None or job.run.has(kept)
+
+        job.say(f"{len(ready)} trainings and gradients of the target are made by workers")
+        who.run(task, list(range(len(ready))), is_there=is_there, advance=lambda n: None)
+        job.run.meter.collect()

@@ -18,6 +18,7 @@ from keepset.recipe import TrainSpec
 from keepset.row_ids import Ids, id_order
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, digest_list, file_digest
+from keepset.runfolder.shards import Kept
 from keepset.stages.stage import VERSION, Stage, Work
 from keepset.train.warmup import list_checkpoints, pick_subset
 
@@ -115,6 +116,13 @@ class Reference(Stage):
             return self.value(job).fingerprint
         return train_key(job, spec, self._rows(job)[1], job.recipe.seed)
 
+    def kept(self, job: Job) -> Kept | None:
+        """Its folder; nowhere where the reference is from elsewhere."""
+        spec = job.recipe.reference
+        if spec.path:
+            return None
+        return Kept(self.folder, train_key(job, spec, self._rows(job)[1], job.recipe.seed), step=True)
+
     def works(self, job: Job) -> tuple[Work, ...]:
         """The training; none where the reference is from elsewhere."""
         spec = job.recipe.reference
@@ -187,6 +195,10 @@ class Warmup(Stage):
     def inputs(self, job: Job) -> Any:
         picked, seed = self._rows(job)
         return train_key(job, job.recipe.warmup, job.ids[picked], seed)
+
+    def kept(self, job: Job) -> Kept:
+        """Its folder."""
+        return Kept(layout.WARMUP, self.inputs(job), step=True)
 
     def works(self, job: Job) -> tuple[Work, ...]:
         sides = pick(job.sides[1], self._rows(job)[0])

@@ -32,12 +32,17 @@ def trainer_config(config_class: type[Config], training: Training, out: Path, **
     """
     args = training.args
     _check_extra(config_class, args)
+    if args.per_device_train_batch_size % args.num_processes:
+        raise RecipeError(
+            f"num_processes: {args.num_processes} don't share a batch of {args.per_device_train_batch_size} evenly; "
+            "change per_device_train_batch_size"
+        )
     if not 0 <= args.warmup_ratio < 1:
         raise RecipeError(f"warmup_ratio: {args.warmup_ratio} is not a share of the steps, 0 <= warmup_ratio < 1")
     settings: dict[str, Any] = {
         "num_train_epochs": args.num_train_epochs,
         "learning_rate": args.learning_rate,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size // args.num_processes,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "lr_scheduler_type": args.lr_scheduler_type,
         "warmup_steps": args.warmup_ratio,  # below 1 transformers reads it as a share, rounded up
@@ -61,9 +66,16 @@ def trainer_config(config_class: type[Config], training: Training, out: Path, **
         "max_length": None,
     }
     try:
-        return config_class(**settings)
+        config = config_class(**settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training arguments: {str(error).splitlines()[0]}") from None
+    started: int = config.world_size  # type: ignore[attr-defined]
+    if args.num_processes not in (1, started):
+        raise RecipeError(
+            f"num_processes: {args.num_processes}, and {started} were started: it is of a recipe, whose `keepset run` "
+            "starts them; `keepset train` takes the number of `accelerate launch`"
+        )
+    return config
 
 
 def _check_extra(config_class: type[Any], args: TrainSpec) -> None:

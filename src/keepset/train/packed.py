@@ -38,11 +38,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Makes `{"parts": [Batch, ...], "n_items": supervised tokens}` of TRL's examples."""
+    """Makes `{"parts": [Batch, ...], "n_items": supervised tokens}` of TRL's examples.
+
+    With `weighted` the examples have a column `weight`. Rows of weight 0 are not run; they count in `n_items`.
+    """
 
     packed: bool
     pad_token_id: int
     micro_tokens: int = MICRO_TOKENS
+    weighted: bool = False
 
     def parts(self, rows: Sequence[Tokens]) -> list[Batch]:
         """Divide the rows, longest first, so that rows of one length stand side by side."""
@@ -52,7 +56,30 @@ class PackedCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate."""
         rows = [Tokens.of(e) for e in examples]
-        return {"parts": self.parts(rows), "n_items": sum(int(r.supervised.sum()) for r in rows)}
+        parts: list[Any]
+        if self.weighted:
+            counted = counting(examples)
+            weights = torch.tensor([float(examples[i]["weight"]) for i in counted])
+            parts = [Weighted(b, weights[b.rows]) for b in self.parts([rows[i] for i in counted])]
+        else:
+            parts = self.parts(rows)
+        return {"parts": parts, "n_items": sum(int(r.supervised.sum()) for r in rows)}
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A batch, and how much each of its rows counts in the loss (n,)."""
+
+    batch: Batch
+    weights: torch.Tensor
+
+
+def counting(examples: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The examples that are run: all but those of weight 0.
+
+    Where all have weight 0, the first one, whose gradient is then 0: the optimiser takes its step as in every batch.
+    """
+    return [i for i, e in enumerate(examples) if float(e["weight"]) != 0.0] or [0]
 
 
 def trains_packed(model: Any) -> bool:
@@ -108,7 +135,11 @@ class PackedSteps(Quiet):
         return 0
 
 
-def part_loss(model: Any, part: Batch, n_items: int) -> torch.Tensor:
-    """Σ nll of a part ÷ supervised tokens of the whole batch, in nats a token."""
+def part_loss(model: Any, part: Batch | Weighted, n_items: int) -> torch.Tensor:
+    """Σ weight · nll of a part ÷ supervised tokens of the whole batch, in nats a token."""
     device = next(model.parameters()).device
-    return token_nll(model, to_device(part, device)).sum() / n_items
+    if isinstance(part, Batch):
+        return token_nll(model, to_device(part, device)).sum() / n_items
+    batch = to_device(part.batch, device)
+    nll = token_nll(model, batch)
+    return (nll * part.weights.to(nll)[batch.row_of]).sum() / n_items

@@ -22,7 +22,7 @@ from keepset.model import pair_losses as losses
 from keepset.model.load import lora_config
 from keepset.model.pack import Batch, pack, row_sums, token_nll
 from keepset.train.arguments import trainer_config
-from keepset.train.packed import MICRO_TOKENS, PackedSteps, Quiet, Tokens, to_device, trains_packed
+from keepset.train.packed import MICRO_TOKENS, PackedSteps, Quiet, Tokens, counting, to_device, trains_packed
 from keepset.train.run import finished, run_trainer
 from keepset.train.training import Base, Training, TrainResult, check_rows
 
@@ -55,10 +55,12 @@ class PairPart:
     Attributes:
         batch: both sides of p pairs, packed by length; `batch.rows` are 2·pair + (0 chosen, 1 rejected).
         reference: (p, 2) log-probabilities under the reference.
+        weights: (p,) how much each pair counts in the loss.
     """
 
     batch: Batch
     reference: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,13 @@ class PairCollator:
     packed: bool
     pad_token_id: int
     micro_tokens: int = MICRO_TOKENS
+    weighted: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate."""
+        n_items = len(examples)
+        if self.weighted:
+            examples = [examples[i] for i in counting(examples)]
         pairs = [(side(e, "chosen"), side(e, "rejected")) for e in examples]
         sizes = [len(c.input_ids) + len(r.input_ids) for c, r in pairs]
         parts, start, total = [], 0, 0
@@ -80,14 +86,17 @@ class PairCollator:
                 start, total = i, 0
             total += size
         parts.append(self.part(pairs[start:], examples[start:]))
-        return {"parts": parts, "n_items": len(pairs)}
+        return {"parts": parts, "n_items": n_items}
 
     def part(self, pairs: Sequence[tuple[Tokens, Tokens]], examples: Sequence[Mapping[str, Any]]) -> PairPart:
         """Pack both sides of some pairs."""
         rows = [one for pair in pairs for one in pair]
         order = np.argsort([-len(r.input_ids) for r in rows], kind="stable")
         batch = pack(rows, order, packed=self.packed, pad_token_id=self.pad_token_id)
-        return PairPart(batch, torch.tensor([[e["ref_chosen_logps"], e["ref_rejected_logps"]] for e in examples]))
+        reference = torch.tensor([[e["ref_chosen_logps"], e["ref_rejected_logps"]] for e in examples])
+        return PairPart(
+            batch, reference, torch.tensor([float(e["weight"]) if self.weighted else 1.0 for e in examples])
+        )
 
 
 @dataclass(frozen=True)
@@ -194,7 +203,7 @@ def train_dpo(
     reference = pair_logps(model, pairs) if reference is None else reference
     if loss.name == "davir" and min(np.abs(reference.chosen).min(), np.abs(reference.rejected).min()) == 0:
         raise DataError("a side of a pair has a log-probability of 0 under the reference; DavIR-DPO divides by it")
-    data = Dataset.from_dict(columns_of(pairs, reference))
+    data = Dataset.from_dict(training.columns(columns_of(pairs, reference)))
     trainer = dpo_trainer(model, tokenizer, config, data, training, loss)
     return run_trainer(training, trainer, tokenizer, out, plan)
 
@@ -237,7 +246,7 @@ def dpo_trainer(model: Any, tokenizer: Any, config: Any, data: Any, training: Tr
                 loss.name, logps, (reference[:, 0], reference[:, 1]), counts, beta=config.beta, gamma=loss.gamma,
                 label_smoothing=config.label_smoothing,
             )  # fmt: skip
-            return per_pair.sum() / num_items_in_batch
+            return (per_pair * part.weights.to(per_pair)).sum() / num_items_in_batch
 
     own = (
         loss.name in losses.NAMES
@@ -249,9 +258,10 @@ def dpo_trainer(model: Any, tokenizer: Any, config: Any, data: Any, training: Tr
         raise RecipeError(
             f"loss '{loss.name}' runs in one process, without mixed precision and without {', '.join(TRL_STEP)}"
         )
-    pad = tokenizer.pad_token_id or 0
+    training.require_own(own)
+    pad, weighted = tokenizer.pad_token_id or 0, training.weights is not None
     kind: Any = PackedDPO if own else Prepared
-    collator = PairCollator(trains_packed(model), pad) if own else PaddedPairs(pad)
+    collator = PairCollator(trains_packed(model), pad, weighted=weighted) if own else PaddedPairs(pad)
     more: dict[str, Any] = {} if training.args.full else {"peft_config": lora_config(training.lora, model)}
     try:
         return kind(

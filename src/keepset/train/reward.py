@@ -97,8 +97,7 @@ def _train(training: Training, pairs: Sequence[Pair], out: Path) -> TrainResult:
 def reward_model(spec: ModelSpec, seed: int, folder: str | None = None) -> tuple[Any, Any]:
     """Load the base (or the model in `folder`) with a one-number head; a new head is drawn with `seed`.
 
-    Returns:
-        The model, in eval mode, and its tokenizer.
+    Returns the model, in eval mode, and its tokenizer.
 
     Raises:
         ModelError: the architecture has no sequence-classification form, or weights are missing or left over.
@@ -159,26 +158,17 @@ def load_reward(spec: ModelSpec, path: Path) -> tuple[Any, Any]:
     raise ModelError(f"{path}: no reward model (adapter_model.safetensors or model.safetensors) in this folder")
 
 
-def pair_accuracy(
-    model: Any, pairs: Sequence[Pair], *, batch_size: int = 8, length_match: float = 0.2, seed: int = 0
-) -> dict[str, Any]:
+def pair_accuracy(model: Any, pairs: Sequence[Pair], *, seed: int = 0) -> dict[str, Any]:
     """Share of pairs whose chosen side gets the higher reward, with bootstrap 95 % intervals; a tie is one half.
-
-    Args:
-        model: the reward model.
-        pairs: (chosen, rejected) as encoded rows.
-        batch_size: rows scored together.
-        length_match: sides may differ by this share of the longer one to count as length-matched.
-        seed: of the bootstrap.
 
     Returns:
         JSON-able: `n`, `accuracy`, `n_length_matched`, `accuracy_length_matched` (None without such pairs), `margin`
         (mean reward difference), `longer` (accuracy of always naming the longer side, for comparison).
     """
-    scores = reward_scores(model, [one.input_ids for pair in pairs for one in pair], batch_size=batch_size)
+    scores = reward_scores(model, [one.input_ids for pair in pairs for one in pair])
     margin = scores[0::2] - scores[1::2]
     n_w, n_l = (np.array([int(p[k].supervised.sum()) for p in pairs]) for k in range(2))
-    right, matched = correct(margin), length_matched(n_w, n_l, length_match)
+    right, matched = correct(margin), length_matched(n_w, n_l)
     return {
         "n": len(pairs),
         "accuracy": bootstrap_ci(right, seed=seed).as_dict(),

@@ -7,13 +7,13 @@ answers therefore weigh more than short ones inside a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keepset.model.load import lora_config
-from keepset.recipe import LoraSpec
 from keepset.train.arguments import trainer_config
 from keepset.train.packed import PackedSteps, Quiet, collator_for, part_loss
 from keepset.train.run import finished, run_trainer
@@ -44,19 +44,23 @@ def train_sft(training: Training, rows: Sequence[Encoded], out: Path, base: Base
     done = finished(out, plan) if training.resume else None
     if done is not None:
         return done
-    config: Any = trainer_config(SFTConfig, training, out)
+    more = {} if training.weights is None else {"remove_unused_columns": False}
+    config: Any = trainer_config(SFTConfig, training, out, **more)
     columns = {
         "input_ids": [np.asarray(r.input_ids).tolist() for r in rows],
         "labels": [np.where(r.supervised, r.input_ids, -100).tolist() for r in rows],
     }
     model, tokenizer = base.load()
-    lora = None if training.args.full else training.lora
-    trainer = sft_trainer(model, tokenizer, config, Dataset.from_dict(columns), lora)
+    trainer = sft_trainer(model, tokenizer, config, Dataset.from_dict(training.columns(columns)), training)
     return run_trainer(training, trainer, tokenizer, out, plan)
 
 
-def sft_trainer(model: Any, tokenizer: Any, config: Any, data: Any, lora: LoraSpec | None) -> Any:
-    """Make the trainer: packed steps in one process, else TRL's own."""
+def sft_trainer(model: Any, tokenizer: Any, config: Any, data: Any, training: Training) -> Any:
+    """Make the trainer: packed steps in one process, else TRL's own.
+
+    Raises:
+        RecipeError: weights, and arguments that TRL's own step serves.
+    """
     from trl import SFTTrainer
 
     class PackedSFT(PackedSteps, SFTTrainer):
@@ -68,14 +72,16 @@ def sft_trainer(model: Any, tokenizer: Any, config: Any, data: Any, lora: LoraSp
     class QuietSFT(Quiet, SFTTrainer):
         pass
 
-    more: dict[str, Any] = {"peft_config": lora_config(lora, model)} if lora is not None else {}
+    more: dict[str, Any] = {} if training.args.full else {"peft_config": lora_config(training.lora, model)}
     own = (
         config.world_size == 1
         and not (config.bf16 or config.fp16 or config.packing or config.padding_free or config.activation_offloading)
         and config.loss_type == "nll"
         and not config.label_smoothing_factor
     )
+    training.require_own(own)
     if own:
-        more["data_collator"] = collator_for(model, tokenizer.pad_token_id or 0)
+        collator = collator_for(model, tokenizer.pad_token_id or 0)
+        more["data_collator"] = replace(collator, weighted=training.weights is not None)
     kind = PackedSFT if own else QuietSFT
     return kind(model=model, args=config, train_dataset=data, processing_class=tokenizer, **more)

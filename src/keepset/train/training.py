@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keepset.errors import DataError
+from keepset.errors import DataError, RecipeError
 from keepset.model.load import load as load_causal
 from keepset.model.load import resolve
 from keepset.model.weights import fingerprint
@@ -37,6 +37,9 @@ class Training:
         moments: keep every epoch's checkpoint as `checkpoint-<step>` with Adam's moments.
         resume: False trains anew whatever lies in the result folder.
         console: where progress is shown; None shows none.
+        weights: how much each row counts in the loss; None: every row as 1. A batch's loss is Σ weight · loss of its
+            rows over the number of all its tokens (or pairs), so that order, steps and the other rows' parts of it are
+            the same whatever the weights. Rows of weight 0 are not run.
     """
 
     model: ModelSpec
@@ -46,6 +49,7 @@ class Training:
     moments: bool = False
     resume: bool = True
     console: Console | None = None
+    weights: Sequence[float] | None = None
 
     def plan(self, rows: Sequence[Encoded], base: str, *more: Any) -> str:
         """Hash everything that the result depends on.
@@ -57,7 +61,33 @@ class Training:
         parts = {"model": self.model.model_dump(mode="json"), "args": self.args.key(), "rows": digest(tokens),
                  "seed": self.seed, "base": base}  # fmt: skip
         lora = None if self.args.full else self.lora.model_dump()
-        return digest(canonical({**parts, "lora": lora, "more": list(more)}))
+        weights = {} if self.weights is None else {"weights": [float(w) for w in self.weights]}
+        return digest(canonical({**parts, **weights, "lora": lora, "more": list(more)}))
+
+    def columns(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The columns of the rows that a trainer reads, with their weights where there are any.
+
+        Raises:
+            ValueError: not one weight a row.
+        """
+        if self.weights is None:
+            return columns
+        n = len(next(iter(columns.values())))
+        if len(self.weights) != n:
+            raise ValueError(f"{len(self.weights)} weights for {n} rows")
+        return {**columns, "weight": [float(w) for w in self.weights]}
+
+    def require_own(self, own: bool) -> None:
+        """Refuse weights where TRL's own step, which has none, would be taken.
+
+        Raises:
+            RecipeError: as said.
+        """
+        if self.weights is not None and not own:
+            raise RecipeError(
+                "train.extra: rows are masked in keepset's own training step only, in one process, without mixed "
+                "precision, packing or TRL's other losses; remove what asks for those"
+            )
 
 
 @dataclass(frozen=True)

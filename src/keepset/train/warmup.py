@@ -44,10 +44,8 @@ class Checkpoint:
 def pick_subset(ids: Ids | Sequence[str] | np.ndarray, fraction: float, seed: int, *, min_rows: int = 1) -> np.ndarray:
     """Draw the warm-up rows: `max(min_rows, ⌊fraction · n⌋)` of n, without replacement, from `default_rng(seed)`.
 
-    The draw is over the sorted ids, so a pool in another order gives the same rows, in the same order.
-
-    Returns:
-        Indices into `ids`, sorted by id.
+    The draw is over the sorted ids, so a pool in another order gives the same rows, in the same order. Returns indices
+    into `ids`, sorted by id.
     """
     order = id_order(ids)
     n = len(order)
