@@ -106,4 +106,4 @@ def in_run_shapley(
 
 def influence(dots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The method's scores (n,) of dots (n, j) with the solved targets, and per task (n, j)."""
-    return Influence().reduce_dots(dots[None], np.ones((1, len(dots))), np.ones(1))
+    return Influence().reduce_dots(None, dots[None], np.ones((1, len(dots))), np.ones(1))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Metagradient against leaving each row out of a real training, and halves of the rows: SmolLM2 on the demo's rows.
 
-`python experiments/metagradient/leave_one_out.py --out results.json`. A row is left out by its weight 0: same start and
-order, its tokens gone from its batches. Every run is the replay of the trainer's, which tests hold against the trainer.
+`python experiments/metagradient/leave_one_out.py --out results.json`. A row is left out by its weight 0: same start,
+order and denominators. Every run is the replay of the trainer's, which tests hold against the trainer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from keepset.stages.job import Job
 from keepset.train.rehearsal import rehearse
 from keepset.train.training import Training
 
-LOSSES = ("dpo", "margin", "mean_margin", "sft")
+LOSSES = ("dpo", "sft")
 LONGEST = 56  # tokens of a row
 
 
@@ -114,9 +114,13 @@ def main() -> None:
         real = np.array([trained(replay, goals, start, w.astype(float)) - whole for w in kept])
         predicted = np.array([-slopes[~w].sum(axis=0) for w in kept])
         print(f"{name}, {len(kept)} trainings", flush=True)
-        out[name] = {**compared(predicted, real), "predicted": predicted.tolist(), "real": real.tolist()}
-    out["cpu_s"] = clock()
-    args.out.write_text(json.dumps(out, indent=1) + "\n")
+        out[name] = {
+            **compared(predicted, real),
+            "predicted": predicted.tolist(),
+            "real": real.tolist(),
+            "cpu_s": clock(),
+        }
+        args.out.write_text(json.dumps(out, indent=1) + "\n")
     print(f"{clock():.0f} CPU s in all")
 
 

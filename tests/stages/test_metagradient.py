@@ -129,6 +129,3 @@ def test_what_can_t_be_done_is_said(model_folder, data, tmp_path):
     assert np.isfinite(scores_of(made(model_folder, data, tmp_path / "b", {"loss": "sft"}, **rows))).all()
     with pytest.raises(RecipeError, match="lora_dropout: 0"):
         scores_of(made(model_folder, data, tmp_path / "c", lora={"lora_dropout": 0.1}))
-    one = {"train": {**HARD, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}}
-    with pytest.raises(RecipeError, match="one row a step"):
-        scores_of(made(model_folder, data, tmp_path / "d", **one))

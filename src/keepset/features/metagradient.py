@@ -3,19 +3,20 @@
 A training takes T steps. Step t sees the examples B_t; example e has the loss ℓ_e and the mass M_e (SFT: its summed
 token losses and its number of supervised tokens; pairs: the pair's loss and 1), and w_e is its weight, 1 in the run:
 
-    L_t(θ) = Σ_{e in B_t} w_e ℓ_e(θ) / D_t,   D_t = Σ_{e in B_t} w_e M_e          accumulated batches together
+    L_t(θ) = Σ_{e in B_t} w_e ℓ_e(θ) / D_t,   D_t = Σ_{e in B_t} M_e              accumulated batches together
     g = ∇L_t(θ_{t−1}),   ĝ = c·g,   c = min(1, G / (‖g‖ + 1e-6))                  clipping by global norm
     m_t = b1 m_{t−1} + (1−b1) ĝ,   v_t = b2 v_{t−1} + (1−b2) ĝ²
     θ_t = (1 − η_t ω) θ_{t−1} − (η_t / c1) · m_t / r,   r = √(v_t / c2) + ε,   c1 = 1 − b1^t,  c2 = 1 − b2^t
 
-w_e = 0 is the run without e: same start and order, its tokens gone from the mean that they stood in. The derivative of
-J(θ_T) is had backwards. With a, p, q = ∂J/∂θ_t, ∂J/∂m_t, ∂J/∂v_t (a = ∇J, p = q = 0 at the end), one step gives
+These weights are the trainer's (`Training.weights`): D_t is the same whatever they are, and w_e = 0 is the run without
+e, with the same start, order and denominators. The derivative of J(θ_T) is had backwards. With a, p, q = ∂J/∂θ_t,
+∂J/∂m_t, ∂J/∂v_t (a = ∇J, p = q = 0 at the end), one step gives
 
     p ← p − (η_t / c1) · a / r
     q ← q + (η_t / c1) · a m_t / (2 r² √(v_t c2))          0 where v_t = 0: every ĝ so far was 0
     s = (1−b1) p + 2 (1−b2) ĝ q                            ∂J/∂ĝ
     u = s;  where c < 1:  u = c s − g · c ⟨g, s⟩ / (‖g‖ (‖g‖ + 1e-6))             ∂J/∂g
-    ∂J/∂w_e += (⟨∇ℓ_e, u⟩ − M_e ⟨g, u⟩) / D_t              the second term: e's part in the normalisation
+    ∂J/∂w_e += ⟨∇ℓ_e, u⟩ / D_t
     a ← (1 − η_t ω) a + ∇²L_t(θ_{t−1}) u,   p ← b1 p,   q ← b2 q
 
 ∇²L u and all ⟨∇ℓ_e, u⟩ come from differentiating ⟨∇L_t, u⟩ once more, with respect to θ and w together, by plain
@@ -184,8 +185,7 @@ def curvature(
         (b, j) derivatives ∂⟨∇L, u⟩/∂w at w = 1, and ∇²L u, parameter name to (j, …shape).
     """
     parameters = [model.get_parameter(name) for name in directions]
-    mass = objective.mass(indices)
-    j = next(iter(directions.values())).shape[0]
+    total, j = objective.mass(indices).sum(), next(iter(directions.values())).shape[0]
     slopes = np.zeros((len(indices), j))
     products = {name: torch.zeros_like(u) for name, u in directions.items()}
 
@@ -193,7 +193,7 @@ def curvature(
         with torch.enable_grad():
             losses = objective.losses(model, indices[part], twice=True)
             w = torch.ones_like(losses, requires_grad=True)
-            mean = (losses * w).sum() / mass.sum()
+            mean = (losses * w).sum() / total
             grads = torch.autograd.grad(mean, parameters, create_graph=True, materialize_grads=True)
             columns = []
             for k in range(j):
@@ -207,7 +207,7 @@ def curvature(
 
     for part in objective.parts(model, indices, token_budget):
         in_halves(part, add)
-    return slopes - np.outer(mass / mass.sum(), slopes.sum(axis=0)), products
+    return slopes, products
 
 
 @dataclass(frozen=True)
@@ -278,18 +278,19 @@ class Replay:
         Args:
             state: before it.
             t: the step.
-            weights: (n,) of the examples; None: all 1. A step whose examples all have 0 moves nothing.
+            weights: (n,) of the examples; None: all 1. Where all of a step's are 0, its gradient is 0.
         """
         course, indices = self.course, self.course.batches[t]
         w = np.ones(len(indices)) if weights is None else np.asarray(weights)[indices]
-        total = float(w @ self.objective.mass(indices))
-        if total == 0:
-            nothing = {n: torch.zeros_like(x) for n, x in state.theta.items()}
-            return state, Taken(state.theta, nothing, state.m, state.v)
         self.put(state.theta)
         kept = np.flatnonzero(w)
         _, sums = weighted_gradient(
-            self.model, self.names, self.objective, indices[kept], w[kept, None] / total, self.token_budget
+            self.model,
+            self.names,
+            self.objective,
+            indices[kept],
+            w[kept, None] / self.objective.mass(indices).sum(),
+            self.token_budget,
         )
         gradient = {n: g[0] for n, g in sums.items()}
         coefficient, _ = clipping(gradient, course.max_norm)

@@ -3,11 +3,11 @@
     S(z) = −∂J(θ_T(w)) / ∂w_z  at w = 1
 
 θ_T(w): what `train` makes of the base on the whole pool, AdamW with its schedule, clipping, decay and batches, row z
-counting w_z times in its batches' means. J: the target's loss there. Large: more of z lowers the target's loss; to
+counting w_z times in its batches' sums. J: the target's loss there. Large: more of z lowers the target's loss; to
 first order J rises by S(z) where z is left out. The derivation is in `features/metagradient.py`.
 
 After REPLAY / MAGIC (arXiv 2503.13751, 2504.16430), which do this for a plain loss; here J may be a preference loss.
-Deviation: weights stand in the mean of a batch, numerator and denominator, so that w_z = 0 is the run with z masked.
+The weights are the trainer's (`Training.weights`): w_z = 0 is the run with z masked, its batches' denominators kept.
 """
 
 from __future__ import annotations

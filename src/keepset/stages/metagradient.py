@@ -133,9 +133,6 @@ class Metagradient(Stage):
         training = Training(job.recipe.model, job.recipe.lora, args, self.seed)
         course, model = rehearse(training, sides, job.loaded.model, job.encoder.tokenizer)
         targets = self.targets(job)
-        if max(map(len, course.batches)) == 1:
-            raise RecipeError("metagradient: with one row a step its weight cancels in the mean over its batch; set "
-                              "train.per_device_train_batch_size: 2 or more")  # fmt: skip
         references = [
             reference_logps(model, pairs, token_budget=budget) if needed else None
             for pairs, needed in ((sides, args.loss != "sft"), (targets, self.loss == "dpo"))
