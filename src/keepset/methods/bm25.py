@@ -1,4 +1,4 @@
-"""BM25: lexical retrieval (Robertson & Zaragoza 2009; Lucene's form as in Kamphuis et al. 2020), by the bm25s library.
+"""BM25: lexical retrieval (Robertson & Zaragoza 2009; Lucene's form as in Kamphuis et al. 2020), bit for bit as in bm25s.
 
     s(q, z) = Σ_{t in q} idf(t) · tf(t, z) / (tf(t, z) + k1 · (1 − b + b · |z| / avg|z|))
     idf(t)  = log(1 + (N − df(t) + 0.5) / (df(t) + 0.5))
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Literal
 
 import numpy as np
@@ -67,8 +68,8 @@ def bm25(
 class _Index:
     """What a row's BM25 weights need of all rows: how many there are, their mean length, in how many each word is.
 
-    Two passes over the texts; bm25s's own index of all rows would take hundreds of bytes a row. Its formulas are called
-    on a chunk of rows at a time, in its types and order, so that the weights are bm25s's to the bit.
+    Two passes over the texts; bm25s's own index of all rows would take hundreds of bytes a row. The weights are bm25s's
+    to the bit, made of a chunk of rows at a time in its types.
     """
 
     def __init__(self, docs: Sequence[str], vocabulary: np.ndarray) -> None:
@@ -95,18 +96,12 @@ class _Index:
 
     def postings(self, docs: Sequence[str], *, k1: float, b: float) -> Iterator[sparse.csc_matrix]:
         """The BM25 weights of each chunk's words, (rows, words) float64 of bm25s's float32."""
-        from bm25s import scoring
-
         n, mean = len(self.lengths), self.lengths.mean()
-        idf = scoring._build_idf_array(
-            dict(enumerate(self.frequencies.tolist())), n, scoring._select_idf_scorer("lucene"), "float32"
-        )
-        saturated = scoring._select_tfc_scorer("lucene")
+        idf = np.array([log(1 + (n - df + 0.5) / (df + 0.5)) for df in self.frequencies.tolist()], dtype=np.float32)
         for part in chunks(docs):
             words = self._counted(part)
-            share = saturated(
-                tf_array=words.times.astype(np.float32), l_d=words.length[words.row], l_avg=mean, k1=k1, b=b, delta=0.5
-            )
+            times, length = words.times.astype(np.float32), words.length[words.row]
+            share = times / (k1 * ((1 - b) + b * length / mean) + times)
             weight = (idf[words.term] * share).astype(np.float32).astype(np.float64)
             shape = (len(part), len(self.frequencies))
             yield sparse.csc_matrix((weight, (words.row, words.term)), shape=shape)
