@@ -1,4 +1,4 @@
-"""BM25: lexical retrieval (Robertson & Zaragoza 2009; Lucene's form as in Kamphuis et al. 2020), bit for bit as in bm25s.
+"""BM25: lexical retrieval (Robertson & Zaragoza 2009; Lucene's form as in Kamphuis et al. 2020), as bm25s has it.
 
     s(q, z) = Σ_{t in q} idf(t) · tf(t, z) / (tf(t, z) + k1 · (1 − b + b · |z| / avg|z|))
     idf(t)  = log(1 + (N − df(t) + 0.5) / (df(t) + 0.5))
