@@ -67,6 +67,16 @@ first-use: .venv/.model  ## a fresh environment to BM25's choice in under 60 s; 
 	$(BIN)/python benchmarks/first_use.py
 	$(BIN)/python benchmarks/first_use.py --davir
 
+.venv/.wheel: .venv/.ready
+	$(PIP) build==1.6.1 twine==7.0.0
+	@touch $@
+
+wheel: .venv/.wheel  ## build the sdist and the wheel, check them, install the core in a new environment and choose with it
+	$(BIN)/python tests/wheel.py
+
+wheel-train: .venv/.wheel  ## the same with all that runs a model, in the newest releases (5 minutes, 2 GB)
+	$(BIN)/python tests/wheel.py --train
+
 .venv/.docs: .venv/.ready
 	$(PIP) -e '.[docs,notebook]'
 	@touch $@
@@ -95,4 +105,4 @@ KILLS ?= 300
 soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times: the same bytes every time
 	$(BIN)/python tests/soak.py $(KILLS)
 
-.PHONY: help setup demo test test-other-cpu test-slow test-ray architectures lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak
+.PHONY: help setup demo wheel wheel-train test test-other-cpu test-slow test-ray architectures lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak
