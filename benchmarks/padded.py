@@ -2,6 +2,7 @@
 
     two_forwards       adapter off and on, full logits, summed losses of every row
     forward_backward   full logits, loss.backward()
+    race               either of them beside keepset, each at the token budget that suits it
 
 Both run transformers + PEFT + sdpa on length-bucketed batches of at most so many padded tokens, on the model's device.
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ import numpy as np
 import torch
 import zstandard
 
+from keepset.memory import Count, free_memory
 from keepset.model.encode import Encoded
+from keepset.stopping import out_of_memory
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared" / "data" / "alpaca" / "alpaca_union.jsonl.zst"
@@ -125,3 +130,87 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
     clock, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - clock, time.process_time() - cpu
+
+
+Run = Callable[[list[Encoded], int], Any]
+"""Something done with rows at a token budget."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Token budgets from and to, seconds after which no larger one is tried, and repetitions."""
+
+    first: int = 1 << 12
+    last: int = 1 << 20
+    seconds: float = 30.0
+    rounds: int = 3
+
+
+def tokens(rows: Sequence[Encoded]) -> int:
+    return sum(len(row.input_ids) for row in rows)
+
+
+def repeated(rows: list[Encoded], n: int) -> list[Encoded]:
+    """At least n tokens: the rows again and again."""
+    whole, rest = divmod(n, tokens(rows))
+    return rows * whole + rows[: 1 + int(np.searchsorted(np.cumsum([len(row.input_ids) for row in rows]), rest))]
+
+
+def clocked(device: str, run: Run, some: list[Encoded], budget: int) -> tuple[float, float | None]:
+    """Seconds until the device is done, and the most GiB that it held."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    run(some, budget)
+    if device == "cpu":
+        return time.perf_counter() - start, None
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
+
+
+def best_budget(run: Run, rows: list[Encoded], device: str, search: Search) -> dict[str, Any]:
+    """Double the token budget until memory says stop, two doublings bring nothing, or time is up."""
+    points: list[dict[str, Any]] = []
+    stopped, budget, began = "the largest budget tried", search.first, time.perf_counter()
+    run(rows[:1], budget)
+    while budget <= search.last:
+        some, halved, took = repeated(rows, 2 * budget), Count.total, []
+        try:
+            took = [clocked(device, run, some, budget) for _ in range(min(2, search.rounds))]
+        except Exception as trouble:
+            if not out_of_memory(trouble):
+                raise
+        if not took or Count.total > halved:
+            stopped = "memory"
+            break
+        seconds, gib = min(took)
+        points.append({"token_budget": budget, "tokens_per_second": tokens(some) / seconds, "peak_gib": gib})
+        rates = [p["tokens_per_second"] for p in points]
+        if len(rates) > 2 and max(rates[-2:]) < 1.03 * max(rates[:-2]):
+            stopped = "growth"
+            break
+        if time.perf_counter() - began > search.seconds:
+            stopped = "time"
+            break
+        budget *= 2
+    free_memory()
+    if not points:
+        sys.exit(f"memory ends below a token budget of {budget}: nothing to measure")
+    return {"best": max(points, key=lambda p: p["tokens_per_second"]), "stopped_by": stopped, "points": points}
+
+
+def race(ours: Run, floor: Run, rows: list[Encoded], device: str, search: Search) -> dict[str, Any]:
+    """Both at the budget that suits them, on the same rows, interleaved."""
+    sides = {"keepset": ours, "floor": floor}
+    curves = {side: best_budget(run, rows, device, search) for side, run in sides.items()}
+    budgets = {side: curve["best"]["token_budget"] for side, curve in curves.items()}
+    some = repeated(rows, 2 * max(budgets.values()))
+    took = [
+        {side: clocked(device, run, some, budgets[side])[0] for side, run in sides.items()}
+        for _ in range(search.rounds)
+    ]
+    ratios = [seconds["keepset"] / seconds["floor"] for seconds in took]
+    rates = {side: tokens(some) / statistics.median(seconds[side] for seconds in took) for side in sides}
+    spread = [min(ratios), max(ratios)]
+    return {**rates, "over_floor": statistics.median(ratios), "over_floor_range": spread, "curves": curves}
