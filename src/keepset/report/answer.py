@@ -215,6 +215,8 @@ def against_random(entry: Entry, name: str, rival: Entry | None) -> str:
     does = does.format(amount(gain, name, width))
     alike = rival is not None and rival.n_rows == entry.n_rows
     whom = "as many random rows" if alike else "random rows of the same budget"
+    if entry.kind == "mix":
+        whom = "the mix with random rows"
     if gain == width == 0:
         return f"on every one of them training on {rows_of(entry)} gives the same as training on {whom}"
     return (f"after training on {rows_of(entry)}, {does} than after training on {whom} "

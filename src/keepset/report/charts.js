@@ -111,7 +111,7 @@ function answerChart(width, bars, metric) {
   const random = bars.find((b) => b.kind === "random"), middle = random ? random.measures[metric].value : null, spread = random ? random.measures[metric].spread : null;
   const rows = bars.map((b) => {
     const m = b.measures[metric], v = m.versus;
-    const [low, high] = v && random ? [middle + v.low, middle + v.high] : random ? [null, null] : [m.low, m.high];
+    const [low, high] = v && random ? [m.value - v.difference + v.low, m.value - v.difference + v.high] : random ? [null, null] : [m.low, m.high];
     return { ...b, m, low, high, told: v ? v.told : "", words: v && random ? v.told || "not told apart" : "" };
   });
   const widest = Math.max(...rows.map((r) => (r.high - r.low) / 2 || 0)), digits = widest > 0 ? Math.min(6, Math.max(0, Math.ceil(-Math.log10(widest / 3)))) : 3;
