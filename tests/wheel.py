@@ -1,8 +1,8 @@
 """`make wheel`: build the sdist and the wheel, check them, install the wheel as a user would, and use it.
 
-The wheel goes into a new environment without `constraints.txt`, so with the newest releases that pip finds: first the core
-alone (`keepset doctor`, then BM25's choice of the demo's rows), with `--train` all that runs a model (DavIR's too, on
-the demo model). Exit code 1 where something fails. What is installed is printed.
+The wheel goes into a new environment without `constraints.txt`, so with the newest releases that pip finds: the core
+alone (`keepset doctor`, then BM25's choice of the demo's rows), or with `--train` all that runs a model (DavIR's too,
+on the demo model). Exit code 1 where something fails. What is installed is printed.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from keepset.data import Pool, Target
 from keepset.data.leakage import find_leaks
 from keepset.evaluate.statistics import correlations
-from keepset.pipeline.metrics import is_loss
+from keepset.pipeline.metrics import p_of, told
 from keepset.row_ids import Ids
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Finding, Level, read_json
@@ -224,11 +224,12 @@ def diagnose_comparison(result: Comparison) -> list[Finding]:
         if entry.kind != "method" or not entry.vs_random:
             continue
         metric, versus = next(iter(entry.vs_random.items()))
-        if versus.high < 0 if is_loss(metric) else versus.low > 0:
+        verdict = told(metric, versus)
+        if verdict == "better":
             continue
         text = (f"{metric}: {versus.difference:+.3f} against Random, 95 % interval {versus.low:+.3f} to "
-                f"{versus.high:+.3f}: ")  # fmt: skip
-        if versus.low > 0 or versus.high < 0:
+                f"{versus.high:+.3f}, p {p_of(versus):.2g}: ")  # fmt: skip
+        if verdict == "worse":
             name, verdict = "worse-than-random", "worse"
             advice = "this choice harms here: take Random, another method or another budget"
         else:

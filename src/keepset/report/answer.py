@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keepset.pipeline.metrics import is_loss, unit_of
+from keepset.pipeline.metrics import is_loss, p_of, told, unit_of
 from keepset.report.numbers import number
 from keepset.runfolder.records import Comparison, Entry, ModelRow, TrainingSet, Versus
 
@@ -114,18 +114,6 @@ def versus_of(name: str, versus: Versus | None) -> dict[str, Any] | None:
         return None
     numbers = {k: number(vars(versus)[k]) for k in ("difference", "low", "high")}
     return {**numbers, "p": number(p_of(versus)), "told": told(name, versus)}
-
-
-def p_of(versus: Versus) -> float:
-    """Holm's p where it is known, else the plain one."""
-    return versus.p if versus.p_holm is None else versus.p_holm
-
-
-def told(name: str, versus: Versus) -> str:
-    """Whether a training set is "better" or "worse" than Random on a measure; "": not told apart."""
-    if not p_of(versus) < 0.05:
-        return ""
-    return "better" if (versus.difference > 0) != is_loss(name) else "worse"
 
 
 # -- the sentence -----------------------------------------------------------------------------------------------------
