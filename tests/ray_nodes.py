@@ -28,6 +28,14 @@ class Nodes:
     """A head and some more nodes, in a session of their own."""
 
     def __init__(self, more: int) -> None:
+        for _ in range(3):  # Ray gives a node 30 seconds to start, which may be too few on a busy machine
+            if self.start(more):
+                return
+            self.close()
+        raise AssertionError("no Ray node could be started")
+
+    def start(self, more: int) -> bool:
+        """Start the nodes; whether they are there."""
         self.folder = tempfile.mkdtemp(prefix="kr-")  # short: the names of sockets may have 107 letters
         self.raylets: list[int] = []
         self.process = subprocess.Popen(
@@ -36,23 +44,27 @@ class Nodes:
             env={**os.environ, **ENV, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )  # fmt: skip
         started = self.answer()
+        if started is None:
+            return False
         self.address, self.head = str(started["address"]), int(started["raylet"])
-        for _ in range(more):
-            self.add()
+        return all(self.add() for _ in range(more))
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any] | None:
+        """What the process says; None where it has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, "no Ray node could be started"
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] | None = json.loads(line) if line else None
         return answer
 
-    def add(self) -> None:
-        """Let a node join."""
+    def add(self) -> bool:
+        """Let a node join; whether it did."""
         assert self.process.stdin is not None
         self.process.stdin.write("add\n")
         self.process.stdin.flush()
-        self.raylets.append(self.answer()["raylet"])
+        answer = self.answer()
+        if answer is not None:
+            self.raylets.append(answer["raylet"])
+        return answer is not None
 
     def kill(self) -> None:
         """SIGKILL to all processes of the node that joined first; never the head."""
@@ -131,7 +143,8 @@ def main() -> None:
     say(address=cluster.address, raylet=cluster.head_node.all_processes["raylet"][0].process.pid)
     for _ in sys.stdin:
         say(raylet=cluster.add_node(**NODE).all_processes["raylet"][0].process.pid)
-    kill([pid for pid, (_, session) in processes().items() if session == os.getpid()])  # its owner is gone; itself too
+    kill([pid for pid, (_, of) in processes().items() if of == os.getpid() != pid])  # nobody is there for them
+    os._exit(0)
 
 
 if __name__ == "__main__":

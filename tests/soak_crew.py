@@ -67,7 +67,7 @@ class RayFolders:
                     return
                 if who == "node":
                     self.nodes.kill()
-                    self.nodes.add()
+                    assert self.nodes.add(), "no node joins"
                 elif who == "driver":
                     ray_nodes.kill(ray_nodes.children(self.tiny.server.process.pid))
                 else:
