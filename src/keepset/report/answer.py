@@ -132,7 +132,7 @@ def told(name: str, versus: Versus) -> str:
 
 
 def answers(comparison: Comparison | None) -> list[dict[str, Any]]:
-    """The answer by measure and budget: `help` is "yes", "no", "undecided" or "unknown"; `note` explains the picture."""
+    """The answer by measure and budget: `help` is "yes", "no", "undecided" or "unknown"; `note` is for the picture."""
     if comparison is None or not comparison.summary:
         return []
     budgets = list(dict.fromkeys(e.budget for e in comparison.summary if e.kind in SIZED)) or [None]
