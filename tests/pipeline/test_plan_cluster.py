@@ -193,6 +193,12 @@ def test_a_measured_run_gives_the_rates(model_folder, data, tmp_path):
         plan_cluster(made, Cluster("mine"), like=run, console=quiet())
 
 
+def test_gpus_for_text_methods_alone_are_refused(large, data, tmp_path):
+    made = recipe(large, data, tmp_path / "run", methods=["bm25"], evaluate={})
+    with pytest.raises(RecipeError, match="nothing in this recipe runs a model"):
+        plan_cluster(made, NODE, console=quiet())
+
+
 def test_what_breaks_first_is_said(large, data, tmp_path):
     made = wanted(large, data, tmp_path)
     plan = plan_cluster(made, replace(NODE, nodes=8, shared=False), rows=20_000_000, console=quiet())

@@ -165,7 +165,8 @@ class Planner:
         counts, size = self.counts, self.counts.recipe.batching.shard_rows
         reads = sum({stage: counts.reads(stage) for stage in stages}.values())
         network, waited = self.carried(reads, disk, counts.token_bytes * len(works))
-        seconds = sum(shard_seconds(w.rows, self.seconds(w), self.cluster.workers, size) for w in works)
+        workers, n = self.cluster.workers, counts.n  # of a pair both sides lie in one shard
+        seconds = sum(shard_seconds(min(w.rows, n), self.seconds(w), workers, size) for w in works)
         return Step(one.stage, "passes", "shards", seconds + waited, one.methods, one.rows, one.tokens, one.flops,
                     network, disk, one.kind)  # fmt: skip
 
@@ -253,8 +254,12 @@ def plan_cluster(
         that GPUs compute), `cost`, `network_bytes`, `disk_bytes`, `notes`.
 
     Raises:
-        RecipeError: a kind of GPU that isn't known, or a training over more of them than a node has.
+        RecipeError: a kind of GPU that isn't known, a training over more of them than a node has, or no use for any.
     """
+    if not any(needs_model(spec.name) for spec in recipe.methods) and not (
+        recipe.evaluate.pairs or recipe.evaluate.heldout or recipe.validation
+    ):
+        raise RecipeError("--gpus: nothing in this recipe runs a model; plan it for this machine, without --gpus")
     rates = measured_rates(Run(like).costs(), str(like)) if like else peak_rates(cluster, recipe.model.dtype)
     counts = Counts(recipe, rows, console)
     planner = Planner(counts, cluster, rates)
