@@ -1,10 +1,10 @@
 """What the stages of a run cost: `costs.jsonl`, with what killed sessions spent.
 
 A stage adds its entry when it ends. While it is under way its entry so far lies in `work/costs-open.json`, renewed at
-every committed shard and every few seconds. The next session finds what a killed one left there and adds it, marked
-`stopped`; an entry of the same stage after it is marked `resumed`. So the seconds of all entries of a stage are what
-was really spent on it, up to the few seconds before each kill, the work that was lost and done again included.
-`cpu_seconds`, the process's own processor time, say more on a machine that is shared or paused.
+every committed shard and every few seconds, with how far it is (`progress`). The next session finds what a killed one
+left there and adds it, marked `stopped`; an entry of the same stage after it is marked `resumed`. So the seconds of all
+entries of a stage are what was really spent on it, up to the few seconds before each kill, the work that was lost and
+done again included. `cpu_seconds`, the process's own processor time, say more on a machine that is shared or paused.
 
 A worker (another process, perhaps on another machine) leaves each entry as a file of its own in `work/costs/`, which
 the process that leads takes over. What a killed worker spent on an unfinished training is in no entry.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from keepset.memory import Count
+from keepset.progress import UNDER_WAY
 from keepset.runfolder import layout
 from keepset.runfolder.files import write_atomic
 
@@ -85,6 +86,10 @@ class Meter:
                 {**entry, **spent(start, cpu), "session": self.session, "stopped": True}
                 for start, cpu, entry in self.under_way
             ]
+            if entries and UNDER_WAY:
+                work = UNDER_WAY[-1]
+                entries[-1]["progress"] = {"what": work.what, "done": work.there + work.done, "total": work.total,
+                                           "unit": work.unit, "rate": work.rate}  # fmt: skip
             try:
                 if not entries:
                     self.open_path.unlink(missing_ok=True)
@@ -111,6 +116,7 @@ class Meter:
         logged = {(e.get("session"), e["stage"]) for e in self.entries()}
         for entry in left if isinstance(left, list) else []:
             if sound(entry) and (entry.get("session"), entry["stage"]) not in logged and not entry.pop("skip", False):
+                entry.pop("progress", None)
                 self.add(entry)
         self.open_path.unlink(missing_ok=True)
 
