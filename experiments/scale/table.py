@@ -1,9 +1,9 @@
 """Print the tables of README.md from `results/scale.json` and others' results, and draw the picture.
 
-`python experiments/scale/table.py` prints; `--plot` also writes docs/img/scale.png. Seconds are the processor's. What a
-process takes with 10 rows is `start`; every other share is what its entries in `costs.jsonl` take above that. Reading
-is all that is in no entry: reading and checking the file, ids, writing the scores. Of that, encoding is what a run of
-`encoding` takes more than one of `random`.
+`python experiments/scale/table.py` prints; `--write` also puts them into README.md and draws docs/img/scale.png.
+Seconds are the processor's. What a process takes with 10 rows is `start`; every other share is what its entries in
+`costs.jsonl` take above that. Reading is all that is in no entry: reading and checking the file, ids, writing the
+scores. Of that, encoding is what a run of `encoding` takes more than one of `random`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +126,7 @@ def print_real(real: dict[str, Any], sizes: list[str]) -> None:
     print(f"\n{real['tokens'] / rows:.0f} tokens a row.")
 
 
-def plot(results: Run, memory: list[Run], out: Path) -> None:
+def plot(runs: dict[str, dict[str, Run]], memory: list[Run], out: Path) -> None:
     """Processor seconds and memory against rows, both axes logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -130,9 +134,9 @@ def plot(results: Run, memory: list[Run], out: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    colours = {name: f"C{k}" for k, name in enumerate(results["runs"])}
+    colours = {name: f"C{k}" for k, name in enumerate(runs)}
     for axes, what, title in ((left, "cpu_seconds", "processor seconds"), (right, "peak_mib", "peak memory, MiB")):
-        for method, costs in results["runs"].items():
+        for method, costs in runs.items():
             sizes = sizes_of(costs)
             values = [costs[n][what] for n in sizes]
             axes.plot([int(n) for n in sizes], values, marker="o", ms=3, lw=1.2, color=colours[method], label=method)
@@ -145,22 +149,45 @@ def plot(results: Run, memory: list[Run], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
+def print_predicted(rows: list[dict[str, Any]]) -> None:
+    """What `predict.py` found."""
+    print("| | rates of | rows | reading and encoding | training | passes | all three |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = ["–" if v is None else f"{v:.2f}" for v in row["ratio"].values()]
+        print(f"| `{row['method']}` | {row['from']:,} | {row['to']:,} | " + " | ".join(cells) + " |")
+
+
+def printed(show: Callable[..., None], *facts: Any) -> str:
+    """What a function prints."""
+    with redirect_stdout(StringIO()) as text:
+        show(*facts)
+    return text.getvalue().strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", action="store_true", help="write docs/img/scale.png")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md, draw docs/img/scale.png")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "scale.json")
     args = parser.parse_args()
-    results = json.loads(args.results.read_text())
+    runs = json.loads(args.results.read_text())["runs"]
     memory = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())["runs"]
-    print_costs(results["runs"])
-    print()
-    print_shares(results["runs"])
-    print()
-    print_large(memory)
-    print()
-    print_real(json.loads(REAL.read_text()), sizes_of(results["runs"]["random"]))
-    if args.plot:
-        plot(results, memory, ROOT / "docs" / "img" / "scale.png")
+    tables = {
+        "costs": printed(print_costs, runs),
+        "shares": printed(print_shares, runs),
+        "large": printed(print_large, memory),
+        "real": printed(print_real, json.loads(REAL.read_text()), sizes_of(runs["random"])),
+        "predicted": printed(print_predicted, json.loads((HERE / "results" / "predicted.json").read_text())),
+    }
+    print(*tables.values(), sep="\n\n")
+    if args.write:
+        page = (HERE / "README.md").read_text(encoding="utf-8")
+        for name, table in tables.items():
+            page = re.sub(
+                rf"<!-- {name} -->\n.*?<!-- end -->", f"<!-- {name} -->\n{table}\n<!-- end -->", page, flags=re.S
+            )
+        (HERE / "README.md").write_text(page, encoding="utf-8")
+        plot(runs, memory, ROOT / "docs" / "img" / "scale.png")
 
 
 if __name__ == "__main__":
