@@ -41,6 +41,8 @@ CASES = [
     ("select.near_threshold", 0.7, {"select.dedup": "near"}),
     ("select.diversity", 0.5, {"select.policy": "facility_location"}),
     ("select.temperature", 0.5, {"select.policy": "sample"}),
+    ("select.knn_alpha", 0.7, {"select.policy": "knn_kde"}),
+    ("select.transport_reg", 0.1, {"select.policy": "transport"}),
 ]  # fmt: skip
 # key, value, and what makes it idle
 TOGETHER = [

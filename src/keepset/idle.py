@@ -93,6 +93,8 @@ def idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("near_threshold", "`dedup: near`", select.dedup == "near"),
         ("diversity", "`policy: mmr` or `facility_location`", select.policy in ("mmr", "facility_location")),
         ("temperature", "`policy: sample`", select.policy == "sample"),
+        ("knn_alpha", "`policy: knn_kde`", select.policy == "knn_kde"),
+        ("transport_reg", "`policy: transport`", select.policy == "transport"),
     ):
         yield from said("select", select, (name,), f"does nothing without {needs}; remove it", when=not there)
     yield from said("executor", recipe.executor, ("address", "workers"), "does nothing without `name: ray`; remove it",
