@@ -53,6 +53,7 @@ TOGETHER = [
     ("reference.path", "r", {"reference.folds": 2}),
     ("reference.full", True, {"reference.folds": 2}),
     ("reference.learning_rate", 0.1, {"reference.path": "r"}),
+    ("reference.fraction", 0.1, {"reference.path": "r"}),
     ("warmup.num_train_epochs", 2, {"warmup.path": "w"}),
     ("warmup.fraction", 0.5, {"warmup.path": "w"}),
     ("gradients.store_error", 0.1, {"gradients.store": "s", "gradients.store_dim": 64}),

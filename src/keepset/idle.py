@@ -79,8 +79,8 @@ def idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
                     when=reference.folds == 1)  # fmt: skip
     yield from said("reference", reference, ("path", "full"), "cross-fitting (`folds`) trains a LoRA a fold; remove it",
                     when=reference.folds >= 2)  # fmt: skip
-    yield from said("reference", reference, TRAINING, "with `path` no reference is trained; remove it, or the path",
-                    when=bool(reference.path))  # fmt: skip
+    yield from said("reference", reference, (*TRAINING, "fraction"), "with `path` no reference is trained; remove it, "
+                    "or the path", when=bool(reference.path))  # fmt: skip
     yield from said("warmup", warmup, (*TRAINING, "fraction", "min_rows", "seed"), "with `path` nothing is trained; "
                     "remove it, or the path", when=bool(warmup.path))  # fmt: skip
     yield from said("gradients", gradients, STORE, "does nothing without `store`; remove it",

@@ -161,10 +161,16 @@ class WarmupSpec(TrainSpec):
 
 
 class ReferenceSpec(TrainSpec):
-    """DavIR's reference model: the base fine-tuned on the whole pool, or an existing model."""
+    """DavIR's reference model: the base fine-tuned on the pool or on a share of it, or an existing model."""
 
+    fraction: float = Field(1, gt=0, le=1, description="share of the pool that it is trained on, drawn with `seed`")
     path: str | None = Field(None, description="an existing reference: adapter folder, model folder or hub name")
     folds: int = Field(0, ge=0, description="K >= 2: cross-fitted, each row scored by a model not trained on it")
+
+    def key(self) -> dict[str, Any]:
+        """As of every training; the share is left out where it is the whole."""
+        key = super().key()
+        return key if self.fraction < 1 else {name: value for name, value in key.items() if name != "fraction"}
 
 
 class GradientSpec(Strict):
