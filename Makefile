@@ -60,6 +60,10 @@ bench-gradients: .venv/.model  ## gradient scoring over the plain forward + back
 bench-losses: .venv/.gemma .venv/.model  ## loss scoring over two plain forward passes
 	$(BIN)/python benchmarks/losses.py
 
+DEVICE ?= cuda
+gpu-check: .venv/.model  ## on a CUDA machine: numbers against the CPU's, throughput, waits of the host, two workers (8 minutes)
+	$(BIN)/python benchmarks/gpu.py --device $(DEVICE)
+
 bench-text: .venv/.ready  ## BM25, DSIR and a million rows through the text methods
 	$(BIN)/python benchmarks/text.py
 
@@ -95,4 +99,4 @@ KILLS ?= 300
 soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times: the same bytes every time
 	$(BIN)/python tests/soak.py $(KILLS)
 
-.PHONY: help setup demo test test-other-cpu test-slow test-ray architectures lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak
+.PHONY: help setup demo test test-other-cpu test-slow test-ray architectures lint bench-gradients bench-losses gpu-check bench-text first-use docs tour fuzz soak
