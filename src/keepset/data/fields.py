@@ -83,7 +83,10 @@ def _weight(place: str, value: Any) -> bool:
         return True
     trained = flag(value)
     if trained is None:
-        raise RowProblem("fractional-weight", f"'{place}' is {str(value)[:40]}: only weights of 0 and 1 are followed")
+        raise RowProblem(
+            "fractional-weight", f"'{place}' is {str(value)[:40]}: only weights of 0 and 1 are followed; "
+            f"`keepset train sft --weight_column {place}` trains with others"
+        )  # fmt: skip
     if not trained:
         raise RowProblem("not-trained", f"'{place}' is {str(value)[:40]}: the row is not to be trained on")
     return True
