@@ -3,7 +3,7 @@
     python experiments/davir-fraction/run.py [recipe.yaml]
 
 Every scoring is a run folder of its own beside the recipe's; the base's losses are computed once and copied. A folder
-that is there is read. Writes `results/fraction.json` beside this file.
+that is there is read. Writes `results/fraction.json` beside this file, anew after each scoring.
 """
 
 from __future__ import annotations
@@ -32,17 +32,14 @@ def main() -> None:
     folder = Path(recipe.run_dir).parent
     whole = scored(recipe, folder / "whole-0", 1.0, 0)
     results: list[dict[str, Any]] = []
-    for fraction in (0.1, 0.25, 0.5):
-        for seed in (0, 1, 2):
-            results.append(
-                against(whole, scored(recipe, folder / f"{fraction:g}-{seed}", fraction, seed), fraction, seed)
-            )
-            print(results[-1], flush=True)
-    results.append(against(whole, scored(recipe, folder / "whole-1", 1.0, 1), 1.0, 1))  # what another seed changes
-    print(results[-1])
     (HERE / "results").mkdir(exist_ok=True)
-    text = json.dumps({"rows": len(whole["id"]), "top": TOP, "scorings": results}, indent=1)
-    (HERE / "results/fraction.json").write_text(text + "\n", encoding="utf-8")
+    others = [(0.1, 0), (0.1, 1), (0.1, 2), (0.25, 0), (1.0, 1), (0.5, 0), (0.25, 1), (0.5, 1), (0.25, 2), (0.5, 2)]
+    for fraction, seed in others:  # another seed of the whole says what the seed alone changes
+        name = f"{fraction:g}-{seed}" if fraction < 1 else f"whole-{seed}"
+        results.append(against(whole, scored(recipe, folder / name, fraction, seed), fraction, seed))
+        print(results[-1], flush=True)
+        text = json.dumps({"rows": len(whole["id"]), "top": TOP, "scorings": results}, indent=1)
+        (HERE / "results/fraction.json").write_text(text + "\n", encoding="utf-8")
 
 
 def scored(recipe: Recipe, run_dir: Path, fraction: float, seed: int) -> dict[str, Any]:
