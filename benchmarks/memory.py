@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ WORDS = 200_000
 
 
 def write_pool(path: Path, n: int) -> None:
-    """A file of n Alpaca rows, a prompt of 20 and an answer of 40 words on average, by Zipf's law."""
-    rng = np.random.default_rng(n)
+    """A file of n Alpaca rows, a prompt of 20 and an answer of 40 words on average, by Zipf's law.
+
+    Beyond a million rows these come again, each time with a further word of their own in front.
+    """
+    first = min(n, 1_000_000)
+    rng = np.random.default_rng(first)
     with path.open("w", encoding="utf-8") as out:
-        for start in range(0, n, 10_000):
-            lengths = rng.integers(10, 111, min(10_000, n - start))
+        for start in range(0, first, 10_000):
+            lengths = rng.integers(10, 111, min(10_000, first - start))
             words = rng.zipf(1.3, lengths.sum()) % WORDS
             for k, part in enumerate(np.split(words, np.cumsum(lengths)[:-1])):
                 text = [f"w{w}" for w in part]
@@ -39,6 +44,11 @@ def write_pool(path: Path, n: int) -> None:
                 row = {"instruction": f"{start + k} " + " ".join(text[:third]), "input": "",
                        "output": " ".join(text[third:])}  # fmt: skip
                 out.write(json.dumps(row) + "\n")
+    with path.open("a", encoding="utf-8") as out:
+        for copy in range(1, -(-n // first)):
+            with path.open(encoding="utf-8") as rows:
+                for line in islice(rows, min(first, n - copy * first)):
+                    out.write(line.replace('"instruction": "', f'"instruction": "copy{copy} ', 1))
 
 
 def peak_of(*command: str) -> tuple[float, float, float]:

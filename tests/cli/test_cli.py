@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import save_tiny
+from tiny_recipe import write_lines
+
 ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer number {i} of many"} for i in range(20)]
 PAIRS = [{"task": "t", "prompt": f"question {i}", "chosen": "a good answer", "rejected": "a bad one"} for i in range(3)]
 
@@ -111,6 +114,30 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Score every row of a pool" in done.stdout
+
+
+def test_nothing_of_ray_is_imported_without_the_executor(tmp_path):
+    """Only its own module names it, inside a function; a whole `score` on a model leaves it out."""
+    import keepset
+
+    source = Path(keepset.__file__).parent
+    names = [p.relative_to(source).as_posix() for p in source.rglob("*.py")
+             if re.search(r"^\s*(import|from) ray\b", p.read_text(), re.M)]  # fmt: skip
+    assert names == ["runfolder/execute_ray.py"]
+    save_tiny(tmp_path / "model", max_position_embeddings=512)
+    pool = write_lines(tmp_path / "pool.jsonl", [{"instruction": f"q{i}", "output": "a b"} for i in range(4)])
+    code = (
+        "import sys, keepset; assert 'ray' not in sys.modules\n"
+        f"sys.argv = ['keepset', 'score', 'loss', '--pool', {pool!r}, '--run_dir', {str(tmp_path / 'run')!r},"
+        f" '--model_name_or_path', {str(tmp_path / 'model')!r}]\n"
+        "from keepset.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' in sys.modules and not {m for m in sys.modules if m.partition('.')[0] == 'ray'}\n"
+        "assert 'keepset.runfolder.execute_ray' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "run/scores/loss.parquet").exists(), done.stderr
 
 
 def test_import_keepset_needs_no_torch_and_offers_its_names():

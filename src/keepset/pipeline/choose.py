@@ -60,11 +60,6 @@ class Subset:
         return job.ids[self.indices]
 
 
-def subset_name(label: str, budget: int | str, n_budgets: int) -> str:
-    """`davir`, or `davir@10%` where the recipe has several budgets."""
-    return label if n_budgets == 1 else f"{label}@{'-'.join(str(budget).split())}"
-
-
 def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", overrides: Path | None = None) -> Subset:
     """Select rows by the stored scores of `label` and write the subset's files.
 
@@ -81,7 +76,7 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
     if overrides is not None:
         table = apply_overrides(table, overrides)
     indices = select_rows(job, table, budget, job.recipe.select)
-    name = subset_name(label, budget, len(job.recipe.budget))
+    name = layout.chosen(label, budget, len(job.recipe.budget))
     edge = None if noisy is None else edge_of(job, noisy, table, indices)
     del table
     pa.default_memory_pool().release_unused()
@@ -280,7 +275,7 @@ def finish(job: Job, subset: Subset) -> Subset:
 def mark_selected(job: Job, subset: Subset) -> None:
     """Set the `selected` column of the label's scores, for the first budget only."""
     name = layout.scores(subset.label)
-    first = subset_name(subset.label, job.recipe.budget[0], len(job.recipe.budget))
+    first = layout.chosen(subset.label, job.recipe.budget[0], len(job.recipe.budget))
     if subset.name != first or not (job.run.path / name).exists():
         return
     ids = subset.ids(job).arrow()

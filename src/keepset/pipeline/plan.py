@@ -33,6 +33,8 @@ from keepset.pipeline.power import print_power, what_can_be_seen
 from keepset.pipeline.price import Final, final_work, selection_work
 from keepset.pipeline.score import text_features
 from keepset.recipe import MethodSpec, Recipe
+from keepset.runfolder import layout
+from keepset.runfolder.files import json_text, write_atomic
 from keepset.stages.job import Job
 from keepset.stages.stage import Work
 
@@ -155,10 +157,11 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     total = sum(step.seconds for step in steps)
     work = sum(step.flops for step in steps)
     gigaflops = {k: round(getattr(rates, k) / 1e9, 1) for k in ("forward", "backward", "train") if rates is not None}
+    facts = {"total_seconds": round(total, 1), "total_flops": work}
+    write_atomic(job.run.path / layout.PLAN, json_text(facts).encode())  # what `keepset status` holds the price against
     return {
+        **facts,
         "steps": [asdict(step) for step in steps],
-        "total_seconds": round(total, 1),
-        "total_flops": work,
         "rates_gflops": gigaflops,
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "disk_mib": round(disk_bytes(job, steps) / 2**20, 1),

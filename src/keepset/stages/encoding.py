@@ -279,8 +279,8 @@ def tokens_of(job: Job) -> Tokens:
         task = Task(encode_shards, own, digest(shards.stages)[:16])
         OPEN[own] = pool, encoder, shards
         try:
-            with job.tracked("tokens", len(pool)) as advance:
-                advance(len(pool) - sum(len(shards.parts[number]) for number in numbers))
+            there = len(pool) - sum(len(shards.parts[number]) for number in numbers)
+            with job.tracked("tokens", len(pool), there=there) as advance:
                 who = Here() if folder is not None else executor_of(job)
                 who.run(
                     task, numbers, is_there=lambda number: not shards.missing(number),

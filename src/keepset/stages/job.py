@@ -322,6 +322,6 @@ class Job:
         """What every feature's key holds: model, template and data."""
         return {"model": self.fingerprint, "encoder": self.encoder.fingerprint, "pool": self.pool.fingerprint()}
 
-    def tracked(self, what: str, total: int, unit: str = "rows") -> Any:
-        """A progress bar on this job's console."""
-        return track(self.console, what, total, unit)
+    def tracked(self, what: str, total: int, unit: str = "rows", there: int = 0) -> Any:
+        """A progress bar on this job's console; `there` of the units are done already."""
+        return track(self.console, what, total, unit, there)

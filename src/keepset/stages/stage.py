@@ -213,8 +213,8 @@ def complete(job: Job, stages: Sequence[Sweep]) -> Shards:
     opened = own.opened(job, used, shards) if who.here else nullcontext()
     with opened, job.run.timed(title, ids=ids) as entry:
         entry.update(tokens=0, flops=0.0, rows=0, skip=job.worker)  # whoever leads counts
-        with job.tracked(title, len(rows.ids)) as advance:
-            advance(len(rows.ids) - sum(len(shards.parts[n]) for n in numbers))
+        there = len(rows.ids) - sum(len(shards.parts[n]) for n in numbers)
+        with job.tracked(title, len(rows.ids), there=there) as advance:
 
             def committed(number: int) -> None:
                 part = take(rows.tokens, shards.parts[number])

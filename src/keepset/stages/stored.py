@@ -112,8 +112,7 @@ def filled(
     lacking = pick(rows, np.array([i for _, places in store.missing(pool, chunk) for i in places], dtype=np.int64))
     kept = len(rows) - len(lacking)
     job.say(f"store {store.path}: {kept} rows kept, {len(lacking)} to add")
-    with spending(job, what, lacking, ids), job.tracked(what, len(rows)) as advance:
-        advance(kept)
+    with spending(job, what, lacking, ids), job.tracked(what, len(rows), there=kept) as advance:
         return build_store(
             store, model, rows, pool, adam=adam, token_budget=job.recipe.batching.token_budget, chunk=chunk,
             progress=advance, last_layers=job.recipe.gradients.last_layers,
