@@ -169,6 +169,23 @@ def test_text_methods_score_and_select_in_the_core(core, files, method):
     done = core("export", method, files / "out.csv", "--run_dir", run)
     assert done.returncode == 0, done.stderr
     assert (files / "out.csv").read_text().startswith("instruction,input,output\n")
+    done = core("export", method, files / "weighted.jsonl", "--run_dir", run, "--weight", "rank")
+    assert done.returncode == 0, done.stderr
+    weighted = [json.loads(line) for line in (files / "weighted.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "weight"} for row in weighted] == [json.loads(c) for c in chosen]
+    assert sum(row["weight"] for row in weighted) == pytest.approx(5)
+    assert [row["weight"] for row in weighted] == sorted((row["weight"] for row in weighted), reverse=True)
+    for words, told in (
+        (["full", "--weight", "rank"], "add --weight_by LABEL"),
+        ([method, "--weight", "cubic"], "one of softmax, rank"),
+        ([method, "--weight_by", method], "does nothing without --weight"),
+        ([method, "--weight", "softmax", "--temperature", "0"], "must be above 0"),
+    ):
+        done = core("export", words[0], files / "no.jsonl", "--run_dir", run, *words[1:])
+        assert done.returncode == 2 and told in done.stderr and not (files / "no.jsonl").exists()
+    done = core("export", "full", files / "all.jsonl", "--run_dir", run, "--weight", "softmax", "--weight_by", method)
+    assert done.returncode == 0, done.stderr
+    assert sum(json.loads(t)["weight"] for t in (files / "all.jsonl").read_text().splitlines()) == pytest.approx(20)
 
 
 def test_inspect_explain_and_report_work_in_the_core(core, files):

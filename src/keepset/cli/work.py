@@ -200,7 +200,7 @@ def select(
     ] = None,
     overrides: Annotated[Path | None, typer.Option("--overrides", help="keep / drop marks from the report")] = None,
     policy: Annotated[
-        str | None, typer.Option("--policy", help="top_k round_robin mmr facility_location sample")
+        str | None, typer.Option("--policy", help="top_k round_robin knn_kde transport mmr facility_location sample")
     ] = None,
     quota: Annotated[str | None, typer.Option("--quota", help="none proportional equal floor")] = None,
     quota_by: Annotated[str | None, typer.Option("--quota_by", "--quota-by", help="source or category")] = None,
