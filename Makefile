@@ -38,11 +38,7 @@ test-other-cpu: .venv/.ready  ## the default test suite with the kernels of a pr
 test-slow: .venv/.ready  ## the long tests too, with the real models
 	$(BIN)/python -m pytest -m "slow or real_model"
 
-.venv/.ray: .venv/.ready
-	$(PIP) -e '.[ray]'
-	@touch $@
-
-test-ray: .venv/.ray  ## tests on real Ray, two processes of this machine (2 minutes)
+test-ray: .venv/.ready  ## all tests on real Ray, up to three nodes of this machine (3 minutes)
 	$(BIN)/python -m pytest -m ray
 
 architectures: .venv/.ready  ## every causal architecture of transformers: equal to 1e-4, or refused (3 minutes)
@@ -106,7 +102,9 @@ fuzz: .venv/.fuzz  ## five fuzz targets, 60 s each: data files, dialects, recipe
 			-artifact_prefix=.venv/ || exit 1; done
 
 KILLS ?= 300
-soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times: the same bytes every time
+CREW_KILLS ?= 30
+soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times, and 30 times on Ray and by workers: the same bytes
 	$(BIN)/python tests/soak.py $(KILLS)
+	$(BIN)/python tests/soak_crew.py $(CREW_KILLS)
 
 .PHONY: help setup demo wheel wheel-train test test-other-cpu test-slow test-ray architectures lint bench-gradients bench-losses gpu-check bench-text first-use docs tour fuzz soak

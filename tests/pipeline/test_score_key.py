@@ -23,7 +23,7 @@ from tiny_recipe import quiet, recipe
 TEXT = {"random", "length", "bm25", "dsir"}
 STATES = {"rds", "rds+", "knn-shapley"}
 BASE = {"perplexity", "loss", "ifd", "el2n"}
-REFERENCE = {"davir", "davir-ref", "rho-sum", "rho-mean", "loss-ref"}
+REFERENCE = {"davir", "davir-ref", "rho-sum", "rho-mean", "instructdiff", "loss-ref"}
 LAST = {"influence", "datainf", "ekfac", "gist"}  # of the warm-up's checkpoints the last one alone
 GRADIENTS = {"rose", "less", "tracin", "grad-cosine", "grad-norm", *LAST}
 WARM = {"forgetting", "in-run-shapley", *GRADIENTS}
@@ -76,6 +76,7 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
     "gradients.max_completion_tokens": [(3, GRADIENTS)],
     "reference.path": [],  # see below
     "reference.folds": [(2, REFERENCE)],
+    "reference.fraction": [(0.5, REFERENCE)],
     "warmup.path": [],  # see below
     "warmup.fraction": [(0.5, WARM)],
     "warmup.min_rows": [(11, WARM)],

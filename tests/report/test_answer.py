@@ -68,7 +68,7 @@ def test_a_choice_that_is_told_apart_helped() -> None:
 
 def test_an_interval_off_zero_is_not_told_apart_if_holm_does_not_say_so() -> None:
     made = comparison(entry("rose", "method", 0.71, (0.21, 0.12, 0.30, 0.06)), RANDOM, seen=0.25)
-    assert answers(made)[0]["help"] == "open"
+    assert answers(made)[0]["help"] == "undecided"
     assert said(made).startswith("Not that these 60 pairs can show: after training on rose's 24 rows,")
     assert said(made).endswith(" In four of five cases they would show a difference of 0.25 nats a token.")
 
@@ -126,7 +126,7 @@ def test_every_budget_has_its_answer_and_holm_counts_all() -> None:
         entry("base", "base", 0.4),
     )  # fmt: skip
     found = answers(made)
-    assert [(a["budget"], a["help"]) for a in found] == [("5%", "open"), ("20%", "yes")]
+    assert [(a["budget"], a["help"]) for a in found] == [("5%", "undecided"), ("20%", "yes")]
     assert "rose's 8 rows" in found[0]["sentence"] and "correcting for 2 comparisons" in found[0]["note"]
     assert [(b["label"], b["budget"], b["control"]) for b in bars(made)] == [
         ("rose", "5%", False), ("random", "5%", True), ("rose", "20%", False), ("random", "20%", True),

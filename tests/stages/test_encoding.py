@@ -156,3 +156,19 @@ def test_few_files_are_open_at_a_time(model_folder, data, tmp_path, monkeypatch)
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/fd")) <= open_before + 2
     assert sum(len(row.input_ids) for row in rows) == count_tokens(job.rows)[0]
+
+
+def test_a_worker_reads_the_pool_once_however_often_it_is_handed_a_shard(model_folder, data, tmp_path, monkeypatch):
+    job = Job(made(tmp_path, model_folder, data), console=quiet())
+    with job.run.lock():
+        job.n_tokens()
+    before, reads = shard_bytes(job), []
+    for file in (job.run.path / "work" / encoding.NAME).rglob("*.safetensors"):
+        file.unlink()
+    read = encoding.load_pool
+    monkeypatch.setattr(encoding, "load_pool", lambda *a, **k: reads.append(1) or read(*a, **k))
+    monkeypatch.setattr(encoding, "OPEN", {})
+    own = encoding.Encoding(encoding.canonical(job.recipe.model_dump(mode="json")))
+    for number in range(len(before)):
+        encoding.encode_shards(own, [number])
+    assert len(before) > 2 and len(reads) == 1 and shard_bytes(job) == before

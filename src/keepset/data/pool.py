@@ -7,6 +7,7 @@ row.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import mmap
 from collections import Counter
@@ -40,6 +41,7 @@ from keepset.data.loading import (
     incoming,
     refuse,
     refuse_empty,
+    row_weight,
     source_names,
 )
 from keepset.data.reasons import FileRefused, Quarantined, RowProblem
@@ -141,6 +143,10 @@ class Pool:
         """Return one row's messages."""
         messages: list[Message] = marked(self.table["messages"][int(index)].as_py())
         return messages
+
+    def weights(self, column: str) -> np.ndarray:
+        """Return what `load_pool(weight_column=column)` checked (n,): how much each row counts in the loss."""
+        return np.array([row_weight(json.loads(t), column) for b in self.batches(["raw"]) for t in b[0].to_pylist()])
 
     def all_messages(self) -> Iterator[list[Message]]:
         """Yield every row's messages in order; much faster than `messages(i)` in a loop, a batch held at a time."""
@@ -244,7 +250,10 @@ class _Chunks:
         return Pool(table, ids, (), duplicates, (), tuple(m for m in (mapped, also_mapped) if m is not None))
 
 
-def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False, folder: Path | None = None) -> Pool:
+def load_pool(
+    specs: Specs, *, strict: bool = False, allow_empty: bool = False, folder: Path | None = None,
+    weight_column: str | None = None,
+) -> Pool:  # fmt: skip
     """Read a pool.
 
     Args:
@@ -252,6 +261,7 @@ def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False, 
             with `pairs: true` its rejected side is kept as well and the id is of both.
         strict: stop at the first bad row instead of quarantining it.
         allow_empty: return a pool without rows rather than raising when every row was quarantined.
+        weight_column: a column of numbers, which `Pool.weights` gives; no rule on fields looks at it.
         folder: where a pool too large for memory waits, in a file without a name; default: the temporary folder.
 
     Returns:
@@ -259,7 +269,8 @@ def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False, 
 
     Raises:
         FileRefused: (a DataError) a file that can't be used as a whole, a bad row under `strict`, or no usable row.
-        DataError: an unknown `format`, a `category_column` that is in no row, or pools with and without `pairs`.
+        DataError: an unknown `format`, a `category_column` or `weight_column` that is in no row, or pools with and
+            without `pairs`.
     """
     specs = as_specs(specs)
     if len({spec.pairs for spec in specs}) > 1:
@@ -276,9 +287,11 @@ def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False, 
             if arriving.info.dialect == "unknown":
                 _all_bad(arriving.rows, quarantine, strict)
                 continue
-            _read_file(arriving.info, arriving.rows, source, spec.category_column, strict, chunks, quarantine)
-        if spec.category_column and columns:
-            check_column_seen(spec, spec.category_column, "category_column", columns)
+            named = Named(source, spec.category_column, weight_column)
+            _read_file(arriving.info, arriving.rows, named, strict, chunks, quarantine)
+        for option, column in (("category_column", spec.category_column), ("weight_column", weight_column)):
+            if column and columns:
+                check_column_seen(spec, column, option, columns)
     pool = replace(chunks.pool(), quarantine=tuple(quarantine), files=tuple(files))
     if not len(pool) and not allow_empty:
         refuse_empty(quarantine, specs)
@@ -308,11 +321,19 @@ def sides_of(dialect: str) -> Callable[[dict[str, Any]], tuple[list[Turn], list[
     return sides
 
 
+@dataclass(frozen=True)
+class Named:
+    """What a section says of its rows: their source, and the columns of category and weight."""
+
+    source: str
+    category_column: str | None
+    weight_column: str | None
+
+
 def _read_file(
     info: FileInfo,
     rows: Iterator[Any],
-    source: str,
-    category_column: str | None,
+    named: Named,
     strict: bool,
     chunks: _Chunks,
     quarantine: list[Quarantined],
@@ -326,8 +347,13 @@ def _read_file(
             quarantine.append(item)
             continue
         line, text, row = item
+        category_column, weight_column = named.category_column, named.weight_column
         try:
-            content = convert(row)
+            if weight_column:
+                row_weight(row, weight_column)
+                content = convert({name: value for name, value in row.items() if name != weight_column})
+            else:
+                content = convert(row)
             if isinstance(content, tuple):
                 prompt, chosen, rejected = content
                 turns, digest = prompt + chosen, pair_digest(prompt, chosen, rejected)
@@ -343,7 +369,7 @@ def _read_file(
             chunks.rejected.append(rejected)
         chunks.raw.append(text)
         chunks.lines.append(line)
-        chunks.sources.append(source)
+        chunks.sources.append(named.source)
         chunks.categories.append(cell_text(row.get(category_column)) if category_column else None)
         chunks.files.append(file)
         chunks.chars += len(text)

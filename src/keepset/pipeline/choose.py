@@ -24,7 +24,7 @@ from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
 from keepset.runfolder.records import Kind, StoredEdge, StoredSubset, read_json
 from keepset.selection.edge import COARSE_NOISE, Stability, stability
-from keepset.selection.select import select
+from keepset.selection.select import BY_COLUMNS, BY_TEXTS, select
 
 if TYPE_CHECKING:
     from keepset.runfolder.run import Run
@@ -99,7 +99,7 @@ def looked_at(spec: SelectSpec, source: str | None = None) -> Callable[[str], bo
     names = {"id", "score"} | ({"source"} if source is not None else set())
     if spec.quota != "none":
         names.add("source" if spec.quota_by == "source" else "category")
-    return lambda name: name in names or (spec.policy == "round_robin" and name.startswith("task."))
+    return lambda name: name in names or (spec.policy in BY_COLUMNS and name.startswith("task."))
 
 
 def edge_of(job: Job, spec: MethodSpec, table: pa.Table, indices: np.ndarray) -> Stability | None:
@@ -164,7 +164,7 @@ def select_rows(
     n_tokens = job.n_tokens()[keep]
     parsed = parse_budget(budget, len(keep), int(n_tokens.sum()))
     groups = None if spec.quota == "none" else ["" if g is None else g for g in scored[grouped].to_pylist()]
-    wants_text = spec.dedup != "none" or spec.policy in ("mmr", "facility_location")
+    wants_text = spec.dedup != "none" or spec.policy in BY_TEXTS
     texts = job.texts() if wants_text else None
     chosen = select(
         scored["score"].to_numpy(),

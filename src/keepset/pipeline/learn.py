@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as save_arrays
 
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
@@ -31,7 +32,7 @@ from keepset.pipeline.metrics import BY_TASK, HELD_OUT
 from keepset.recipe import TrainSpec
 from keepset.row_ids import id_order
 from keepset.runfolder import layout
-from keepset.runfolder.files import digest, file_digest
+from keepset.runfolder.files import digest, file_digest, write_atomic
 from keepset.runfolder.records import Items, Point, read_json
 from keepset.stages.encoded import encode_pairs, encode_pool
 from keepset.stages.stage import VERSION
@@ -205,7 +206,7 @@ def evaluate_final(
     def work(path: Path) -> dict[str, Any]:
         with job.run.timed(f"evaluate {name if seed is None else layout.seeded(name, seed)}"):
             items, gsm8k = measure(job, learner, weights)
-        save_file(items.to_arrays(), str(path / layout.ITEMS))
+        write_atomic(path / layout.ITEMS, save_arrays(items.to_arrays()))
         summary = summarise(job, learner, items, base)
         if gsm8k is not None and items.gsm8k is not None:  # the answers' texts apart: they are most of the bytes
             answers = zip(items.gsm8k, gsm8k.pop("answers"), strict=True)

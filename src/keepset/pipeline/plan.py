@@ -28,6 +28,7 @@ from keepset.lazy import take
 from keepset.methods.table import method_of, needs_model
 from keepset.model.flops import count_tokens, flops
 from keepset.pipeline.bank import Bank
+from keepset.pipeline.cluster import Rates
 from keepset.pipeline.learn import Learner
 from keepset.pipeline.power import print_power, what_can_be_seen
 from keepset.pipeline.price import Final, final_work, selection_work
@@ -58,16 +59,6 @@ class Step:
     seconds: float
     kind: str = ""
     need: str = ""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Operations a second of this machine on this pool's rows, and what a training costs before its first step."""
-
-    forward: float
-    backward: float
-    train: float
-    train_seconds: float
 
 
 def clock(work: Callable[[], Any]) -> float:
@@ -181,12 +172,12 @@ def plan_validation(job: Job) -> list[Step]:
     return [priced(work, rates) for work in works]
 
 
-def text_step(job: Job, spec: MethodSpec) -> Step:
-    """A text method, timed on some of the rows and scaled to all."""
+def text_step(job: Job, spec: MethodSpec, timer: Callable[[Callable[[], Any]], float] = clock) -> Step:
+    """A text method, timed by `timer` on some of the rows and scaled to all."""
     n = len(job.ids)
     method, n_timed = method_of(spec), min(n, TEXT_ROWS)
     method.score(text_features(job, np.arange(min(n, 20))))  # imports
-    seconds = clock(lambda: method.score(text_features(job, np.arange(n_timed))))
+    seconds = timer(lambda: method.score(text_features(job, np.arange(n_timed))))
     return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, n_timed))
 
 
@@ -208,8 +199,7 @@ def comparing(job: Job, final: Final, pairs: int) -> float:
 
 def priced(work: Work, rates: Rates) -> Step:
     """A stage with its seconds here; every training starts a trainer with its own copy of the model."""
-    rate = {"forward": rates.forward, "backward": rates.backward, "train": rates.train}[work.kind]
-    seconds = work.flops / rate + (rates.train_seconds * work.trainings if work.kind == "train" else 0.0)
+    seconds = work.flops / rates.of(work.kind) + (rates.train_seconds * work.trainings if work.kind == "train" else 0.0)
     return Step(work.stage, work.methods, work.rows, work.tokens, work.flops, seconds, work.kind, work.need)
 
 

@@ -20,7 +20,7 @@ from keepset.runfolder import layout
 from keepset.runfolder.records import Cost, SelectionCost, StageCost
 from keepset.stages.losses import Losses, forward
 from keepset.stages.rows import rows_outside
-from keepset.stages.stage import Work, closure
+from keepset.stages.stage import Stage, Work, closure
 from keepset.stages.trained import training
 
 if TYPE_CHECKING:
@@ -30,15 +30,29 @@ if TYPE_CHECKING:
     from keepset.stages.job import Job
 
 
-def selection_work(job: Job, methods: Sequence[MethodSpec]) -> list[Work]:
-    """The model stages that `methods` need together, each counted once. Methods without a model need none."""
-    users: dict[Work, list[str]] = {}
+@dataclass(frozen=True)
+class Users:
+    """Whose a work is: the labels of methods, and the stages that it is the price of."""
+
+    labels: dict[str, None]
+    stages: dict[Stage, None]
+
+
+def users_of(job: Job, methods: Sequence[MethodSpec]) -> dict[Work, Users]:
+    """The model stages' works that `methods` need, each once, with its users."""
+    users: dict[Work, Users] = {}
     for spec in methods:
         for stage in closure(job, stages_of(job, spec).values()):
             for work in stage.works(job):
-                labels = users.setdefault(work, [])
-                if spec.label not in labels:
-                    labels.append(spec.label)
+                of = users.setdefault(work, Users({}, {}))
+                of.labels[spec.label] = None
+                of.stages[stage] = None
+    return users
+
+
+def selection_work(job: Job, methods: Sequence[MethodSpec]) -> list[Work]:
+    """The model stages that `methods` need together, each counted once. Methods without a model need none."""
+    users = {work: list(of.labels) for work, of in users_of(job, methods).items()}
     named: dict[str, list[Work]] = {}
     for work in users:
         named.setdefault(work.stage, []).append(work)

@@ -120,7 +120,7 @@ def versus_of(name: str, versus: Versus | None) -> dict[str, Any] | None:
 
 
 def answers(comparison: Comparison | None) -> list[dict[str, Any]]:
-    """The answer by measure and budget: `help` is "yes", "no", "open" or "unknown"; `note` explains the picture."""
+    """The answer by measure and budget: `help` is "yes", "no", "undecided" or "unknown"; `note` is for the picture."""
     if comparison is None or not comparison.summary:
         return []
     budgets = list(dict.fromkeys(e.budget for e in comparison.summary if e.kind in SIZED)) or [None]
@@ -171,7 +171,7 @@ def answer(comparison: Comparison, name: str, budget: str | None) -> dict[str, s
         seen = f" In four of five cases they would show a difference of {size}."
     elif power is not None:
         seen = " They are too few to show any difference."
-    return {"help": "open", "sentence": f"Not that {items} can show: {said}.{seen}{others(tested, first, name)}"}
+    return {"help": "undecided", "sentence": f"Not that {items} can show: {said}.{seen}{others(tested, first, name)}"}
 
 
 def sign_of(name: str) -> int:

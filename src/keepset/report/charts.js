@@ -115,14 +115,16 @@ function answerChart(width, bars, metric) {
     return { ...b, m, low, high, told: v ? v.told : "", words: v && random ? v.told || "not told apart" : "" };
   });
   const widest = Math.max(...rows.map((r) => (r.high - r.low) / 2 || 0)), digits = widest > 0 ? Math.min(6, Math.max(0, Math.ceil(-Math.log10(widest / 3)))) : 3;
-  const signed = (value) => (value > 0 ? "+" : "") + fixed(value, digits), left = narrow ? 8 : Math.min(200, 40 + 7.4 * Math.max(...rows.map((r) => name(r).length)));
-  const right = width - (narrow ? 10 : 330), step = narrow ? 50 : 32, gap = rows.some((r) => r.control) && rows.some((r) => !r.control) ? 14 : 0, top = 30, height = top + rows.length * step + gap + 44;
+  const signed = (value) => (value > 0 ? "+" : "") + fixed(value, digits), mean = (r) => fixed(r.m.value, digits);
+  const figures = (r) => (r.m.versus && random ? `${signed(r.m.versus.difference)}  (${signed(r.m.versus.low)} to ${signed(r.m.versus.high)})` : isNumber(r.low) ? `${mean(r)}  (${fixed(r.low, digits)} to ${fixed(r.high, digits)})` : "mean " + mean(r));
+  const left = narrow ? 8 : Math.min(200, 40 + 7.4 * Math.max(...rows.map((r) => name(r).length))), room = 7.6 * Math.max(...rows.map((r) => figures(r).length));
+  const right = width - (narrow ? 10 : room + (random ? 140 : 24)), step = narrow ? 50 : 32, gap = rows.some((r) => r.control) && rows.some((r) => !r.control) ? 14 : 0, top = 30, height = top + rows.length * step + gap + 44;
   const numbers = rows.flatMap((r) => [r.low, r.high, r.m.value, ...r.m.seeds]).concat(isNumber(spread) ? [middle - spread, middle + spread] : []).filter(isNumber);
   let low = Math.min(...numbers), high = Math.max(...numbers);
   const pad = (high - low || Math.abs(high) || 1) * 0.06;
   low -= pad; high += pad;
   const x = scale(low, high, left, right), bottom = height - 40, better = lowerIsBetter(metric) ? "← better" : "better →";
-  const said = (r) => `${name(r)} ${fixed(r.m.value, digits)}` + (r.m.versus ? `, ${signed(r.m.versus.difference)} to random (${signed(r.m.versus.low)} to ${signed(r.m.versus.high)}), ${r.words || "not told apart"}` : isNumber(r.low) ? ` (${fixed(r.low, digits)} to ${fixed(r.high, digits)})` : "");
+  const said = (r) => `${name(r)} ${mean(r)}` + (r.m.versus ? `, ${signed(r.m.versus.difference)} to random (${signed(r.m.versus.low)} to ${signed(r.m.versus.high)}), ${r.words || "not told apart"}` : isNumber(r.low) ? ` (${fixed(r.low, digits)} to ${fixed(r.high, digits)})` : "");
   const svg = frame(width, height, `${words(metric)}: ` + rows.map(said).join("; "),
     isNumber(spread) && s("rect", { x: x(middle - spread), width: Math.max(2, x(middle + spread) - x(middle - spread)), y: top - 8, height: bottom - top + 8, class: "band" }),
     s("g", { class: "axes", "aria-hidden": "true" }, ticks(low, high, (right - left) / 90).map((t) => [
@@ -132,12 +134,11 @@ function answerChart(width, bars, metric) {
   if (random) { const flip = x(middle) > (left + right) / 2; svg.append(s("line", { x1: x(middle), x2: x(middle), y1: top - 14, y2: bottom, class: "cut" }), s("text", { x: x(middle) + (flip ? -5 : 5), y: top - 14, class: "cut-name", "text-anchor": flip ? "end" : "start" }, "random rows")); }
   rows.forEach((r, i) => {
     const y = top + i * step + step / 2 + (r.control ? gap : 0) + (narrow ? 10 : 0), kind = r.control ? "rest" : "kept", v = random ? r.m.versus : null;
-    const mean = fixed(r.m.value, digits), numbers = v ? `${signed(v.difference)}  (${signed(v.low)} to ${signed(v.high)})` : isNumber(r.low) ? `${mean}  (${fixed(r.low, digits)} to ${fixed(r.high, digits)})` : "mean " + mean;
     svg.append(s("g", {},
       gap && r.control && (i === 0 || !rows[i - 1].control) && s("line", { x1: 0, x2: width, y1: y - step / 2 - gap / 2 - (narrow ? 10 : 0), y2: y - step / 2 - gap / 2 - (narrow ? 10 : 0), class: "grid" }),
       s("text", narrow ? { x: left, y: y - 12, class: "row-name " + kind } : { x: left - 14, y: y + 5, "text-anchor": "end", class: "row-name " + kind }, name(r)),
       !narrow && r.words && s("text", { x: right + 18, y: y + 5, class: "row-told " + (r.told || "same") }, r.words),
-      s("text", { x: narrow ? right : width, y: narrow ? y - 12 : y + 5, "text-anchor": "end", class: "row-value" }, narrow && r.told && s("tspan", { class: "row-told " + r.told }, r.told + "  "), numbers),
+      s("text", { x: narrow ? right : width, y: narrow ? y - 12 : y + 5, "text-anchor": "end", class: "row-value" }, narrow && r.told && s("tspan", { class: "row-told " + r.told }, r.told + "  "), figures(r)),
       isNumber(r.low) && isNumber(r.high) && s("line", { x1: x(r.low), x2: x(r.high), y1: y, y2: y, class: "whisker " + kind }),
       r.m.seeds.length > 1 && r.m.seeds.map((v) => s("circle", { cx: x(v), cy: y, r: 3, class: "seed " + kind })),
       s("circle", { cx: x(r.m.value), cy: y, r: 6, class: `point ${kind}${v && !r.told ? " hollow" : ""}` })));

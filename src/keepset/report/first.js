@@ -72,7 +72,7 @@ function comparisonTable(metrics) {
 function rowCard(i, label) {
   const method = ROWS.methods[label], messages = ROWS.messages[i], last = messages.length - 1, line = (text, room) => { const t = text.replace(/\s+/g, " ").trim(); return visible(t.length > room ? t.slice(0, room - 1) + "…" : t); };
   const facts = [isNumber(method.rank[i]) && "rank " + whole(method.rank[i]), "score " + short(method.score[i]), ROWS.categories.length > 1 && categoryOf(i)].filter(Boolean).join(" · ");
-  return h("li", {}, h("button", { class: "card", onclick: () => openDrawer(i), "aria-label": "Open row: " + visible(snippet(i, 60)) },
+  return h("li", {}, h("button", { class: "card", onclick: () => { current = label; openDrawer(i); }, "aria-label": "Open row: " + visible(snippet(i, 60)) },
     h("span", { class: "ask" }, h("bdi", {}, last > 0 ? line(messages[last - 1][1], 110) : "")), h("span", { class: "say" }, h("bdi", {}, messages.length ? line(messages[last][1], 150) : "(text not at hand)")), h("small", {}, visible(facts))));
 }
 

@@ -141,17 +141,21 @@ class Meter:
         return stopped
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append an entry to `costs.jsonl`; a worker leaves it in a file of its own."""
+        """Add an entry to `costs.jsonl`, which is whole at any time; a worker leaves it in a file of its own."""
         if self.worker:
             entry = {**entry, "session": os.urandom(8).hex()}  # the same stage may be done twice
             write_atomic(self.workers / f"{entry['session']}.json", json.dumps(entry, ensure_ascii=False).encode())
             return
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")  # a crash in the middle of a line
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
+        with self.guard:
+            lines = [*(line for line, _ in self.lines()), json.dumps(entry, ensure_ascii=False)]
+            write_atomic(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def entries(self) -> list[dict[str, Any]]:
-        """All entries of `costs.jsonl`; torn lines (a crash) are left out."""
+        """All entries of `costs.jsonl`."""
+        return [entry for _, entry in self.lines()]
+
+    def lines(self) -> list[tuple[str, dict[str, Any]]]:
+        """The lines of `costs.jsonl` with their entries; what is none (an older keepset's torn lines) is left out."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         whole = []
         for line in text.split("\n"):
@@ -160,7 +164,7 @@ class Meter:
             except (ValueError, RecursionError):
                 continue
             if sound(entry):
-                whole.append(entry)
+                whole.append((line, entry))
         return whole
 
 

@@ -378,5 +378,5 @@ class Run:
         return self.meter.timed(stage, **facts)
 
     def costs(self) -> list[dict[str, Any]]:
-        """All entries of `costs.jsonl`; a torn last line (a crash) is left out."""
+        """All entries of `costs.jsonl`."""
         return self.meter.entries()

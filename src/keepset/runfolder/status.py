@@ -47,7 +47,7 @@ class Spent:
     flops: float
 
     def __str__(self) -> str:
-        return clock(self.seconds) + (f", {self.flops / 1e12:.3g} TFLOP" if self.flops else "")
+        return clock(self.seconds) + (f", {self.flops / 1e12:.3g} TFLOP" if self.flops >= 1e10 else "")
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,9 @@ def status(folder: Path) -> Status:
     workers = [*leader(folder), *claimants(folder / layout.CLAIMS_FOLDER)]
     here = any(worker.alive for worker in workers) or (bool(now) and age(folder / layout.OPEN_COSTS) < 3 * BEAT)
     state = "running" if here else "stopped" if now else "unfinished" if left else "finished"
-    plan = read(folder / layout.PLAN)
-    planned = Spent(plan["total_seconds"], plan["total_flops"]) if isinstance(plan, dict) else None
     return Status(
         state, tuple(done), tuple(now), tuple(left[1:] if state == "running" else left), tuple(workers),
-        spent(folder, now), planned, last_finding(folder),
+        spent(folder, now), planned(folder), last_finding(folder),
     )  # fmt: skip
 
 
@@ -108,7 +106,10 @@ def outlook(folder: Path, recipe: Mapping[str, Any]) -> str:
     """What stands at the beginning of a stage: how many steps are done, which are next, what was spent."""
     done, left = steps(folder, recipe)
     after = f"; next: {left[1]}" if len(left) > 1 else ""
-    return f"{len(done)} of {len(done) + len(left)} steps done{after}; {spent(folder, [])} so far"
+    plan = planned(folder)
+    return f"{len(done)} of {len(done) + len(left)} steps done{after}; {spent(folder, [])}" + (
+        f" of about {plan} planned" if plan else " so far"
+    )
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -188,6 +189,12 @@ def spent(folder: Path, now: list[dict[str, Any]]) -> Spent:
     return Spent(sum(e["seconds"] for e in parts), float(sum(e.get("flops") or 0.0 for e in parts)))
 
 
+def planned(folder: Path) -> Spent | None:
+    """What the last `keepset plan` of the folder said; None without one."""
+    plan = read(folder / layout.PLAN)
+    return Spent(plan["total_seconds"], plan["total_flops"]) if isinstance(plan, dict) else None
+
+
 def last_finding(folder: Path) -> str:
     """The text of the last warning; "" without one."""
     found = [f for f in as_list(read(folder / layout.FINDINGS)) if isinstance(f, dict) and f.get("level") == "warning"]
@@ -253,8 +260,7 @@ def told(folder: Path, found: Status) -> list[str]:
         out.append("  now   between two stages: loading, reading or tokenising")
     more = len(found.next) - SHOWN
     out += [f"  next  {name}" for name in found.next[:SHOWN]] + ([f"  next  and {more} more"] if more > 0 else [])
-    planned = f" of about {found.planned} planned" if found.planned else ""
-    out.append(f"  price {found.spent}{planned}")
+    out.append(f"  price {found.spent}" + (f" of about {found.planned} planned" if found.planned else ""))
     if found.finding:
         out.append(f"  last warning: {found.finding}")
     if found.state in ("stopped", "unfinished"):

@@ -69,7 +69,7 @@ class Encoding:
 
 
 OPEN: dict[Encoding, tuple[Pool, Encoder, Shards]] = {}
-"""What this process has loaded for the pass that is under way; forks inherit it."""
+"""What this process has loaded for the pass that it was handed last; forks inherit it."""
 
 
 def shards_of(pool: Pool, encoder: Encoder, run: Run, shard_rows: int | None) -> Shards:
@@ -80,9 +80,7 @@ def shards_of(pool: Pool, encoder: Encoder, run: Run, shard_rows: int | None) ->
 
 def encode_shards(own: Encoding, numbers: Sequence[int]) -> None:
     """Compute and commit shards, in whatever process: the function that executors are handed."""
-    if own in OPEN:
-        pool, encoder, shards = OPEN[own]
-    else:
+    if own not in OPEN:  # a worker that is handed one shard after the other reads the pool once
         from keepset.model.encode import Encoder
         from keepset.model.load import load_tokenizer
 
@@ -90,7 +88,9 @@ def encode_shards(own: Encoding, numbers: Sequence[int]) -> None:
         run = Run(recipe.run_dir)
         pool = load_pool(recipe.pool, strict=recipe.strict, folder=run.path / layout.WORK_FOLDER)
         encoder = Encoder(load_tokenizer(recipe.model), recipe.model)
-        shards = shards_of(pool, encoder, run, recipe.batching.shard_rows)
+        OPEN.clear()
+        OPEN[own] = pool, encoder, shards_of(pool, encoder, run, recipe.batching.shard_rows)
+    pool, encoder, shards = OPEN[own]
     for number in numbers:
         if shards.missing(number):
             rows = pool.take(shards.parts[number])
@@ -287,7 +287,7 @@ def tokens_of(job: Job) -> Tokens:
                     advance=lambda number: advance(len(shards.parts[number])),
                 )  # fmt: skip
         finally:
-            del OPEN[own]
+            OPEN.pop(own, None)
     return Tokens(shards, shards.gather()[NAME], hold=folder)
 
 

@@ -92,16 +92,24 @@ def train_once(
 
 @dataclass(frozen=True)
 class Reference(Stage):
-    """DavIR's reference: the base fine-tuned on the whole pool, or on all folds but one (`fold` from 0; -1: on all)."""
+    """DavIR's reference: the base fine-tuned on the pool, or on all folds but one (`fold` from 0; -1: on all).
+
+    With `reference.fraction` on a share of those rows, drawn by content id.
+    """
 
     fold: int = -1
 
     word = "reference"
 
     def _rows(self, job: Job) -> tuple[Sequence[Sides], Ids | np.ndarray]:
-        if self.fold < 0:
+        spec = job.recipe.reference
+        if self.fold < 0 and spec.fraction == 1:
             return job.sides[1], job.ids
-        train = np.flatnonzero(fold_of(job.ids, job.recipe.reference.folds) != self.fold)
+        train = np.arange(len(job.ids))
+        if self.fold >= 0:
+            train = np.flatnonzero(fold_of(job.ids, spec.folds) != self.fold)
+        if spec.fraction < 1:
+            train = train[pick_subset(job.ids[train], spec.fraction, job.recipe.seed)]
         return pick(job.sides[1], train), job.ids[train]
 
     @property
