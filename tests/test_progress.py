@@ -37,11 +37,13 @@ def test_a_file_gets_a_line_at_the_beginning_and_the_end_and_now_and_then(monkey
 
 
 def test_a_terminal_gets_what_is_ahead_and_a_bar_with_the_speed() -> None:
-    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
-    with looking_ahead(lambda: "next: [davir]"), track(console, "losses", 4, "rows") as advance:
-        advance(2)
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    what = "gradients at checkpoint-6 (adam)"
+    with looking_ahead(lambda: "next: [davir]"), track(console, what, 117, "rows") as advance:
+        advance(64)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "next: [davir]" in text and "losses" in text and "2/4" in text and "rows/s" in text
+    assert "next: [davir]" in text and what in text and "64/117 rows, " in text and "rows/s" in text
+    assert "…" not in text, "80 columns are enough"
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_EVERY = 30.0  # seconds between log lines where there is no terminal
 UNDER_WAY: list[Tracked] = []
@@ -78,18 +78,20 @@ def track(
 
 def bar(console: Console, work: Tracked, ahead: str) -> Iterator[Callable[[int], None]]:
     """What is ahead, and a bar."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(work.unit),
-        TimeElapsedColumn(), TextColumn("{task.fields[speed]}"),
-    )  # fmt: skip
+
+    def far() -> str:
+        done = f"{work.there + work.done}/{work.total} {work.unit}"
+        return f"{done}, {work.speed()}" if work.done else done
+
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[far]}")
     with Progress(*columns, console=console, transient=False) as progress:
-        task = progress.add_task(work.what, total=work.total, completed=work.there, speed="")
+        task = progress.add_task(work.what, total=work.total, completed=work.there, far=far())
         if ahead:
             progress.console.print(ahead, style="dim", highlight=False, markup=False, soft_wrap=True)
 
         def advance(n: int) -> None:
             work.done += n
-            progress.update(task, advance=n, speed=work.speed())
+            progress.update(task, advance=n, far=far())
 
         yield advance
 
