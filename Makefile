@@ -38,11 +38,7 @@ test-other-cpu: .venv/.ready  ## the default test suite with the kernels of a pr
 test-slow: .venv/.ready  ## the long tests too, with the real models
 	$(BIN)/python -m pytest -m "slow or real_model"
 
-.venv/.ray: .venv/.ready
-	$(PIP) -e '.[ray]'
-	@touch $@
-
-test-ray: .venv/.ray  ## tests on real Ray, two processes of this machine (2 minutes)
+test-ray: .venv/.ready  ## all tests on real Ray, up to three nodes of this machine (3 minutes)
 	$(BIN)/python -m pytest -m ray
 
 architectures: .venv/.ready  ## every causal architecture of transformers: equal to 1e-4, or refused (3 minutes)
@@ -60,12 +56,26 @@ bench-gradients: .venv/.model  ## gradient scoring over the plain forward + back
 bench-losses: .venv/.gemma .venv/.model  ## loss scoring over two plain forward passes
 	$(BIN)/python benchmarks/losses.py
 
+DEVICE ?= cuda
+gpu-check: .venv/.model  ## on a CUDA machine: numbers against the CPU's, throughput, waits of the host, two workers (8 minutes)
+	$(BIN)/python benchmarks/gpu.py --device $(DEVICE)
+
 bench-text: .venv/.ready  ## BM25, DSIR and a million rows through the text methods
 	$(BIN)/python benchmarks/text.py
 
 first-use: .venv/.model  ## a fresh environment to BM25's choice in under 60 s; DavIR on own rows in two commands
 	$(BIN)/python benchmarks/first_use.py
 	$(BIN)/python benchmarks/first_use.py --davir
+
+.venv/.wheel: .venv/.ready
+	$(PIP) build==1.6.1 twine==7.0.0
+	@touch $@
+
+wheel: .venv/.wheel  ## build the sdist and the wheel, check them, install the core in a new environment and choose with it
+	$(BIN)/python tests/wheel.py
+
+wheel-train: .venv/.wheel  ## the same with all that runs a model, in the newest releases (5 minutes, 2 GB)
+	$(BIN)/python tests/wheel.py --train
 
 .venv/.docs: .venv/.ready
 	$(PIP) -e '.[docs,notebook]'
@@ -92,7 +102,9 @@ fuzz: .venv/.fuzz  ## five fuzz targets, 60 s each: data files, dialects, recipe
 			-artifact_prefix=.venv/ || exit 1; done
 
 KILLS ?= 300
-soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times: the same bytes every time
+CREW_KILLS ?= 30
+soak: .venv/.ready  ## tiny runs killed 300 times in all, at points and times, and 30 times on Ray and by workers: the same bytes
 	$(BIN)/python tests/soak.py $(KILLS)
+	$(BIN)/python tests/soak_crew.py $(CREW_KILLS)
 
-.PHONY: help setup demo test test-other-cpu test-slow test-ray architectures lint bench-gradients bench-losses bench-text first-use docs tour fuzz soak
+.PHONY: help setup demo wheel wheel-train test test-other-cpu test-slow test-ray architectures lint bench-gradients bench-losses gpu-check bench-text first-use docs tour fuzz soak

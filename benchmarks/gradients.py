@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
 import json
 import os
 import platform
@@ -23,8 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-import zstandard
+from padded import DATA, HERE, bucketed, draw_b, forward_backward, read_rows, timed
 from safetensors.numpy import load_file
 
 from keepset.features.adam import AdamState, map_gradient
@@ -49,38 +46,16 @@ from keepset.model.pack import plan_batches
 from keepset.model.prefix import common_prefix
 from keepset.recipe import LoraSpec, ModelSpec
 
-HERE = Path(__file__).resolve().parent
-DATA = HERE.parent.parent / "shared" / "data" / "alpaca" / "alpaca_union.jsonl.zst"
 BUDGET = 1024
 TARGETS = 10
-
-
-def read_rows(path: Path, n: int, seed: int) -> list[list[dict[str, str]]]:
-    """Draw n Alpaca rows and turn them into a question and an answer."""
-    if not path.exists():
-        sys.exit(f"{path}: no data; give --data or set KEEPSET_BENCH_DATA to an Alpaca .jsonl or .jsonl.zst")
-    raw = path.open("rb")
-    stream: Any = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-    lines = [line for line in io.TextIOWrapper(stream, encoding="utf-8") if line.strip()]
-    rows = []
-    for i in np.random.default_rng(seed).permutation(len(lines))[:n]:
-        row = json.loads(lines[int(i)])
-        question = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        rows.append([{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}])
-    return rows
 
 
 def prepare(r: int, data: Path, n: int) -> tuple[Any, list[Encoded]]:
     """SmolLM2 with a LoRA whose B is not zero, and n rows of at most 512 tokens."""
     loaded = load(ModelSpec(model_name_or_path="demo", max_length=512))
-    rows = [x for x in encode_all(loaded.encoder, read_rows(data, n + n // 10 + 8, 0))[0] if x is not None][:n]
-    peft = apply_lora(loaded.model, LoraSpec(lora_r=r, lora_alpha=2 * r), 0).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.01)
-    return peft, rows
+    questions = read_rows(data, n + n // 10 + 8, between="\n\n")
+    rows = [x for x in encode_all(loaded.encoder, questions)[0] if x is not None][:n]
+    return draw_b(apply_lora(loaded.model, LoraSpec(lora_r=r, lora_alpha=2 * r), 0), 0.01), rows
 
 
 def moments(model: Any, rows: list[Encoded]) -> AdamState:
@@ -95,38 +70,6 @@ def moments(model: Any, rows: list[Encoded]) -> AdamState:
     with recording(model) as recorder:
         run_rows(model, recorder, rows, mean_weights, sink)
     return AdamState(first, second, 50)
-
-
-def bucketed(lengths: list[int]) -> list[list[int]]:
-    """Batches of at most BUDGET padded tokens, longest rows first."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > BUDGET:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
-def floor(model: Any, rows: list[Encoded]) -> None:
-    """Forward and backward as users run it."""
-    for index in bucketed([len(x.input_ids) for x in rows]):
-        width = max(len(rows[i].input_ids) for i in index)
-        ids = torch.zeros(len(index), width, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for r, i in enumerate(index):
-            n = len(rows[i].input_ids)
-            ids[r, :n] = torch.from_numpy(rows[i].input_ids.astype(np.int64))
-            mask[r, :n] = 1
-            labels[r, :n] = torch.where(torch.from_numpy(rows[i].supervised), ids[r, :n], -100)
-        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock and of processor time."""
-    clock, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - clock, time.process_time() - cpu
 
 
 def matmul_rate() -> float:
@@ -145,7 +88,7 @@ def arithmetic(model: Any, rows: list[Encoded], shapes: dict[str, tuple[int, int
     blocks, head = matrix_weights(model)
     lora = sum(a * b for a, b in shapes.values())
     lengths = [len(x.input_ids) for x in rows]
-    padded = sum(len(b) * lengths[b[0]] for b in bucketed(lengths))
+    padded = sum(len(b) * lengths[b[0]] for b in bucketed(lengths, BUDGET))
     theirs = 4.0 * (blocks + head) * padded + 6.0 * lora * padded
     forward = backward = 0
     for index in plan_batches(lengths, BUDGET):
@@ -166,13 +109,13 @@ def speed(r: int, data: Path, n: int, repetitions: int) -> dict[str, Any]:
     model, rows = prepare(r, data, n + 2 * TARGETS)
     target, state = sft_target(model, rows[n:]), moments(model, rows[n : n + 8])
     rows = rows[:n]
-    floor(model, rows[:4])
+    forward_backward(model, rows[:4], BUDGET)
     influence(model, rows[:4], target, adam=state, token_budget=BUDGET)
     pairs = []
     for _ in range(repetitions):
         pairs.append(
             (
-                timed(lambda: floor(model, rows)),
+                timed(lambda: forward_backward(model, rows, BUDGET)),
                 timed(lambda: influence(model, rows, target, adam=state, token_budget=BUDGET)),
             )
         )
@@ -182,7 +125,7 @@ def speed(r: int, data: Path, n: int, repetitions: int) -> dict[str, Any]:
     theirs, mine = arithmetic(model, rows, shapes)  # type: ignore[arg-type]
     rate = matmul_rate()
     lengths = [len(x.input_ids) for x in rows]
-    padded = sum(len(b) * lengths[b[0]] for b in bucketed(lengths))
+    padded = sum(len(b) * lengths[b[0]] for b in bucketed(lengths, BUDGET))
     found = {
         "rows": n,
         "tokens": sum(lengths),

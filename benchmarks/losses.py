@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
 import json
 import os
 import statistics
@@ -32,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-import zstandard
+from padded import DATA, HERE, bucketed, draw_b, padded, read_rows, row_loss, twice, two_forwards
 
 from keepset.features.losses import row_losses
 from keepset.model import pack as packing
@@ -43,90 +42,14 @@ from keepset.model.passes import Shortcuts
 from keepset.model.prefix import plan
 from keepset.recipe import LoraSpec, ModelSpec
 
-HERE = Path(__file__).resolve().parent
-DATA = HERE.parent.parent / "shared" / "data" / "alpaca" / "alpaca_union.jsonl.zst"
 BUDGET = 1024
-
-
-def read_rows(path: Path, n: int, seed: int) -> list[list[dict[str, str]]]:
-    """Draw n Alpaca rows and turn them into a question and an answer."""
-    if not path.exists():
-        sys.exit(f"{path}: no data; give --data or set KEEPSET_BENCH_DATA to an Alpaca .jsonl or .jsonl.zst")
-    raw = path.open("rb")
-    stream: Any = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-    lines = io.TextIOWrapper(stream, encoding="utf-8").read().splitlines()
-    rows = []
-    for i in np.random.default_rng(seed).permutation(len(lines)):
-        row = json.loads(lines[int(i)])
-        question = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
-        rows.append([{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}])
-        if len(rows) == n:
-            break
-    return rows
 
 
 def prepare(name: str, data: Path, n: int) -> tuple[Any, list[Encoded]]:
     """Load a model with a LoRA that really changes its numbers, and encode n rows that fit."""
     loaded = load(ModelSpec(model_name_or_path=name))
-    rows = [r for r in encode_all(loaded.encoder, read_rows(data, 2 * n, 0))[0] if r is not None][:n]
-    peft = apply_lora(loaded.model, LoraSpec(lora_r=8, lora_alpha=16), 0).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter_name, parameter in peft.named_parameters():
-            if "lora_B" in parameter_name:
-                parameter.normal_(0, 0.02)
-    return peft, rows
-
-
-def padded(rows: list[Encoded], index: np.ndarray) -> dict[str, torch.Tensor]:
-    """Right-padded ids, mask and labels, as a data collator makes them."""
-    width = max(len(rows[i].input_ids) for i in index)
-    ids = torch.zeros(len(index), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for r, i in enumerate(index):
-        n = len(rows[i].input_ids)
-        ids[r, :n] = torch.from_numpy(rows[i].input_ids.astype(np.int64))
-        mask[r, :n] = 1
-        labels[r, :n] = torch.where(torch.from_numpy(rows[i].supervised), ids[r, :n], -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def row_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of each padded row."""
-    flat = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="none"
-    )
-    return flat.view(len(labels), -1).sum(1)
-
-
-def twice(model: Any, one_pass: Callable[[], np.ndarray]) -> np.ndarray:
-    """Adapter off, adapter on."""
-    with torch.no_grad():
-        with model.disable_adapter():
-            off = one_pass()
-        return np.stack([off, one_pass()])
-
-
-def bucketed(lengths: list[int]) -> list[np.ndarray]:
-    """Batches of at most BUDGET padded tokens, longest rows first."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > BUDGET:
-            batches.append([])
-        batches[-1].append(i)
-    return [np.asarray(b) for b in batches]
-
-
-def two_forwards(model: Any, rows: list[Encoded]) -> np.ndarray:
-    def one_pass() -> np.ndarray:
-        out = np.zeros(len(rows))
-        for index in bucketed([len(r.input_ids) for r in rows]):
-            batch = padded(rows, index)
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            out[index] = row_loss(logits, batch["labels"]).numpy()
-        return out
-
-    return twice(model, one_pass)
+    rows = [r for r in encode_all(loaded.encoder, read_rows(data, 2 * n))[0] if r is not None][:n]
+    return draw_b(apply_lora(loaded.model, LoraSpec(lora_r=8, lora_alpha=16), 0), 0.02), rows
 
 
 def one_row(model: Any, rows: list[Encoded]) -> np.ndarray:
@@ -234,7 +157,7 @@ def describe(model: Any, rows: list[Encoded]) -> dict[str, Any]:
     """What the ratio depends on: supervised share, padding waste of the plain pass, tokens a shared beginning saves."""
     lengths = [len(r.input_ids) for r in rows]
     real = sum(lengths)
-    plain = sum(len(b) * max(lengths[i] for i in b) for b in bucketed(lengths))
+    plain = sum(len(b) * max(lengths[i] for i in b) for b in bucketed(lengths, BUDGET))
     made = list(plan(rows, BUDGET, share=True, span=packing.full_span(model)))
     run = sum(p + sum(needed(rows[i]) - p for i in index) for index, p in made)
     return {
@@ -309,7 +232,7 @@ def main() -> None:
     if "smollm2" in args.models:
         model, rows = prepare("demo", args.data, args.rows)
         contenders: dict[str, tuple[Callable[..., np.ndarray], int]] = {
-            "two forwards": (two_forwards, n),
+            "two forwards": (lambda m, r: two_forwards(m, r, BUDGET), n),
             "keepset": (keepset, n),
             "Trainer.predict": (trainer_predict, m),
             "lm-eval-like": (lm_eval_like, m),
@@ -334,7 +257,7 @@ def main() -> None:
     if "gemma" in args.models:
         model, rows = prepare("gemma3-270m-demo", args.data, args.gemma_rows)
         contenders = {
-            "two forwards": (two_forwards, n),
+            "two forwards": (lambda m, r: two_forwards(m, r, BUDGET), n),
             "keepset": (keepset, n),
             "keepset, nothing shared": (lambda m, r: keepset(m, r, prefix=False), 1),
         }

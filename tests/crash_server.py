@@ -9,6 +9,7 @@ Request: {"argv": [...], "run_dir": path, "log": path}, and any of
     "after": seconds    "signal": number    send the child a signal after this time (default SIGKILL)
     "at": name          with "signal": send it at this point instead
     "limit": bytes      RLIMIT_FSIZE: no file may grow beyond
+    "env": {...}        more of the environment
 Answer: {"exit": code or null, "signal": number or null}
 """
 
@@ -121,6 +122,7 @@ def child(request: dict[str, Any]) -> int:
     os.dup2(log, 2)
     from keepset import cli
 
+    os.environ.update(request.get("env", {}))
     points = Points(request)
     points.install()
     if "limit" in request:

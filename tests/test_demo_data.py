@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import calendar
 import json
+import re
 from collections import Counter
+from datetime import date, datetime
 
 import pytest
 
@@ -15,7 +18,7 @@ def rows(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
 
 
-TARGET_TASKS = ("arithmetic", "support")
+TARGET_TASKS = ("dates", "support")
 POOL, TARGET, EVAL = rows("pool.jsonl"), rows("target.jsonl"), rows("eval.jsonl")
 USABLE = [row for row in POOL if row["output"]]
 
@@ -35,14 +38,11 @@ def shingles(text: str, n: int = 4) -> set[tuple[str, ...]]:
 
 
 def test_counts() -> None:
-    assert (len(POOL), len(TARGET), len(EVAL)) == (119, 20, 40)
+    assert (len(POOL), len(TARGET), len(EVAL)) == (164, 20, 60)
     assert len(POOL) - len(USABLE) == 2, "two rows without an answer are there for the quarantine to find"
     assert Counter(row["task"] for row in TARGET) == dict.fromkeys(TARGET_TASKS, 10)
-    assert Counter(row["task"] for row in EVAL) == dict.fromkeys(TARGET_TASKS, 20)
-    assert Counter(row["task"] for row in EVAL[:24]) == dict.fromkeys(TARGET_TASKS, 12), (
-        "the recipe's limit is balanced"
-    )
-    assert len({row["task"] for row in POOL}) == 6
+    assert Counter(row["task"] for row in EVAL) == dict.fromkeys(TARGET_TASKS, 30)
+    assert len({row["task"] for row in POOL}) == 7
 
 
 def test_columns() -> None:
@@ -51,13 +51,12 @@ def test_columns() -> None:
     assert all(text.strip() == text and text for row in TARGET + EVAL for text in row.values())
 
 
-def test_noise_is_real_and_in_every_task() -> None:
-    quality = Counter(row["quality"] for row in USABLE)
-    assert quality == {"good": 75, "wrong": 15, "truncated": 11, "duplicate": 8, "offtask": 8}
-    for task in {row["task"] for row in POOL}:
-        here = Counter(row["quality"] for row in USABLE if row["task"] == task)
-        assert set(here) == {"good", "wrong", "truncated", "duplicate", "offtask"}
-        assert 0.55 <= here["good"] / here.total() <= 0.75
+def test_the_target_s_skill_is_rare_and_mistakes_are_common() -> None:
+    quality = {task: Counter(row["quality"] for row in USABLE if row["task"] == task) for task in TARGET_TASKS}
+    assert quality["dates"] == {"good": 12, "wrong": 24}
+    assert quality["support"] == {"good": 14, "wrong": 24, "truncated": 2, "offtask": 2}
+    other = Counter(row["quality"] for row in USABLE if row["task"] not in TARGET_TASKS)
+    assert other == {"good": 61, "wrong": 8, "truncated": 7, "offtask": 4, "duplicate": 4}
 
 
 def test_duplicates_have_an_original() -> None:
@@ -71,12 +70,12 @@ def test_duplicates_have_an_original() -> None:
             assert nearest < 0.6, row  # is_odd written as is_even: a wrong answer, near the right one's text
 
 
-def test_the_budget_has_room_for_the_planted_truth() -> None:
+def test_the_budget_is_the_planted_truth() -> None:
     wanted = [row for row in USABLE if row["quality"] == "good" and row["task"] in TARGET_TASKS]
-    assert len(wanted) == 28
-    longest = sorted(USABLE, key=lambda row: -length(row["output"]))[:17]
-    found = sum(row in wanted for row in longest)
-    assert found <= 9, "the longest rows must not be the planted ones: length would be the giveaway"
+    assert len(wanted) == 26 and int(0.15 * len(USABLE)) == 24
+    for key in (lambda row: -length(row["output"]), lambda row: length(row["output"])):
+        found = sum(row in wanted for row in sorted(USABLE, key=key)[:24])
+        assert found <= 10, "neither the longest nor the shortest rows may be the planted ones"
 
 
 @pytest.mark.parametrize("pairs", [TARGET, EVAL], ids=["target", "eval"])
@@ -97,6 +96,8 @@ def test_evaluation_is_held_out() -> None:
     prompts = {prompt for prompt, _ in seen}
     for row in EVAL:
         assert row["prompt"] not in prompts
+        if row["task"] == "dates":
+            continue  # four ways of asking, which all stand in the pool; no date is asked for twice (below)
         mine = shingles(row["prompt"] + " " + row["chosen"])
         for prompt, answer in seen:
             other = shingles(prompt + " " + answer)
@@ -107,31 +108,29 @@ def test_target_is_not_in_the_pool() -> None:
     assert not {row["prompt"] for row in TARGET} & {row["instruction"] for row in POOL}
 
 
-def test_arithmetic_is_right_where_it_says_so() -> None:
-    def answer(text: str) -> tuple[float, float]:
-        """The value of the last `a op b` and the number it claims."""
-        left, right = text.split("Answer:")[0].rsplit(" = ", 1)
-        a, op, b = left.split()[-3:]
-        value = {"x": lambda: float(a) * float(b), "/": lambda: float(a) / float(b)}.get(op)
-        if value is None:
-            terms = left.split()
-            total, sign = float(a), {"+": 1, "-": -1}[op]
-            total += sign * float(b)
-            if len(terms) >= 5 and terms[-4] == "+":
-                total += float(terms[-5])
-        else:
-            total = value()
-        return total, float(right.split()[0].strip(".,"))
+def as_date(text: str, order: str) -> date:
+    """The date of an answer."""
+    return datetime.strptime(text.removeprefix("The date is ").removesuffix("."), order).date()
 
-    good = [row["output"] for row in POOL if row["task"] == "arithmetic" and row["quality"] in ("good", "duplicate")]
-    good += [row["chosen"] for row in TARGET + EVAL if row["task"] == "arithmetic"]
-    assert len(good) == 46
-    for text in good:
-        got, claimed = answer(text)
-        assert got == claimed, text
-        assert float(text.split("Answer:")[1].strip(" .")) == claimed, text
-    wrong = [row["output"] for row in POOL if row["task"] == "arithmetic" and row["quality"] == "wrong"]
-    assert all("=" in text for text in wrong) and len(wrong) == 4
+
+def asked(question: str) -> date:
+    """The date that a question is about."""
+    day, year = (int(n) for n in sorted(re.findall(r"\d+", question), key=int))
+    month = next(k for k, name in enumerate(calendar.month_name) if name and name in question)
+    return date(year, month, day)
+
+
+def test_dates_are_right_where_they_say_so() -> None:
+    right, swapped = "%Y-%m-%d", "%Y-%d-%m"
+    rows = [(row["instruction"], row["output"], row["quality"] == "good") for row in POOL if row["task"] == "dates"]
+    for row in TARGET + EVAL:
+        if row["task"] == "dates":
+            rows += [(row["prompt"], row["chosen"], True), (row["prompt"], row["rejected"], False)]
+    assert len(rows) == 36 + 2 * 40
+    for question, answer, good in rows:
+        assert as_date(answer, right if good else swapped) == asked(question)
+        assert good or as_date(answer, right) != asked(question)
+    assert len({asked(question) for question, _, _ in rows}) == 76, "no date is asked for twice"
 
 
 def test_recipe_loads_and_its_files_are_there() -> None:
@@ -139,4 +138,4 @@ def test_recipe_loads_and_its_files_are_there() -> None:
     assert recipe.pool[0].path == str(FOLDER / "pool.jsonl")
     assert recipe.target[0].path == str(FOLDER / "target.jsonl")
     assert recipe.evaluate.pairs[0].path == str(FOLDER / "eval.jsonl")
-    assert [method.label for method in recipe.methods] == ["rose", "davir"]
+    assert [method.label for method in recipe.methods] == ["rose", "less", "davir", "bm25"]

@@ -1,4 +1,4 @@
-"""The house: which room may import which, how long a file may be, and that the README's map is the tree."""
+"""The house: which room may import which, how long a file may be, and that the pages name what is there."""
 
 from __future__ import annotations
 
@@ -150,13 +150,11 @@ def test_a_name_spelt_out_is_seen(tmp_path: Path) -> None:
     assert spelt_out(file) == {"scores", "scores/", "-seed", "x/done.json", "subsets.json"}
 
 
-def test_the_map_in_the_readme_is_the_tree() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## The map")[1].split("```")[1]
-    named = [line.split("  ")[0].split() for line in re.findall(r"^  (\S.*)$", text, flags=re.M)]
-    paths = {word for words in named for word in words}
-    there = {p.name + "/" for p in SOURCE.iterdir() if p.is_dir() and p.name not in ("__pycache__", "demo")}
-    assert {word for word in paths if word.endswith("/")} == there
-    assert all((SOURCE / word).exists() for word in paths)
+def test_the_architecture_page_names_every_room() -> None:
+    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("| room | what is in it |")[1]
+    rows = [line.split("|")[1] for line in table.split("\n\n")[0].splitlines()[2:]]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == {p.name for p in SOURCE.iterdir() if p.is_dir() and p.name not in ("__pycache__", "demo")}
 
 
 def test_every_source_file_that_pages_and_docstrings_name_is_there() -> None:

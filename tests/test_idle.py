@@ -41,6 +41,8 @@ CASES = [
     ("select.near_threshold", 0.7, {"select.dedup": "near"}),
     ("select.diversity", 0.5, {"select.policy": "facility_location"}),
     ("select.temperature", 0.5, {"select.policy": "sample"}),
+    ("select.knn_alpha", 0.7, {"select.policy": "knn_kde"}),
+    ("select.transport_reg", 0.1, {"select.policy": "transport"}),
 ]  # fmt: skip
 # key, value, and what makes it idle
 TOGETHER = [
@@ -51,6 +53,7 @@ TOGETHER = [
     ("reference.path", "r", {"reference.folds": 2}),
     ("reference.full", True, {"reference.folds": 2}),
     ("reference.learning_rate", 0.1, {"reference.path": "r"}),
+    ("reference.fraction", 0.1, {"reference.path": "r"}),
     ("warmup.num_train_epochs", 2, {"warmup.path": "w"}),
     ("warmup.fraction", 0.5, {"warmup.path": "w"}),
     ("gradients.store_error", 0.1, {"gradients.store": "s", "gradients.store_dim": 64}),

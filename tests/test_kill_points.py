@@ -23,7 +23,7 @@ POINTS = {
         "step 3 models/warmup",
         TORN + "sync models/warmup/trainer/checkpoint-4/meta.json.part",
         "rename models/warmup/adapter_model.safetensors",
-        "open models/warmup/checkpoint-4/adam.safetensors",
+        "rename models/warmup/checkpoint-4",
         "rename models/warmup/training.json",
         "rename models/warmup/done.json",
     ],

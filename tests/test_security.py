@@ -16,9 +16,9 @@ from crash import SECRETS
 from keepset.data import load_pool
 from keepset.data.export import write_subset
 from keepset.errors import KeepsetError, RecipeError
-from keepset.pipeline.choose import subset_name
 from keepset.recipe import MethodSpec, parse_recipe
 from keepset.runfolder.files import write_atomic
+from keepset.runfolder.layout import chosen
 from keepset.runfolder.run import Run
 from sweeping import sweep
 
@@ -131,7 +131,7 @@ def test_labels_that_are_no_file_names_are_refused(label):
 
 @pytest.mark.parametrize("budget", ["5% \n", "  200000\ttokens ", "20%\ntokens"])
 def test_budgets_make_plain_file_names(budget):
-    assert re.fullmatch(r"[\w@%.-]+", subset_name("davir", budget, 2))
+    assert re.fullmatch(r"[\w@%.-]+", chosen("davir", budget, 2))
 
 
 @pytest.mark.parametrize("name", TRICKS)

@@ -94,6 +94,7 @@ FORMULAS = {
     "davir-ref": lambda job: 4 * forward(job.rows),
     "rho-sum": lambda job: 4 * forward(job.rows),
     "rho-mean": lambda job: 4 * forward(job.rows),
+    "instructdiff": lambda job: 4 * forward(job.rows),
     "forgetting": lambda job: (1 + CHECKPOINTS) * forward(job.rows) + warm_up(job),
     "tracin": lambda job: 2 * CHECKPOINTS * (forward(job.rows) + goals(job)) + warm_up(job),
     "grad-cosine": lambda job: 2 * CHECKPOINTS * (forward(job.rows) + goals(job)) + warm_up(job),

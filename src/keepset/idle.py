@@ -79,8 +79,8 @@ def idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
                     when=reference.folds == 1)  # fmt: skip
     yield from said("reference", reference, ("path", "full"), "cross-fitting (`folds`) trains a LoRA a fold; remove it",
                     when=reference.folds >= 2)  # fmt: skip
-    yield from said("reference", reference, TRAINING, "with `path` no reference is trained; remove it, or the path",
-                    when=bool(reference.path))  # fmt: skip
+    yield from said("reference", reference, (*TRAINING, "fraction"), "with `path` no reference is trained; remove it, "
+                    "or the path", when=bool(reference.path))  # fmt: skip
     yield from said("warmup", warmup, (*TRAINING, "fraction", "min_rows", "seed"), "with `path` nothing is trained; "
                     "remove it, or the path", when=bool(warmup.path))  # fmt: skip
     yield from said("gradients", gradients, STORE, "does nothing without `store`; remove it",
@@ -93,6 +93,8 @@ def idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("near_threshold", "`dedup: near`", select.dedup == "near"),
         ("diversity", "`policy: mmr` or `facility_location`", select.policy in ("mmr", "facility_location")),
         ("temperature", "`policy: sample`", select.policy == "sample"),
+        ("knn_alpha", "`policy: knn_kde`", select.policy == "knn_kde"),
+        ("transport_reg", "`policy: transport`", select.policy == "transport"),
     ):
         yield from said("select", select, (name,), f"does nothing without {needs}; remove it", when=not there)
     yield from said("executor", recipe.executor, ("address", "workers"), "does nothing without `name: ray`; remove it",

@@ -18,6 +18,7 @@ from keepset.executor_spec import ExecutorSpec
 from keepset.idle import idle, refuse_idle
 from keepset.keys import set_key, without_gone
 from keepset.located import located
+from keepset.recipe_select import SelectSpec
 from keepset.recipe_truth import ControlSpec, Strict, ValidateSpec
 
 
@@ -160,10 +161,16 @@ class WarmupSpec(TrainSpec):
 
 
 class ReferenceSpec(TrainSpec):
-    """DavIR's reference model: the base fine-tuned on the whole pool, or an existing model."""
+    """DavIR's reference model: the base fine-tuned on the pool or on a share of it, or an existing model."""
 
+    fraction: float = Field(1, gt=0, le=1, description="share of the pool that it is trained on, drawn with `seed`")
     path: str | None = Field(None, description="an existing reference: adapter folder, model folder or hub name")
     folds: int = Field(0, ge=0, description="K >= 2: cross-fitted, each row scored by a model not trained on it")
+
+    def key(self) -> dict[str, Any]:
+        """As of every training; the share is left out where it is the whole."""
+        key = super().key()
+        return key if self.fraction < 1 else {name: value for name, value in key.items() if name != "fraction"}
 
 
 class GradientSpec(Strict):
@@ -198,19 +205,6 @@ class MethodSpec(Strict):
     def key(self) -> dict[str, Any]:
         """What its scores depend on, for fingerprints."""
         return self.model_dump(mode="json", exclude={"shots"} if self.shots is None else None)
-
-
-class SelectSpec(Strict):
-    """How scores become a subset."""
-
-    policy: Literal["top_k", "round_robin", "mmr", "facility_location", "sample"] = "top_k"
-    quota: Literal["none", "proportional", "equal", "floor"] = Field("none", description="share a source gets")
-    quota_by: Literal["source", "category"] = Field("source", description="what a quota counts by")
-    quota_floor: float = Field(0.05, ge=0, le=1, description="`floor`: least share of the budget a source gets")
-    dedup: Literal["none", "exact", "near"] = Field("none", description="drop repeats, best score kept")
-    near_threshold: float = Field(0.8, gt=0, le=1, description="`near`: MinHash Jaccard of word 5-grams")
-    diversity: float = Field(0.3, ge=0, le=1, description="mmr: 0 = score only, 1 = diversity only")
-    temperature: float = Field(1.0, gt=0, description="sample: softmax temperature over standardised scores")
 
 
 class EvaluateSpec(Strict):

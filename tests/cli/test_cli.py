@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import save_tiny
+from tiny_recipe import write_lines
+
 ROWS = [{"instruction": f"question {i}", "input": "", "output": f"answer number {i} of many"} for i in range(20)]
 PAIRS = [{"task": "t", "prompt": f"question {i}", "chosen": "a good answer", "rejected": "a bad one"} for i in range(3)]
 
@@ -113,6 +116,30 @@ def test_help_imports_nothing_heavy():
     assert "Score every row of a pool" in done.stdout
 
 
+def test_nothing_of_ray_is_imported_without_the_executor(tmp_path):
+    """Only its own module names it, inside a function; a whole `score` on a model leaves it out."""
+    import keepset
+
+    source = Path(keepset.__file__).parent
+    names = [p.relative_to(source).as_posix() for p in source.rglob("*.py")
+             if re.search(r"^\s*(import|from) ray\b", p.read_text(), re.M)]  # fmt: skip
+    assert names == ["runfolder/execute_ray.py"]
+    save_tiny(tmp_path / "model", max_position_embeddings=512)
+    pool = write_lines(tmp_path / "pool.jsonl", [{"instruction": f"q{i}", "output": "a b"} for i in range(4)])
+    code = (
+        "import sys, keepset; assert 'ray' not in sys.modules\n"
+        f"sys.argv = ['keepset', 'score', 'loss', '--pool', {pool!r}, '--run_dir', {str(tmp_path / 'run')!r},"
+        f" '--model_name_or_path', {str(tmp_path / 'model')!r}]\n"
+        "from keepset.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' in sys.modules and not {m for m in sys.modules if m.partition('.')[0] == 'ray'}\n"
+        "assert 'keepset.runfolder.execute_ray' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "run/scores/loss.parquet").exists(), done.stderr
+
+
 def test_import_keepset_needs_no_torch_and_offers_its_names():
     code = (
         "import sys, keepset; assert 'numpy' not in sys.modules; keepset.load_pool; assert 'torch' not in sys.modules"
@@ -142,6 +169,23 @@ def test_text_methods_score_and_select_in_the_core(core, files, method):
     done = core("export", method, files / "out.csv", "--run_dir", run)
     assert done.returncode == 0, done.stderr
     assert (files / "out.csv").read_text().startswith("instruction,input,output\n")
+    done = core("export", method, files / "weighted.jsonl", "--run_dir", run, "--weight", "rank")
+    assert done.returncode == 0, done.stderr
+    weighted = [json.loads(line) for line in (files / "weighted.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "weight"} for row in weighted] == [json.loads(c) for c in chosen]
+    assert sum(row["weight"] for row in weighted) == pytest.approx(5)
+    assert [row["weight"] for row in weighted] == sorted((row["weight"] for row in weighted), reverse=True)
+    for words, told in (
+        (["full", "--weight", "rank"], "add --weight_by LABEL"),
+        ([method, "--weight", "cubic"], "one of softmax, rank"),
+        ([method, "--weight_by", method], "does nothing without --weight"),
+        ([method, "--weight", "softmax", "--temperature", "0"], "must be above 0"),
+    ):
+        done = core("export", words[0], files / "no.jsonl", "--run_dir", run, *words[1:])
+        assert done.returncode == 2 and told in done.stderr and not (files / "no.jsonl").exists()
+    done = core("export", "full", files / "all.jsonl", "--run_dir", run, "--weight", "softmax", "--weight_by", method)
+    assert done.returncode == 0, done.stderr
+    assert sum(json.loads(t)["weight"] for t in (files / "all.jsonl").read_text().splitlines()) == pytest.approx(20)
 
 
 def test_inspect_explain_and_report_work_in_the_core(core, files):

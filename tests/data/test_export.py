@@ -8,12 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_rows import ALL, SFT, good, write_rows
 from keepset.data import load_pool, row_texts, rows_table, write_parquet, write_subset
+from keepset.data.export import with_number
 from keepset.data.export_parquet import pool_table
 from keepset.errors import DataError
 
@@ -260,3 +262,31 @@ def test_reading_twice_changes_nothing(tmp_path: Path, dialect: str) -> None:
     write_subset(first, range(5), tmp_path / "b.jsonl")
     second = load_pool(tmp_path / "b.jsonl")
     assert second.table.drop_columns(["file", "source"]).equals(first.table.drop_columns(["file", "source"]))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz"])
+@pytest.mark.parametrize("to", [None, "messages"])
+def test_a_column_of_weights_comes_back_beside_its_row(tmp_path: Path, suffix: str, to: str | None) -> None:
+    source = tmp_path / "pool.jsonl"
+    rows = [{"instruction": f"Case {i}", "output": "é" * (i + 1), "kept": 1e5} for i in range(5)]
+    source.write_text("".join(json.dumps(r, ensure_ascii=i % 2 == 0) + "\n" for i, r in enumerate(rows)), "utf-8")
+    pool, weights = load_pool(source), np.array([0.25, 1 / 3, 0.0])
+    out = tmp_path / f"out{suffix}"
+    write_subset(pool, [4, 1, 2], out, to=to, extra=("weight", weights))
+    with pytest.raises(DataError, match="fractional-weight"):
+        load_pool(out)
+    again = load_pool(out, weight_column="weight")
+    assert [str(i) for i in again.ids] == [str(pool.ids[i]) for i in (4, 1, 2)]
+    assert again.weights("weight").tolist() == weights.tolist()
+
+
+def test_the_rest_of_a_row_stays_byte_for_byte_beside_a_weight(tmp_path: Path) -> None:
+    assert with_number('{"a": 1.50, "b": "\\u00e9}" }\n', "w", 0.5) == '{"a": 1.50, "b": "\\u00e9}", "w": 0.5}'
+    assert with_number("{}", "w", 2.0) == '{"w": 2.0}'
+    with pytest.raises(DataError, match="column 'w' already; name another with --weight_column"):
+        with_number('{"w": null}', "w", 1.0)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "q", "completion": "a", "w": 3}\n')
+    for name in ("o.jsonl", "o.parquet"):
+        with pytest.raises(DataError, match="column 'w' already"):
+            write_subset(load_pool(tmp_path / "p.jsonl"), [0], tmp_path / name, extra=("w", np.ones(1)))
+        assert not (tmp_path / name).exists()

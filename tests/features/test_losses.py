@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from conftest import TinyRow, random_rows, tiny_lora, tiny_model  # noqa: E402
 from keepset.features.losses import row_losses  # noqa: E402
 from keepset.features.representations import representations  # noqa: E402
+from keepset.model import head  # noqa: E402
 from keepset.model import pack as packing  # noqa: E402
 from keepset.model.passes import Shortcuts, merged_weights, written_passes  # noqa: E402
 from keepset.model.prefix import common_length, plan, prefix_groups  # noqa: E402
@@ -132,6 +133,8 @@ def test_token_losses_add_up_and_the_other_kinds_are_torch_s() -> None:
     smooth = row_losses(model, rows, token_budget=60, token_loss="label-smoothed").nll[0]
     focal = row_losses(model, rows, token_budget=60, token_loss="focal").nll[0]
     error = row_losses(model, rows, token_budget=60, token_loss="error-norm").nll[0]
+    both = row_losses(model, rows, token_budget=60, token_loss="entropy")
+    assert both.entropy is not None and (both.nll == got.nll).all()  # the loss beside the entropy is the plain one
     assert got.token_nll is not None
     for i, row in enumerate(rows):
         ids = torch.tensor(row.input_ids, dtype=torch.int64)
@@ -145,6 +148,8 @@ def test_token_losses_add_up_and_the_other_kinds_are_torch_s() -> None:
         np.testing.assert_allclose(smooth[i], want.item(), rtol=FORWARD)
         wrong = z[keep].double().softmax(1) - torch.nn.functional.one_hot(ids[1:][keep], z.shape[1])
         np.testing.assert_allclose(error[i], wrong.norm(dim=1).sum().item(), rtol=4 * FORWARD)
+        entropy = torch.distributions.Categorical(logits=z[keep].double()).entropy().sum().item()
+        np.testing.assert_allclose(both.entropy[0, i], entropy, rtol=4 * FORWARD)
         np.testing.assert_allclose(focal[i], ((1 - torch.exp(-ce)) ** 2 * ce).sum().item(), rtol=4 * FORWARD)
     with pytest.raises(ValueError, match="token_loss"):
         row_losses(model, rows, token_budget=60, token_loss="mse")
@@ -226,3 +231,21 @@ def test_a_row_ends_before_its_last_supervised_token() -> None:
     assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
     assert (batch.predict.tolist(), batch.labels.tolist()) == ([3, 5], [4, 6])
     assert packing.needed(TinyRow(row.input_ids, np.zeros(10, bool))) == 10
+
+
+@pytest.mark.parametrize("chunk", [1, 700, 1 << 23])
+def test_entropy_by_blocks_is_that_of_the_whole_vocabulary(chunk: int) -> None:
+    """Sharp, flat and impossible words, over three and a half blocks of 256, against float64."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randn(5, 8, generator=g) * torch.tensor([0.0, 0.1, 1, 10, 100])[:, None],
+        torch.randn(900, 8, generator=g),
+    )
+    bias = torch.zeros(900)
+    bias[::7] = -torch.inf
+    stats = head.head_stats(hidden, torch.ones(5, dtype=torch.int64), weight, bias, chunk=chunk, with_entropy=True)
+    z = hidden.double() @ weight.double().T + bias.double()
+    want = torch.special.entr(z.softmax(1)).sum(1)
+    np.testing.assert_allclose(stats.entropy.numpy(), want.numpy(), rtol=1e-4, atol=1e-5)
+    plain = head.stats_of_logits(lambda h: h @ weight.T + bias, hidden, torch.ones(5, dtype=torch.int64), 2)
+    np.testing.assert_allclose(plain.entropy.numpy(), want.numpy(), rtol=1e-4, atol=1e-5)

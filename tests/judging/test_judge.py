@@ -200,7 +200,7 @@ def test_an_endpoint_that_hangs_is_given_up_and_the_rest_asked_later(tmp_path):
         return says("Verdict: " + honest(body))
 
     with Server(behave) as endpoint:
-        made, slept = judge(endpoint, timeout=0.2, tries=3, cache=tmp_path / "j.jsonl")
+        made, slept = judge(endpoint, timeout=0.8, tries=3, cache=tmp_path / "j.jsonl")
         with pytest.raises(KeepsetError, match="gave up after 3 tries, the last: TimeoutError: timed out") as caught:
             made.compare(ITEMS)
         assert "\n" not in str(caught.value) and len(slept) == 2

@@ -4,11 +4,14 @@ import subprocess
 import sys
 from collections import Counter
 from math import log
+from types import SimpleNamespace
 
+import bm25s
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from keepset.data.ids import uniform_by_id
 from keepset.data.words import ngram_vectors, words
@@ -17,7 +20,7 @@ from keepset.methods.dsir import dsir
 from keepset.methods.rds import rds
 from tolerance import tolerance
 
-SUM = tolerance(64)  # bm25s and the vectors are float32; a text of these tests has fewer words
+SUM = tolerance(64)  # weights and vectors are float32; a text of these tests has fewer words
 
 
 WORDY = st.lists(st.lists(st.sampled_from("the cat dog sat 42 ran on".split()), max_size=12).map(" ".join), min_size=1)
@@ -46,6 +49,24 @@ def test_bm25_is_the_naive_one(docs, queries):
     expected = naive_bm25(docs, queries)
     np.testing.assert_allclose(per_query, expected, rtol=SUM, atol=SUM)
     np.testing.assert_allclose(scores, expected.mean(axis=1), rtol=SUM, atol=SUM)
+
+
+@settings(deadline=None)
+@given(WORDY.filter(lambda docs: any(map(words, docs))), WORDY, st.sampled_from([(1.5, 0.75), (0.9, 0.4), (2.0, 1.0)]))
+def test_bm25_is_the_bm25s_library_to_the_bit(docs, queries, parameters):
+    k1, b = parameters
+    names = sorted({word for text in [*docs, *queries] for word in words(text)})
+    index = bm25s.BM25(k1=k1, b=b, method="lucene", csc_backend="scipy")
+    ids = [[names.index(word) for word in words(doc)] for doc in docs]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    index.index(SimpleNamespace(ids=ids, vocab=vocabulary), create_empty_token=False, show_progress=False)
+    parts = index.scores
+    weights = sparse.csc_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=(len(docs), len(names)))
+    ours = bm25(docs, names, names, k1=k1, b=b, per="query")[1]  # each word a query of its own
+    assert ours.tolist() == weights.astype(np.float64).toarray().tolist()
+    both = bm25(docs, queries, ["x"] * len(queries), k1=k1, b=b, per="query")[1]
+    alone = np.array([[sum(ours[i, names.index(w)] for w in words(q)) for q in queries] for i in range(len(docs))])
+    np.testing.assert_allclose(both, alone.reshape(both.shape), rtol=1e-12)
 
 
 def test_bm25_takes_the_mean_in_a_task_and_the_max_over_tasks():

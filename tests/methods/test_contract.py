@@ -15,6 +15,7 @@ from keepset.methods.el2n import el2n, grand
 from keepset.methods.forgetting import forgetting
 from keepset.methods.gist import gist
 from keepset.methods.ifd import ifd
+from keepset.methods.instructdiff import instructdiff
 from keepset.methods.knn_shapley import knn_shapley
 from keepset.methods.length import length
 from keepset.methods.less import tracin
@@ -87,6 +88,7 @@ CASES = {
     "davir-ref": lambda r: davir_ref(r["ini"], r["ref"]),
     "rho-sum": lambda r: rho(r["ini"], r["ref"]),
     "rho-mean": lambda r: rho(r["ini"], r["ref"], r["n_tokens"], form="mean"),
+    "instructdiff": lambda r: instructdiff(r["ini"] - r["ref"], r["losses"][:, 0]),
     "ifd": lambda r: ifd(r["ini"], r["ref"], r["n_tokens"]),
     "perplexity low": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="low"),
     "perplexity mid": lambda r: perplexity(r["ini"], r["n_tokens"], prefer="mid"),

@@ -17,7 +17,17 @@ from keepset.stages.job import Job
 from keepset.stages.stage import closure
 from tiny_recipe import quiet, recipe
 
-NOT_KNOWN = {"forgetting", "gist", "metagradient", "influence", "datainf", "ekfac", "in-run-shapley", "tmc-shapley"}
+NOT_KNOWN = {
+    "forgetting",
+    "gist",
+    "instructdiff",
+    "metagradient",
+    "influence",
+    "datainf",
+    "ekfac",
+    "in-run-shapley",
+    "tmc-shapley",
+}
 WITH_NOISE = sorted(name for name in METHODS if needs_model(name) and name not in NOT_KNOWN)
 
 

@@ -18,7 +18,7 @@ from keepset.recipe import MethodSpec, parse_recipe
 from keepset.stages.job import Job
 
 WORDS = "sum apple river add three seven paint minus equals cloud dog cat run code loop".split()
-POLICIES = ["top_k", "round_robin", "mmr", "facility_location", "sample"]
+POLICIES = ["top_k", "round_robin", "knn_kde", "transport", "mmr", "facility_location", "sample"]
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,14 @@ def chosen(folder, run_dir, method="bm25", budget="8", **select):
 
 def options(wanted, **of):
     """The options that count under a policy or quota; others are refused."""
-    needed = {"diversity": ("mmr", "facility_location"), "quota_floor": ("floor",)}
+    needed = {"diversity": ("mmr", "facility_location"), "quota_floor": ("floor",), "transport_reg": ("transport",)}
     return {name: value for name, value in of.items() if wanted in needed[name]}
 
 
 def test_every_policy_gives_its_own_rows(folder, tmp_path):
-    found = {p: chosen(folder, tmp_path / p, policy=p, **options(p, diversity=0.8))[0] for p in POLICIES}
+    found = {
+        p: chosen(folder, tmp_path / p, policy=p, **options(p, diversity=0.8, transport_reg=0.3))[0] for p in POLICIES
+    }
     assert all(len(set(ids)) == 8 for ids in found.values())
     assert len({tuple(ids) for ids in found.values()}) == len(POLICIES)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -44,3 +47,26 @@ def test_shards_of_different_machines_are_a_finding_and_those_that_do_not_say_ar
     assert "1 shards: device A100, torch 2" in finding.text and "1 shards: device H100" in finding.text
     assert whole == {p.name: p.read_bytes() for p in shards(None).place("losses").glob("*.safetensors")}
     assert shards(None).gather()["losses"]["x"].tolist() == [0, 1, 2, 1, 2, 3, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("what", "other"), [("device", "cuda"), ("dtype", "bfloat16"), ("transformers", "4.1")])
+def test_a_run_names_the_stage_whose_shards_were_made_otherwise_until_they_are_made_again(
+    tiny_run, tmp_path, what, other
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.run_dir, run)
+    (stage,) = run.glob("work/losses-base/*")
+    path = stage / "00001.json"
+    record = json.loads(path.read_text())
+    assert set(record["machine"]) == {"device", "dtype", "keepset", "numpy", "torch", "transformers"}
+    record["machine"][what] = other
+    path.write_text(json.dumps(record))
+
+    def mixed():
+        assert tiny_run.resumed(run) == []
+        return [f for f in json.loads((run / "findings.json").read_text()) if f["name"] == "mixed-machines"]
+
+    (finding,) = mixed()
+    assert finding["level"] == "warning" and f"{what} {other}" in finding["text"]
+    shutil.rmtree(stage)  # as its advice says
+    assert mixed() == []

@@ -76,6 +76,7 @@ CASES = {
     "token losses": ([of("davir"), of("davir", "focal", **FOCAL), of("rho-mean", **SMOOTH), of("loss", **SMOOTH),
                       of("davir", "content", end_of_turn=False, **FOCAL)], {}),
     "folds": ([of("davir"), of("rho-sum", **FOCAL)], {"reference": {**TRAINED, "folds": 2}}),
+    "a share": ([of("davir"), of("instructdiff")], {"reference": {**TRAINED, "fraction": 0.4, "folds": 2}}),
     "full reference": ([of("davir", **FOCAL), of("davir", "content", end_of_turn=False)],
                        {"reference": {**TRAINED, "full": True}}),
     "states": ([of("rds"), of("rds", "few", 1), of("rds", "mean", 1, pooling="weighted_mean"), of("knn-shapley")], {}),

@@ -12,16 +12,18 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from keepset.keys import set_key
-from keepset.methods.table import METHODS
-from keepset.pipeline.score import score_key, scored
+from keepset.methods.table import METHODS, method_of
+from keepset.pipeline.score import score_key, scored, stages_of
 from keepset.recipe import MethodSpec, Recipe, parse_recipe
+from keepset.runfolder.files import digest, digest_list
 from keepset.stages.job import Job
-from tiny_recipe import recipe
+from keepset.stages.stage import VERSION
+from tiny_recipe import quiet, recipe
 
 TEXT = {"random", "length", "bm25", "dsir"}
 STATES = {"rds", "rds+", "knn-shapley"}
 BASE = {"perplexity", "loss", "ifd", "el2n"}
-REFERENCE = {"davir", "davir-ref", "rho-sum", "rho-mean", "loss-ref"}
+REFERENCE = {"davir", "davir-ref", "rho-sum", "rho-mean", "instructdiff", "loss-ref"}
 LAST = {"influence", "datainf", "ekfac", "gist"}  # of the warm-up's checkpoints the last one alone
 GRADIENTS = {"rose", "less", "tracin", "grad-cosine", "grad-norm", *LAST}
 WARM = {"forgetting", "in-run-shapley", *GRADIENTS}
@@ -74,6 +76,7 @@ FIELDS: dict[str, list[tuple[Any, set[str]]]] = {
     "gradients.max_completion_tokens": [(3, GRADIENTS)],
     "reference.path": [],  # see below
     "reference.folds": [(2, REFERENCE)],
+    "reference.fraction": [(0.5, REFERENCE)],
     "warmup.path": [],  # see below
     "warmup.fraction": [(0.5, WARM)],
     "warmup.min_rows": [(11, WARM)],
@@ -282,3 +285,19 @@ def test_another_train_loss_scores_again(base, tmp_path):
         tables.append(job.run.load_table("scores/rose.parquet")["score"].to_pylist())
     assert tables[0] != tables[1] == tables[2]
     assert said.export_text().count("scored before, kept") == 1
+
+
+def test_the_key_is_the_hash_of_one_mapping_though_it_is_never_made_as_a_whole(model_folder, data, tmp_path):
+    job = Job(recipe(model_folder, data, tmp_path, methods=["random"]), console=quiet(), text_only=True)
+    (spec,) = job.recipe.methods
+    method = method_of(spec)
+    assert score_key(job, spec) == digest(
+        {
+            "version": VERSION, "method": [spec.name, {name: getattr(method, name) for name in method.options()}],
+            "ids": digest([str(i) for i in job.ids]), "pool": [job.pool.fingerprint(), job.pool.has_pairs],
+            "columns": [job.pool.sources().tolist(), job.pool.categories().tolist()], "encoder": None, "target": None,
+            "stages": {name: stage.id(job) for name, stage in stages_of(job, spec).items()},
+        }
+    )  # fmt: skip
+    for values in ([], ["a"], ["é", None, 'x"'] * 20_000):
+        assert digest_list(values) == digest(values)

@@ -9,11 +9,13 @@ import pytest
 
 pytest.importorskip("torch")
 
+from rich.console import Console
 from typer.testing import CliRunner
 
 from conftest import save_tiny
 from keepset.cli import app
-from keepset.errors import RecipeError
+from keepset.data import load_pool
+from keepset.errors import DataError, RecipeError
 from keepset.pipeline.train import hold_out, parse_words, read_rows, sections
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,9 +40,11 @@ def files(tmp_path_factory):
     return folder
 
 
-def train(files, kind, data, out, *words):
+def train(files, kind, data, out, *words, model=None):
     words = ["train", kind, "--data", f"{files}/{data}.jsonl", "--output_dir", str(out), *map(str, words)]
-    return CliRunner().invoke(app, [*words, "--model_name_or_path", f"{files}/model", "--device", "cpu", "--json"])
+    return CliRunner().invoke(
+        app, [*words, "--model_name_or_path", f"{model or files}/model", "--device", "cpu", "--json"]
+    )
 
 
 def facts_of(done):
@@ -85,6 +89,50 @@ def test_sft_on_a_file(files, tmp_path):
     assert (tmp_path / "m/adapter_model.safetensors").stat().st_mtime_ns == changed
     done = train(files, "sft", "rows", tmp_path / "n", "--learning_rat", 1)
     assert isinstance(done.exception, RecipeError) and not (tmp_path / "n").exists()
+
+
+def test_weights_of_a_column_reach_the_rows_they_stand_beside(files, tmp_path):
+    """The adapter is that of the trainer given the weights by hand, and not that of equal weights."""
+    from safetensors.numpy import load_file
+
+    from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+    from keepset.train.sft import train_sft
+    from keepset.train.training import Training
+
+    lines = [json.loads(t) for t in (files / "rows.jsonl").read_text().splitlines()[:8]]
+    given = [0, 0.5, 1, 2, 0, 3, 1, 0.25]
+    rows = [{**r, "weight": w} for r, w in zip(lines, given, strict=True)]
+    rows += [{"prompt": "q", "completion": "a", "weight": w} for w in (-1, None, "much", True, "inf")]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = ("--num_train_epochs", 1, "--learning_rate", "1e-2", "--lora_r", 2, "--warmup_ratio", 0)
+    facts = facts_of(train(tmp_path, "sft", "some", tmp_path / "out", *words, "--weight_column", "weight",
+                           model=files))  # fmt: skip
+    assert facts["steps"] == 1
+    refused = [json.loads(t) for t in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
+    assert [(r["reason"], r["line"]) for r in refused] == [("bad-weight", k) for k in range(9, 14)]
+
+    spec = ModelSpec(model_name_or_path=f"{files}/model", device="cpu")
+    console = Console(quiet=True)
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    read = read_rows([f"{tmp_path}/plain.jsonl"], spec, console, pairs=False)
+    pool = load_pool(f"{tmp_path}/plain.jsonl")
+    order = np.argsort(pool.ids.astype(str), kind="stable")
+    weights = [float(given[i]) for i in order]
+    args = TrainSpec(num_train_epochs=1, learning_rate=1e-2, warmup_ratio=0)
+    for name, some in (("by-hand", weights), ("equal", None)):
+        train_sft(
+            Training(spec, LoraSpec(lora_r=2), args, 0, weights=some), [r[0] for r in read.sides], tmp_path / name
+        )
+    made, same, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("out", "by-hand", "equal"))
+    assert all(np.array_equal(made[k], same[k]) for k in made)
+    assert any(not np.array_equal(made[k], other[k]) for k in made)
+
+
+def test_a_weight_column_that_is_not_there_is_named(files, tmp_path):
+    done = train(files, "sft", "rows", tmp_path, "--weight_column", "wieght")
+    assert isinstance(done.exception, DataError) and "weight_column 'wieght' is no column of the data" in str(
+        done.exception
+    )
 
 
 @pytest.mark.parametrize("loss", ["davir", "hinge"])

@@ -16,7 +16,7 @@ from keepset.pipeline import bank as bank_module
 from keepset.pipeline.bank import Bank
 from keepset.pipeline.plan import plan_recipe
 from keepset.pipeline.score import score
-from keepset.pipeline.validate import validate
+from keepset.pipeline.validate import Judge, scores_of, validate
 from keepset.recipe import MethodSpec
 from keepset.runfolder import layout
 from keepset.runfolder.files import json_text
@@ -125,6 +125,26 @@ def test_the_numbers_are_those_of_a_loop_over_the_files(judged):
     total = [sum(value[str(i)] for i, k in zip(bank.ids, m.kept, strict=True) if k) for m in bank.halves()]
     whole = stats.spearmanr(total, np.array(margins)[:, matched].mean(axis=1)).statistic
     assert scores["bm25", "margin.implicit_mean.matched"].of_mean.value == pytest.approx(whole, abs=1e-9)
+
+
+def test_a_row_of_the_target_is_predicted_by_its_own_column(judged):
+    job, _, _ = judged
+    score(job, MethodSpec(name="bm25", label="own", options={"per": "query"}))
+    try:
+        bank = Bank(job)
+        judge = Judge(job, bank, scores_of(job, bank), bank.measure(None))
+        kept = np.stack([member.kept for member in bank.halves()]).astype(float)
+        table = job.run.load_table(layout.scores("own"))
+        place = {row_id: i for i, row_id in enumerate(table["id"].to_pylist())}
+        names = [f"task.{task}.{k}" for k, task in enumerate(job.target.tasks)]
+        values = np.stack([[table[name][place[str(i)]].as_py() for name in names] for i in bank.ids])
+        found = judge.predictions(kept, "loss.target", tuple(job.target.tasks))[0]["own"]
+        np.testing.assert_allclose(found, kept @ values, atol=1e-12)
+        assert np.ptp(found, axis=1).max() > 0
+        other = judge.predictions(kept, "loss.chosen", tuple(job.target.tasks))[0]["own"]
+        assert other.shape == (len(kept), 1), "held-out queries are not the target's rows"
+    finally:
+        (job.run.path / layout.scores("own")).unlink()
 
 
 def test_the_plan_is_the_log(judged):

@@ -190,13 +190,14 @@ def test_shares_by_source_and_category_and_the_kept_length():
 
 
 @pytest.mark.parametrize(
-    ("metric", "low", "high", "name"),
-    [("loss.heldout", -0.2, -0.1, None), ("loss.heldout", 0.1, 0.2, "worse-than-random"),
-     ("accuracy.policy_mean", -0.2, -0.1, "worse-than-random"), ("accuracy.policy_mean", 0.1, 0.2, None),
-     ("loss.heldout", -0.1, 0.2, "no-better-than-random")],
+    ("metric", "low", "high", "p", "name"),
+    [("loss.heldout", -0.2, -0.1, 0.01, None), ("loss.heldout", 0.1, 0.2, 0.01, "worse-than-random"),
+     ("accuracy.policy_mean", -0.2, -0.1, 0.01, "worse-than-random"),
+     ("accuracy.policy_mean", 0.1, 0.2, 0.01, None), ("loss.heldout", -0.1, 0.2, 0.5, "no-better-than-random"),
+     ("accuracy.policy_mean", -0.2, -0.1, 0.06, "no-better-than-random")],  # told apart alone, not among the others
 )  # fmt: skip
-def test_a_comparison_s_findings_know_which_side_is_better(metric, low, high, name):
-    versus = Versus((low + high) / 2, low, high, p=0.5, n=9, win_tie_loss=(3, 3, 3))
+def test_a_comparison_s_findings_know_which_side_is_better(metric, low, high, p, name):
+    versus = Versus((low + high) / 2, low, high, p=0.01, n=9, win_tie_loss=(3, 3, 3), p_holm=p)
     entry = Entry("davir", "method", "5%", 9, 99, 1, {}, {metric: versus}, Cost(0, 0, 0, 0))
     selection = SelectionCost(0, 0, 0, None, ())
     found = diagnose_comparison(Comparison((), (entry,), 0, selection, {}, Links((), ())))

@@ -42,16 +42,16 @@ def printed(facts: dict[str, Any], **options: Any) -> str:
 def test_the_demo_pool() -> None:
     facts = inspect_data(FOLDER / "pool.jsonl", target=[FOLDER / "target.jsonl"], evaluation=[FOLDER / "eval.jsonl"])
     assert facts["format"] == "alpaca" and facts["container"] == ["jsonl"]
-    assert facts["rows_in"] == facts["rows"] + facts["quarantined"] == 119
-    assert facts["duplicates"] == 6
+    assert facts["rows_in"] == facts["rows"] + facts["quarantined"] == 164
+    assert facts["duplicates"] == 4
     places = {r["reason"]: (r["rows"], r["first"]["line"]) for r in facts["reasons"]}
-    assert places == {"empty-completion": (1, 41), "null-field": (1, 91)}
-    assert facts["roles"] == {"user assistant": 117}
+    assert places == {"empty-completion": (1, 109), "null-field": (1, 32)}
+    assert facts["roles"] == {"user assistant": 162}
     assert [leak["exact"] for leak in facts["leakage"]] == [{}, {}] and [leak["near"] for leak in facts["leakage"]] == [
         0,
         0,
     ]
-    assert sum(b["rows"] for b in facts["lengths"]["histogram"]) == 117
+    assert sum(b["rows"] for b in facts["lengths"]["histogram"]) == 162
     assert len(facts["examples"]) == 3
     assert any("exact copies" in line for line in facts["advice"])
     json.dumps(facts)
@@ -60,7 +60,7 @@ def test_the_demo_pool() -> None:
 def test_pairs_are_told_by_length() -> None:
     facts = inspect_data(FOLDER / "eval.jsonl")
     assert facts["format"] == "preference"
-    assert facts["pairs"]["pairs"] == 40 and facts["pairs"]["tasks"] == {"arithmetic": 20, "support": 20}
+    assert facts["pairs"]["pairs"] == 60 and facts["pairs"]["tasks"] == {"dates": 30, "support": 30}
     rows = [json.loads(line) for line in (FOLDER / "eval.jsonl").read_text().splitlines()]
     assert facts["pairs"]["chosen_longer"] == np.mean([len(r["chosen"]) > len(r["rejected"]) for r in rows])
 

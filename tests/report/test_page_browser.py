@@ -13,7 +13,7 @@ import pytest
 
 from chromium import BINARY, Browser
 from keepset.report import write_report
-from report_fixture import HOSTILE, make_run, validation, whole_comparison
+from report_fixture import COST, HOSTILE, make_run, validation, whole_comparison
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BINARY is None, reason="no chromium: apt-get install chromium")]
 
@@ -227,41 +227,72 @@ def test_the_drawer_shows_what_the_models_said(browser: Browser, tmp_path: Path)
 
 def test_several_budgets_are_shown_one_at_a_time_and_as_a_curve(browser: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path, 60, methods=("rose", "random"))
-    rows = []
+    rows, summary = [], []
     for budget, k in (("5%", 3), ("20%", 12)):
         for label, kind, value in ((f"rose@{budget}", "method", 0.6 + k / 100), (f"random-0@{budget}", "random", 0.5)):
             mean = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 40, "level": 0.95}
-            size = {"budget": budget, "n_rows": k, "n_tokens": 9}
-            rows.append({"label": label, "kind": kind, **size, "seed": 0, "metrics": {"accuracy.policy_mean": mean}})
-    (run / "comparison.json").write_text(json.dumps(whole_comparison(rows, [])))
+            size = {"label": label, "kind": kind, "budget": budget, "n_rows": k, "n_tokens": 9}
+            rows.append({**size, "seed": 0, "metrics": {"accuracy.policy_mean": mean}})
+            summary.append({**size, "seeds": 1, "metrics": {"accuracy.policy_mean": {**mean, "spread": None}},
+                            "vs_random": {}, "cost": COST})  # fmt: skip
+    (run / "comparison.json").write_text(json.dumps(whole_comparison(rows, summary)))
     browser.errors.clear()
     browser.open(write_report(run).as_uri())
     browser.settle()
     drawn = "document.querySelector('#panel-overview figure svg').getAttribute('aria-label')"
-    assert browser.run(drawn) == "accuracy, policy mean: rose 0.630 (0.530 to 0.730); random 0.500 (0.400 to 0.600)"
+    assert browser.run(drawn) == "accuracy, policy mean: rose 0.630; random 0.500"
     browser.run("{ const e = document.querySelector('select'); e.value = '20%'; e.dispatchEvent(new Event('change')) }")
     browser.settle()
-    assert "rose 0.720 (0.620 to 0.820)" in browser.run(drawn)
+    assert browser.run(drawn) == "accuracy, policy mean: rose 0.720; random 0.500"
+    assert "After training on rose's 12 rows" in browser.run("document.querySelector('.answer').textContent")
     curve = "document.querySelectorAll('#panel-overview figure svg')[1].getAttribute('aria-label')"
     assert "rose 3: 0.630, 12: 0.720" in browser.run(curve)
-    assert "rose at 20% reached 0.720" in browser.run("document.getElementById('lede').textContent")
     assert browser.errors == []
 
 
-def test_the_lede_does_not_claim_what_the_items_cannot_tell(browser: Browser, tmp_path: Path) -> None:
+def test_the_first_screen_asks_its_four_questions_in_order_and_answers_the_first_at_once(page: Browser) -> None:
+    asked = page.run("[...document.querySelectorAll('#panel-overview h2')].slice(0, 4).map((e) => e.textContent)")
+    assert asked == ["Did choosing help?", "What was kept?", "What did it cost?", "What to look at next"]
+    assert page.run("document.querySelector('.answer').getBoundingClientRect().bottom") < 400
+    assert page.run("document.querySelector('.answer').textContent").startswith("Yes: after training on rose's 40 rows")
+    drawn = page.run("document.querySelector('#panel-overview figure svg').getAttribute('aria-label')")
+    assert "rose 0.74, +0.13 to random (+0.02 to +0.24), better" in drawn and "longest 0.66; random 0.61" in drawn
+    assert page.run("document.querySelectorAll('#panel-overview .band').length") == 1
+    assert page.run("document.querySelectorAll('.findings > li:not(details li)').length") <= 3
+
+
+def test_rows_to_read_stand_side_by_side_and_lead_to_the_others(page: Browser, run: Path) -> None:
+    table = pq.read_table(run / "scores" / "rose.parquet").sort_by("rank")
+    cards = page.run("[...document.querySelectorAll('.card small')].map((e) => e.textContent)")
+    assert [card.split(" · ")[0] for card in cards] == [f"rank {k}" for k in (1, 2, 3, 41, 42, 400)]
+    page.run("document.querySelector('.left-side .card').click()")
+    assert table["id"][40].as_py() in page.run("document.getElementById('drawer-title').textContent")
+    page.press("Escape")
+    page.run("document.querySelector('.left-side > a').click()")
+    page.settle()
+    assert page.run("!document.getElementById('panel-rows').hidden") and count(page).startswith("360 of 400")
+    assert page.run("document.getElementById('kept').value") == "not kept"
+    tab(page, "overview")
+    page.run("document.querySelector('.kept-side > a').click()")
+    page.settle()
+    assert count(page).startswith("40 of 400") and shown(page) == table["id"].to_pylist()[:40]
+    assert page.errors == []
+
+
+def test_a_remedy_s_command_is_copied(browser: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path, 60)
-    lede = "document.getElementById('lede').textContent"
-    browser.open(write_report(run).as_uri())
-    assert "against 0.610 for a random choice of the same size." in browser.run(lede)
-    comparison = json.loads((run / "comparison.json").read_text())
-    for entry in comparison["summary"]:
-        for test in entry["vs_random"].values():
-            test["low"] = -0.01
-    (run / "comparison.json").write_text(json.dumps(comparison))
-    write_report(run)
+    finding = {"name": "duplicates", "level": "warning", "method": "rose", "figure": 6, "text": "6 rows", "advice": "x"}
+    (run / "findings.json").write_text(json.dumps([finding]))
     browser.call("Page.navigate", {"url": "about:blank"})
-    browser.open((run / "report.html").as_uri())
-    assert browser.run(lede).endswith("of the same size; the held-out items don't tell them apart.")
+    browser.errors.clear()
+    browser.open(write_report(run).as_uri())
+    browser.settle()
+    command = browser.run("document.querySelector('.command code').textContent").strip()
+    assert command == f"keepset select rose --run_dir {run} --dedup exact"
+    browser.run("document.querySelector('.copy').click()")
+    browser.settle()
+    assert browser.run("document.querySelector('.copy').textContent") in ("Copied", "Selected")
+    assert browser.errors == []
 
 
 def test_what_scores_are_worth_is_drawn_best_first_between_chance_and_the_ceiling(

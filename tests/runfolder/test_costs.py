@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 
@@ -51,6 +52,35 @@ def test_open_costs_of_any_form_do_no_harm(tmp_path, text):
     with run.lock(), run.timed("a"):
         pass
     assert [e["stage"] for e in run.costs()] == ["a"]
+
+
+@pytest.mark.parametrize("left", ["", '{"stage": "b", "sec', '{"stage": "b", "seconds": 1}', "\n", "3\n"])
+def test_every_line_is_an_entry_whatever_a_killed_session_left(tmp_path, left):
+    """As appended lines: killed between creating the file and writing, or in the middle of a line."""
+    (tmp_path / "costs.jsonl").write_text(left)
+    run = Run(tmp_path)
+    with run.timed("a"):
+        pass
+    lines = (tmp_path / "costs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in lines] == (["b", "a"] if left.endswith("1}") else ["a"])
+
+
+def test_a_reader_sees_whole_lines_and_a_kill_leaves_them(tmp_path):
+    meter, path = Meter(tmp_path), tmp_path / "costs.jsonl"
+    meter.add({"stage": "x" * 20_000, "seconds": 0.0})
+    pid = os.fork()
+    if pid == 0:
+        for number in range(10**6):
+            meter.add({"stage": str(number), "seconds": 0.0})
+        os._exit(0)
+    seen, deadline = [1], time.monotonic() + 60
+    while seen[-1] < 40 and time.monotonic() < deadline:
+        seen.append(len([json.loads(line) for line in path.read_text().splitlines()]))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert seen == sorted(seen) and seen[-1] >= 40
+    meter.add({"stage": "last", "seconds": 0.0})
+    assert [json.loads(line)["stage"] for line in path.read_text().splitlines()][-1] == "last"
 
 
 def test_an_error_leaves_its_seconds(tmp_path):

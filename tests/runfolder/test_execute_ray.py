@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import ray_nodes
 from crash import outcome
 from keepset.errors import KeepsetError
 from keepset.runfolder.execute import Task
@@ -155,6 +155,67 @@ def test_a_worker_that_does_not_see_the_folder_gets_what_it_reads_and_sends_what
 
 # -- real Ray ---------------------------------------------------------------------------------------------------------
 
+
+def stored(folder):
+    """The bytes of all scores and of every shard."""
+    paths = [*folder.glob("scores/*.parquet"), *folder.glob("work/*/*/*.safetensors")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def wait_for(folder, pattern):
+    """Until a file is there; whether it is."""
+    end = time.monotonic() + 200
+    while not (there := bool(list(folder.glob(pattern)))) and time.monotonic() < end:
+        time.sleep(0.005)
+    return there
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_node_of_three_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_process(tiny_run, tmp_path):
+    pytest.importorskip("ray")
+    recipe = yaml.safe_load(tiny_run.recipe.read_text())
+    del recipe["evaluate"]  # it ends when the rows are chosen
+    recipe |= {"methods": ["davir", "rose", "rds"], "reference": {"path": str(tiny_run.run_dir / "models/reference")},
+               "warmup": {"path": str(tiny_run.run_dir / "models/warmup")}}  # fmt: skip
+    recipe["batching"]["shard_rows"] = 1
+    path, folder = tmp_path / "scores.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(recipe))
+    server = tiny_run.server
+    assert server.run(path, tmp_path / "one")["exit"] == 0
+    nodes, at_kills = ray_nodes.Nodes(2), []
+
+    def kill_both():
+        for pattern, kill in [
+            ("work/losses-*/*/*.json", nodes.kill),
+            ("work/influence-*/*/*.json", lambda: ray_nodes.kill(ray_nodes.children(server.process.pid))),
+        ]:
+            if wait_for(folder, pattern):
+                kill()
+                at_kills.append(len(list(folder.glob(pattern))))
+
+    try:
+        driver = {
+            "env": ray_nodes.ENV,
+            "argv": ["run", str(path), "--run_dir", str(folder), "--executor", "ray", "--address", nodes.address],
+        }
+        killer = threading.Thread(target=kill_both, daemon=True)
+        killer.start()
+        first = server.run(path, folder, **driver)
+        killer.join(30)
+        assert first["signal"] == signal.SIGKILL and "3 workers, one a core" in first["log"], first["log"]
+        assert at_kills[0] < 2 * 17 and at_kills[1] < 2 * 17, "both in the middle of their pass"
+        assert not list(folder.glob("work/representations-last/*/*.json"))
+        again = server.run(path, folder, **driver)
+    finally:
+        nodes.close()
+    assert again["exit"] == 0 and "2 workers, one a core" in again["log"], again["log"]
+    one = stored(tmp_path / "one")
+    assert stored(folder) == one
+    assert {name.split("/")[1].split("-")[0] for name in one} >= {"losses", "influence", "representations", "encoding"}
+
+
 BLIND = """
 import sys
 from pathlib import Path
@@ -181,7 +242,8 @@ def ray_run(tiny_run, folder, *command):
     path.write_text(yaml.safe_dump(recipe))
     return subprocess.Popen(
         [sys.executable, *command, "run", str(path)], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env={**os.environ, **ray_nodes.ENV, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -190,40 +252,30 @@ def finished(process):
     try:
         log, _ = process.communicate(timeout=700)
     finally:
-        process.kill()
+        ray_nodes.kill_session(process)
     assert process.returncode == 0, log
     return log
 
 
-def actors(pattern="^ray::.*(Worker|do|hello)"):
-    """Process ids of Ray's actors on this machine."""
-    return [int(pid) for pid in subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()]
-
-
-@pytest.fixture
-def no_agents_left():
-    """A driver that is killed leaves two of Ray's helpers behind."""
-    foreign = set(actors("^ray::.*Agent"))
-    yield
-    for pid in set(actors("^ray::.*Agent")) - foreign:
-        os.kill(pid, signal.SIGTERM)
+def actors(process):
+    """Process ids of Ray's actors of a driver."""
+    mine = [pid for pid, (_, session) in ray_nodes.processes().items() if session == process.pid]
+    return [pid for pid in mine if "Worker" in ray_nodes.command(pid)]
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep")
-def test_an_actor_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_process(
-    tiny_run, tmp_path, no_agents_left
-):
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_an_actor_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_process(tiny_run, tmp_path):
     pytest.importorskip("ray")
-    folder, foreign, killed = tmp_path / "run", set(actors()), []
+    folder, killed = tmp_path / "run", []
 
     def kill_one():
         while not list(folder.glob("work/target-*/*/*.json")):
             time.sleep(0.05)
-        mine = [pid for pid in actors() if pid not in foreign]
-        os.kill(mine[0], signal.SIGKILL)
-        killed.append(mine[0])
+        killed.extend(actors(first)[:1])
+        ray_nodes.kill(killed)
 
     first = ray_run(tiny_run, folder, "-m", "keepset")
     try:
@@ -232,14 +284,15 @@ def test_an_actor_and_then_the_driver_are_killed_and_the_bytes_are_those_of_one_
             assert first.poll() is None, first.stdout.read()
             time.sleep(0.05)
     finally:
-        first.kill()
-        first.wait()
+        ray_nodes.kill_session(first)  # a driver that is killed leaves two of Ray's agents behind
     log = finished(ray_run(tiny_run, folder, "-m", "keepset"))
     assert killed and outcome(folder) == tiny_run.outcome, log
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_workers_that_do_not_see_the_folder_send_the_same_bytes(tiny_run, tmp_path):
     pytest.importorskip("ray")
     log = finished(ray_run(tiny_run, tmp_path / "run", "-c", BLIND))

@@ -13,7 +13,7 @@ from keepset.recipe import SelectSpec
 from keepset.selection.ranking import rank_order, soft_scores
 from keepset.selection.select import select
 
-POLICIES = ["top_k", "round_robin", "mmr", "facility_location", "sample"]
+POLICIES = ["top_k", "round_robin", "knn_kde", "transport", "mmr", "facility_location", "sample"]
 QUOTAS = ["none", "proportional", "equal", "floor"]
 
 
@@ -88,6 +88,7 @@ def test_a_score_that_is_not_finite_is_refused():
         (("tokens", 5), {}, "number of tokens"),
         (("rows", 1), {"quota": "equal"}, "needs a source or category"),
         (("rows", 1), {"policy": "round_robin"}, "scores rows by task"),
+        (("rows", 1), {"policy": "transport"}, "policy 'transport' needs a method that scores rows by task"),
         (("rows", 1), {"policy": "mmr"}, "needs embeddings or the rows' texts"),
         (("rows", 1), {"dedup": "near"}, "needs the rows' texts"),
     ],

@@ -18,6 +18,7 @@ from keepset.stages.job import Job
 from keepset.stages.losses import Losses
 from keepset.stages.stage import Pass, closure, fetch
 from keepset.stages.trained import Reference, Warmup
+from keepset.train.warmup import pick_subset
 from tiny_recipe import quiet, recipe
 
 ELSEWHERE = """
@@ -85,6 +86,31 @@ def test_ids_hang_on_what_the_numbers_are_made_of_and_train_nothing(model_folder
     assert {name for name in first if first[name] != other[name]} == {"ref"}
     other = ids("e", target=data["pairs"])
     assert {name for name in first if first[name] != other[name]} == {n for n in first if n.startswith("checkpoint")}
+
+
+@pytest.mark.parametrize("folds", [0, 2])
+def test_a_reference_on_a_share_of_the_pool_is_trained_on_rows_drawn_by_id(folds, model_folder, data, tmp_path):
+    def reference(name, **spec):
+        return Job(recipe(model_folder, data, tmp_path / name, reference={"folds": folds, **spec}), console=quiet())
+
+    def ids(job):
+        rows = stage._rows(job)
+        assert len(rows[0]) == len(rows[1])
+        return [str(i) for i in rows[1]]
+
+    stage = Reference(0 if folds else -1)
+    whole, same = reference("whole"), reference("same", fraction=1)
+    assert stage.inputs(whole) == stage.inputs(same) and "fraction" not in stage.inputs(whole)["args"]
+    some = reference("some", fraction=0.4)
+    assert len(ids(some)) == int(0.4 * len(ids(whole))) and set(ids(some)) < set(ids(whole))
+    assert stage.inputs(some)["args"]["fraction"] == 0.4
+    assert len(stage.works(some)[0].titles) == 1 and stage.works(some)[0].rows == len(ids(some))
+    assert stage.works(some)[0].flops < stage.works(whole)[0].flops
+    picked = pick_subset(sorted(ids(whole)), 0.4, 0)
+    assert sorted(ids(some)) == [sorted(ids(whole))[i] for i in picked]
+    other = Job(recipe(model_folder, data, tmp_path / "seed", seed=3, reference={"folds": folds, "fraction": 0.4}),
+                console=quiet())  # fmt: skip
+    assert set(ids(other)) != set(ids(some))
 
 
 def test_beside_shares_the_pass_and_what_cannot_does_not(model_folder, data, tmp_path):

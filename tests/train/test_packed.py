@@ -107,6 +107,21 @@ def test_a_masked_training_is_a_plain_loop_with_weights(tmp_path, batches, weigh
         torch.testing.assert_close(made[name], own[name].detach(), rtol=2e-3, atol=2e-5)
 
 
+def test_weight_two_doubles_a_rows_part_and_zero_removes_it(tmp_path, batches):
+    """One step of plain SGD moves B by the batch's mean gradient: that of one row alone is added once, twice, never."""
+    plain = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "max_grad_norm": 0.0, "extra": {"optim": "sgd"}}
+    made = {}
+    for name, weights in {"zero": [0.0, 1, 1, 1], "one": None, "two": [2.0, 1, 1, 1], "alone": [1.0, 0, 0, 0]}.items():
+        made[name], result = trained(tmp_path / name, weights, ROWS[:4], **plain)
+        made[name]["loss"] = torch.tensor(result.losses)
+    assert all(batch == batches[0] for batch in batches)
+    for name, alone in made["alone"].items():
+        if "lora_B" in name or name == "loss":
+            assert alone.abs().max() > 0
+            torch.testing.assert_close(made["one"][name] - made["zero"][name], alone, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(made["two"][name] - made["zero"][name], 2 * alone, rtol=1e-3, atol=1e-7)
+
+
 def test_pairs_of_weight_zero_leave_the_others_their_part(tmp_path, batches):
     """One step of plain SGD at the base moves B by the mean over ALL pairs of the kept pairs' gradients."""
     pairs = list(zip(random_rows(4, seed=1), random_rows(4, seed=2), strict=True))

@@ -15,7 +15,7 @@ from rich.console import Console
 from keepset.cli.cluster import work_on
 from keepset.cli.deliver import export, init, push, trainers
 from keepset.cli.judge import generate, judge, lm_eval, pairs
-from keepset.cli.look import doctor, explain, inspect, methods, overlap, plot, report
+from keepset.cli.look import doctor, explain, inspect, methods, overlap, plot, report, status
 from keepset.cli.options import err
 from keepset.cli.train import train_app
 from keepset.cli.work import compare, demo, evaluate, plan, reproduce, run, score, select, validate
@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 for command in (
     run, plan, demo, score, select, evaluate, compare, validate, overlap, methods, report, plot, inspect, explain, init,
-    doctor, export, trainers, push, reproduce, generate, judge, pairs,
+    status, doctor, export, trainers, push, reproduce, generate, judge, pairs,
 ):  # fmt: skip
     app.command()(command)
 app.command("lm-eval")(lm_eval)

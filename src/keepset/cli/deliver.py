@@ -50,19 +50,38 @@ def export(
     out: Annotated[Path, typer.Argument(help="file to write")],
     run_dir: RunDir = Path("runs/keepset"),
     to: Annotated[str | None, typer.Option("--to", help="jsonl parquet csv messages alpaca sharegpt")] = None,
+    weight: Annotated[
+        str | None,
+        typer.Option("--weight", help="also a column of weights, 1 on average: softmax or rank of the score"),
+    ] = None,
+    weight_by: Annotated[
+        str | None, typer.Option("--weight_by", "--weight-by", help="label of the score; default: the subset's own")
+    ] = None,
+    weight_column: Annotated[
+        str, typer.Option("--weight_column", "--weight-column", help="the column's name")
+    ] = "weight",
+    temperature: Annotated[float, typer.Option("--temperature", help="softmax: of the standardised score")] = 1.0,
 ) -> None:
-    """Write a subset in another dialect or container.
+    """Write a subset in another dialect or container; with weights for `keepset train sft --weight_column`.
 
     Example: keepset export davir chosen.parquet --to messages
     """
     from keepset.data.export import write_subset
     from keepset.pipeline.choose import stored_ids
+    from keepset.pipeline.weights import subset_weights
 
     job = open_job(run_dir, text_only=True)
-    ids = stored_ids(job, subset)
-    place = {row_id: i for i, row_id in enumerate(job.pool.ids)}
-    write_subset(job.pool, [place[i] for i in ids], out, to=to)
-    print(f"{out}: {len(ids)} rows")
+    wanted = stored_ids(job, subset)
+    places = job.pool.ids.places(wanted)
+    if len(places) and places.min() < 0:
+        raise KeyError(wanted[int(places.argmin())])
+    extra = None
+    if weight is not None:
+        extra = weight_column, subset_weights(job, subset, wanted, weight, by=weight_by, temperature=temperature)
+    elif weight_by is not None:
+        raise RecipeError("--weight_by does nothing without --weight; add --weight softmax or rank")
+    write_subset(job.pool, places, out, to=to, extra=extra)
+    print(f"{out}: {len(wanted)} rows")
 
 
 def trainers(

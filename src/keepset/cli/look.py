@@ -169,6 +169,20 @@ def explain(
         print_explanation(facts, Console())
 
 
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="a run folder")] = Path("runs/keepset"), as_json: AsJson = False
+) -> None:
+    """Say how far a run is: steps done, under way and next, time left, price, who is at it; it only reads.
+
+    Example: keepset status runs/demo
+    """
+    from keepset.runfolder.status import status as look
+    from keepset.runfolder.status import told
+
+    found = look(run_dir)
+    print(json_text(found.to_json()) if as_json else "\n".join(told(run_dir, found)))
+
+
 def doctor(model_name_or_path: Model = None, as_json: AsJson = False) -> None:
     """Print versions, device, memory, disk and whether the model and its template load: for bug reports.
 

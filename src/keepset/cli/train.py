@@ -99,6 +99,10 @@ def sft(
     eval_data: Annotated[
         list[str] | None, typer.Option("--eval_data", "--eval-data", help="held-out rows: loss before and after")
     ] = None,
+    weight_column: Annotated[
+        str | None,
+        typer.Option("--weight_column", "--weight-column", help="a column of numbers: what a row counts in the loss"),
+    ] = None,
     seed: Seed = 0,
     anew: Anew = False,
     as_json: AsJson = False,
@@ -112,7 +116,8 @@ def sft(
     from keepset.pipeline.train import FileTraining, parse_words, run_sft
 
     given = parse_words(ctx.args)
-    facts = run_sft(FileTraining(data, output_dir, given, seed, not anew, eval_data or [], progress()))
+    files = FileTraining(data, output_dir, given, seed, not anew, eval_data or [], progress(), weight_column)
+    facts = run_sft(files)
     lines = []
     if "heldout_after" in facts:
         before, after = facts["heldout_before"]["token_mean"], facts["heldout_after"]["token_mean"]

@@ -68,21 +68,58 @@ def run(
 
 def plan(
     recipe: Annotated[Path, typer.Argument(help="the recipe's YAML file")],
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", help="plan for GPUs instead of this machine: h100:8 is eight on each node")
+    ] = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="with --gpus: machines")] = 1,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="with --gpus: of one GPU for an hour")] = None,
+    network: Annotated[float, typer.Option("--network", min=1e-3, help="with --gpus: Gbit/s of a node")] = 10.0,
+    shared: Annotated[bool, typer.Option("--shared/--local", help="with --gpus: all nodes see the run folder")] = True,
+    utilisation: Annotated[
+        float, typer.Option("--utilisation", min=1e-3, max=1, help="with --gpus: share of a GPU's peak")
+    ] = 0.35,
+    like: Annotated[
+        Path | None, typer.Option("--like", help="with --gpus: a run folder whose measured rates are each worker's")
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="with --gpus: as if the pool had so many")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a recipe would cost here: stages, tokens, FLOPs, seconds, memory; from a short probe.
+    """Say what a recipe would cost here, from a short probe; or, with --gpus, on a cluster, from counts alone.
 
-    Example: keepset plan recipe.yaml
+    Stages, tokens, FLOPs, seconds, memory; on a cluster also cost, network and disk, and nothing of the model but its
+    config and tokenizer is needed.
+
+    Example: keepset plan recipe.yaml --gpus h100:8 --nodes 8 --price 2.5 --rows 10000000
     """
-    from keepset.pipeline.plan import plan_recipe, print_plan
     from keepset.recipe import load_recipe
 
-    facts = plan_recipe(load_recipe(recipe), console=err)
+    if gpus is None:
+        from keepset.pipeline.plan import plan_recipe, print_plan
+
+        given = (
+            ("--nodes", nodes != 1),
+            ("--price", price),
+            ("--local", not shared),
+            ("--like", like),
+            ("--rows", rows),
+        )
+        idle = [name for name, value in given if value]
+        if idle:
+            raise RecipeError(f"{idle[0]}: a plan for this machine doesn't look at it; name the GPUs: --gpus h100:8")
+        facts = plan_recipe(load_recipe(recipe), console=err)
+        show = print_plan
+    else:
+        from keepset.pipeline.cluster import Cluster, parse_gpus
+        from keepset.pipeline.plan_cluster import plan_cluster, print_cluster
+
+        cluster = Cluster(*parse_gpus(gpus), nodes, price, network, shared, utilisation)
+        facts = plan_cluster(load_recipe(recipe), cluster, rows=rows, like=like, console=err)
+        show = print_cluster
     if as_json:
         print(json_text(facts))
     else:
-        print_plan(facts, Console())
+        show(facts, Console())
 
 
 def demo(run_dir: RunDir = Path("runs/demo"), force: Force = False, quiet: Quiet = False) -> None:
@@ -163,7 +200,7 @@ def select(
     ] = None,
     overrides: Annotated[Path | None, typer.Option("--overrides", help="keep / drop marks from the report")] = None,
     policy: Annotated[
-        str | None, typer.Option("--policy", help="top_k round_robin mmr facility_location sample")
+        str | None, typer.Option("--policy", help="top_k round_robin knn_kde transport mmr facility_location sample")
     ] = None,
     quota: Annotated[str | None, typer.Option("--quota", help="none proportional equal floor")] = None,
     quota_by: Annotated[str | None, typer.Option("--quota_by", "--quota-by", help="source or category")] = None,
@@ -185,7 +222,9 @@ def select(
     if budget:
         parse_budget(budget, 1, None)
     probe = open_job(run_dir)
-    words = (probe.run.load_table(layout.scores(label)).schema.metadata or {}).get(b"length_unit") == b"words"
+    words = (probe.run.load_table(layout.scores(label), lambda name: False).schema.metadata or {}).get(
+        b"length_unit"
+    ) == b"words"
     job = open_job(
         run_dir, settings=[*settings, *([f"budget={budget}"] if budget else [])], force=True, text_only=words
     )

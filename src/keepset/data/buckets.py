@@ -139,12 +139,23 @@ class NgramBuckets:
         return np.concatenate(out)
 
 
+class _Chunks:
+    """The chunks of some texts, cut anew for each pass."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return chunks(self.texts)
+
+
 class Twice:
     """The pool's hashed chunks, for two passes: the first half GiB of buckets is kept, the rest is made anew."""
 
     def __init__(self, hashing: NgramBuckets, texts: Sequence[str], keep_bytes: int = 1 << 29) -> None:
         """Hash nothing yet."""
-        self.hashing, self.texts, self.room = hashing, list(chunks(texts)), keep_bytes
+        self.hashing, self.room = hashing, keep_bytes
+        self.texts: Iterable[list[str]] = _Chunks(texts)
         self.kept: list[Chunk] = []
 
     def __iter__(self) -> Iterator[Chunk]:

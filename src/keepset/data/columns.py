@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from json.encoder import encode_basestring
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from keepset.data.turns import CONTEXT, Turn
+from keepset.row_ids import Ids
 
 Message = dict[str, Any]
 """`role` and `content`; `train: False` on an assistant's message that is context."""
@@ -90,27 +90,5 @@ def unique_ids(digests: bytes) -> tuple[pa.Array, int]:
 
     Returns the ids (n,) as strings, and how many rows are copies of an earlier one.
     """
-    n = len(digests) // 16
-    keys = np.frombuffer(digests, dtype=">u8").reshape(n, 2)
-    order = np.lexsort((np.arange(n), keys[:, 1], keys[:, 0]))
-    ordered = keys[order]
-    same = np.zeros(n, dtype=bool)
-    same[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
-    offsets = pa.py_buffer((np.arange(n + 1, dtype=np.int64) * 32).tobytes())
-    text = pa.py_buffer(digests.hex().encode("ascii"))
-    ids = pa.LargeStringArray.from_buffers(n, offsets, text)
-    if not same.any():
-        return _as_string(ids), 0
-    values = ids.to_pylist()
-    copy = 0
-    for at, is_copy in zip(order.tolist(), same.tolist(), strict=True):
-        copy = copy + 1 if is_copy else 0
-        if copy:
-            values[at] = f"{values[at]}-{copy}"
-    return pa.chunked_array([pa.array(values, pa.string())]), int(same.sum())
-
-
-def _as_string(ids: pa.LargeStringArray) -> pa.ChunkedArray:
-    step = 2**24  # a `string` chunk holds at most 2 GiB
-    parts = [ids.slice(k, step).cast(pa.string()) for k in range(0, max(len(ids), 1), step)]
-    return pa.chunked_array(parts, pa.string())
+    ids, duplicates = Ids.numbered(digests)
+    return ids.arrow(), duplicates

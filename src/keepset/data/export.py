@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -33,8 +34,14 @@ CONTAINERS = {
 _FOREIGN = (".arrow", ".feather", ".xlsx", ".xls", ".bz2", ".xz", ".zip", ".7z", ".pkl", ".npy", ".orc", ".avro", ".db")
 
 
-def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Path, to: str | None = None) -> None:
-    """Write chosen rows, in the order given, with nothing added to them.
+Extra = tuple[str, np.ndarray]
+"""A column to add: its name, and a number for each row (k,)."""
+
+
+def write_subset(
+    pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Path, to: str | None = None, extra: Extra | None = None
+) -> None:
+    """Write chosen rows, in the order given, with nothing added to them but the `extra` column, if there is one.
 
     The container goes by `to` if that is one, else by the path's suffix (.gz and .zst compress), else by the input's.
     The dialect is the rows' own; rows of a pool that mixes dialects are written as `messages`. The file appears whole
@@ -44,14 +51,14 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
 
     Raises:
         DataError: `to` is unknown, the path's suffix promises another container, the rows can't be said in that
-            dialect, or the file can't be written.
+            dialect, a row has a column of the extra one's name, or the file can't be written.
     """
     path = Path(path)
-    chosen = pool.take(indices)
+    places = pool.places(indices)
     if to is not None and to not in DIALECTS and to not in CONTAINERS.values():
         raise DataError(f"to '{to}' is not known; known: {', '.join([*dict.fromkeys(CONTAINERS.values()), *DIALECTS])}")
     named = container_of(path)
-    container = to if to is not None and to not in DIALECTS else named or _own_container(chosen)
+    container = to if to is not None and to not in DIALECTS else named or _own_container(places)
     packed = path.suffix.lower() in (".gz", ".zst")
     if named not in (None, container) or path.suffix.lower() in _FOREIGN or (container == "parquet" and packed):
         raise DataError(f"{path}: the name is none of a {container} file: name it .{container}")
@@ -61,19 +68,27 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
         if part.is_symlink():  # opening it would write where it leads
             part.unlink()
         if container == "parquet":
+            chosen = pool.take(indices)
             table = rows_table(texts_in(chosen, to)) if to in DIALECTS else pool_table(chosen)
+            if extra is not None:
+                if extra[0] in table.column_names:
+                    raise _taken(extra[0])
+                table = table.append_column(extra[0], pa.array(extra[1], pa.float64()))
             try:
                 pq.write_table(table, part)
             except pa.ArrowException as error:
                 raise DataError(f"{path}: Parquet can't hold it: {str(error).splitlines()[0]}; write .jsonl") from None
         else:
-            dialect = to if to in DIALECTS else common_dialect(chosen)
+            dialect = to if to in DIALECTS else common_dialect(places)
             lost = Lost()
             with opened(part, path) as out:
-                WRITERS[container](texts_in(chosen, dialect), out, lost)
+                texts = (text for some in pool.taken(indices) for text in texts_in(some, dialect))
+                if extra is not None:
+                    texts = (with_number(t, extra[0], float(x)) for t, x in zip(texts, extra[1], strict=True))
+                WRITERS[container](texts, out, lost)
             lost.say(path)
             if dialect is None:
-                _say_bytes(chosen, path)
+                _say_bytes(places, path)
         with open(part, "rb+") as done:
             os.fsync(done.fileno())
         os.replace(part, path)
@@ -83,6 +98,22 @@ def write_subset(pool: Pool, indices: Sequence[int] | np.ndarray, path: str | Pa
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: can't be written: {error.strerror or error}") from None
+
+
+def with_number(text: str, name: str, value: float) -> str:
+    """A row's JSON text with one more key at its end; the rest stays as it is, byte for byte.
+
+    Raises:
+        DataError: the row has that key.
+    """
+    if name in json.loads(text):
+        raise _taken(name)
+    start = text.rstrip()[:-1].rstrip()
+    return f"{start}{', ' if start != '{' else ''}{json.dumps(name, ensure_ascii=False)}: {json.dumps(value)}}}"
+
+
+def _taken(name: str) -> DataError:
+    return DataError(f"the rows have a column '{name}' already; name another with --weight_column")
 
 
 def container_of(path: Path) -> str | None:

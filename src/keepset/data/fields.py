@@ -83,7 +83,10 @@ def _weight(place: str, value: Any) -> bool:
         return True
     trained = flag(value)
     if trained is None:
-        raise RowProblem("fractional-weight", f"'{place}' is {str(value)[:40]}: only weights of 0 and 1 are followed")
+        raise RowProblem(
+            "fractional-weight", f"'{place}' is {str(value)[:40]}: only weights of 0 and 1 are followed; "
+            f"`keepset train sft --weight_column {place}` trains with others"
+        )  # fmt: skip
     if not trained:
         raise RowProblem("not-trained", f"'{place}' is {str(value)[:40]}: the row is not to be trained on")
     return True
@@ -172,7 +175,8 @@ FIELDS: tuple[Field, ...] = (
     Field(("label", "kto_tag", "desirable", "is_desirable"), "row", ("text",), "refused",
           "where false or `undesirable`; numbers are carried along (classes)",
           _false_is_refused("undesirable", "an answer that is not wanted (unpaired preference data)", numbers=False)),
-    Field(("weight", "sample_weight", "loss_weight", "loss_scale"), "row", EVERY, "refused", "unless 1", _weight),
+    Field(("weight", "sample_weight", "loss_weight", "loss_scale"), "row", EVERY, "refused",
+          "unless 1, or named by `keepset train sft --weight_column`", _weight),
     Field(("train", "training", "trainable"), "row", EVERY, "refused",
           "where false or 0; texts are carried along",
           _false_is_refused("not-trained", "the row is not to be trained on", numbers=True)),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import islice
 
 import numpy as np
+
+from keepset.row_ids import BLOCK
 
 COPY = re.compile(r"^([0-9a-f]{32})-\d+$")  # the id of a row's second, third ... exact copy
 
@@ -20,8 +23,15 @@ def content_key(row_id: str) -> str:
 def uniform_by_id(ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
     """Return (n,) float64 uniform in the open interval (0, 1), a function of (seed, id) alone."""
     key = int(seed).to_bytes(8, "little", signed=True)
-    digests = b"".join(blake2b(str(i).encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest() for i in ids)
-    return ((np.frombuffer(digests, dtype="<u8") >> np.uint64(11)) + 0.5) * 2.0**-53
+    out = np.empty(len(ids))
+    source = iter(ids)
+    for start in range(0, len(ids), BLOCK):
+        digests = b"".join(
+            blake2b(str(i).encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
+            for i in islice(source, BLOCK)
+        )
+        out[start : start + BLOCK] = ((np.frombuffer(digests, dtype="<u8") >> np.uint64(11)) + 0.5) * 2.0**-53
+    return out
 
 
 def gumbel_by_id(ids: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from keepset.data.dialects import PAIRS, SFT, detect, known_format
 from keepset.data.fields import is_tree
 from keepset.data.jsonfiles import RawRow
 from keepset.data.readers import OpenFile, open_all, stem
-from keepset.data.reasons import FileRefused, Quarantined, excerpt
+from keepset.data.reasons import FileRefused, Quarantined, RowProblem, excerpt
 from keepset.data.tables import Batches
 from keepset.errors import DataError, did_you_mean
 from keepset.recipe import DataSpec
@@ -154,6 +154,22 @@ def cell_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def row_weight(row: dict[str, Any], column: str) -> float:
+    """How much a row counts in the loss, from a column of numbers, also written as text (CSV).
+
+    Raises:
+        RowProblem: it isn't a finite number of 0 or more.
+    """
+    value = row.get(column)
+    try:
+        weight = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        weight = float("nan")
+    if not 0 <= weight < float("inf"):
+        raise RowProblem("bad-weight", f"'{column}' is {str(value)[:40]}: a weight is a number of 0 or more")
+    return weight
 
 
 def check_column_seen(spec: DataSpec, column: str, option: str, columns: set[str]) -> None:

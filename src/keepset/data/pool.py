@@ -1,12 +1,20 @@
-"""Pool: the candidate rows as one Arrow table with content-hash ids, and `load_pool` that reads it."""
+"""Pool: the candidate rows as one Arrow table with content-hash ids, and `load_pool` that reads it.
+
+A large pool's table lies in a file without a name, mapped into memory (`spool.py`); in memory are its ids, 16 bytes a
+row.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +30,6 @@ from keepset.data.columns import (
     content_digest,
     marked,
     pair_digest,
-    unique_ids,
 )
 from keepset.data.dialects import as_pair, as_sft
 from keepset.data.loading import (
@@ -34,11 +41,14 @@ from keepset.data.loading import (
     incoming,
     refuse,
     refuse_empty,
+    row_weight,
     source_names,
 )
 from keepset.data.reasons import FileRefused, Quarantined, RowProblem
+from keepset.data.spool import Spool, forget, rows_at
 from keepset.data.turns import Turn
 from keepset.errors import DataError
+from keepset.row_ids import BLOCK, Ids
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +73,19 @@ class Pool:
     Attributes:
         table: id, source, category, messages, raw (the row's own JSON text), file, line; one row each. A pool of pairs
             also has n_prompt (messages = prompt + chosen, this many of them the prompt's) and rejected (messages).
+        ids: content ids (n,); an array of str to whoever reads it.
         quarantine: rows that can't be used, with their place and reason.
         duplicates: rows whose content stands earlier in the pool; they stay in and have ids ending in -1, -2 …
         files: what each file was found to be.
+        mapped: the files that the table lies in, if it isn't in memory.
     """
 
     table: pa.Table
+    ids: Ids
     quarantine: tuple[Quarantined, ...] = ()
     duplicates: int = 0
     files: tuple[FileInfo, ...] = ()
+    mapped: tuple[mmap.mmap, ...] = field(default=(), repr=False, compare=False)
 
     def __len__(self) -> int:
         """Return the number of usable rows."""
@@ -81,11 +95,6 @@ class Pool:
     def n_in(self) -> int:
         """Rows read: usable + quarantined."""
         return len(self) + len(self.quarantine)
-
-    @property
-    def ids(self) -> np.ndarray:
-        """Content ids (n,), object array of str."""
-        return np.array(self.table["id"].to_pylist(), dtype=object)
 
     @property
     def has_pairs(self) -> bool:
@@ -100,25 +109,53 @@ class Pool:
 
     def sources(self) -> np.ndarray:
         """Return the source of each row (n,), object array of str."""
-        return np.array(self.table["source"].to_pylist(), dtype=object)
+        return self._labels("source")
 
     def categories(self) -> np.ndarray:
         """Return the category of each row (n,), object array of str or None."""
-        return np.array(self.table["category"].to_pylist(), dtype=object)
+        return self._labels("category")
+
+    def _labels(self, column: str) -> np.ndarray:
+        """A column of few different texts (n,); equal ones are one object."""
+        names: dict[str | None, str | None] = {}
+        out = np.empty(len(self), dtype=object)
+        start = 0
+        for batch in self.batches([column]):
+            out[start : start + len(batch)] = [names.setdefault(name, name) for name in batch.column(0).to_pylist()]
+            start += len(batch)
+        return out
+
+    @cached_property
+    def _parts(self) -> list[pa.RecordBatch]:
+        return self.table.to_batches()
+
+    def batches(self, columns: Sequence[str], rows: int = 4096) -> Iterator[pa.RecordBatch]:
+        """Yield some columns in order, at most so many rows at a time; what was read is not kept in memory."""
+        for batch in self.table.select(columns).to_batches(max_chunksize=rows):
+            yield batch
+            self.forget()
+
+    def forget(self) -> None:
+        """Give back the memory of what was read of a table that lies on disk."""
+        forget(self.mapped)
 
     def messages(self, index: int) -> list[Message]:
         """Return one row's messages."""
         messages: list[Message] = marked(self.table["messages"][int(index)].as_py())
         return messages
 
+    def weights(self, column: str) -> np.ndarray:
+        """Return what `load_pool(weight_column=column)` checked (n,): how much each row counts in the loss."""
+        return np.array([row_weight(json.loads(t), column) for b in self.batches(["raw"]) for t in b[0].to_pylist()])
+
     def all_messages(self) -> Iterator[list[Message]]:
         """Yield every row's messages in order; much faster than `messages(i)` in a loop, a batch held at a time."""
-        for batch in self.table.select(["messages"]).to_batches(max_chunksize=4096):
+        for batch in self.batches(["messages"]):
             yield from chats(batch.column(0))
 
     def all_pairs(self) -> Iterator[tuple[list[Message], list[Message], list[Message]]]:
         """Yield every row's prompt, chosen and rejected messages; only for a pool of pairs."""
-        for batch in self.table.select(["messages", "n_prompt", "rejected"]).to_batches(max_chunksize=4096):
+        for batch in self.batches(["messages", "n_prompt", "rejected"]):
             sides = (
                 chats(batch.column("messages")),
                 batch.column("n_prompt").to_pylist(),
@@ -129,22 +166,45 @@ class Pool:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Pool:
         """Return these rows, in this order; the quarantine and the count of copies belong to the whole and are left."""
-        table = self.table.take(pa.array(np.asarray(indices, dtype=np.int64)))
-        return replace(self, table=table, quarantine=(), duplicates=0)
+        at = np.asarray(indices, dtype=np.int64)
+        table = rows_at(self._parts, self.table.schema, at, self.mapped)
+        return replace(self, table=table, ids=self.ids[at], quarantine=(), duplicates=0, mapped=())
+
+    def places(self, indices: Sequence[int] | np.ndarray) -> Pool:
+        """Return these rows with no more than their files' names."""
+        at = np.asarray(indices, dtype=np.int64)
+        names = self.table.select(["file"])
+        table = rows_at(names.to_batches(), names.schema, at, self.mapped)
+        return replace(self, table=table, ids=self.ids[at], quarantine=(), duplicates=0, mapped=())
+
+    def taken(self, indices: Sequence[int] | np.ndarray, rows: int = 4096) -> Iterator[Pool]:
+        """Yield these rows, in this order, as pools of at most so many."""
+        for start in range(0, len(indices), rows):
+            yield self.take(indices[start : start + rows])
 
     def fingerprint(self) -> str:
         """Return sha256 hex over the sorted ids: the same whatever the order of rows, files and names."""
-        return hashlib.sha256("\n".join(sorted(self.table["id"].to_pylist())).encode()).hexdigest()
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        whole = hashlib.sha256()
+        order = self.ids.order
+        for start in range(0, len(order), BLOCK):
+            lines = "\n".join(self.ids[order[start : start + BLOCK]])
+            whole.update((("\n" if start else "") + lines).encode())
+        return whole.hexdigest()
 
 
 class _Chunks:
     """The pool's columns while they grow; ids wait as 16-byte digests until every copy is known."""
 
-    def __init__(self, pairs: bool) -> None:
+    def __init__(self, pairs: bool, folder: Path | None) -> None:
         self.digests = bytearray()
-        self.batches: list[pa.RecordBatch] = []
-        self.pairs = pairs
+        self.pairs, self.folder = pairs, folder
         self.schema = pa.schema([*list(POOL_SCHEMA)[1:], *(PAIR_FIELDS if pairs else [])])
+        self.spool = Spool(self.schema, folder)
+        self.sizes: list[int] = []
         self.start()
 
     def start(self) -> None:
@@ -169,17 +229,31 @@ class _Chunks:
             pa.array(self.lines, pa.int64()),
             *([pa.array(self.n_prompt, pa.int64()), self.rejected.finish()] if self.pairs else []),
         ]
-        self.batches.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
+        self.spool.add(pa.RecordBatch.from_arrays(columns, schema=self.schema))
+        self.sizes.append(len(self.lines))
         self.start()
 
-    def table(self) -> tuple[pa.Table, int]:
+    def pool(self) -> Pool:
+        """All rows; ids lie beside the other columns, batch by batch."""
         self.flush()
-        rest = pa.Table.from_batches(self.batches, schema=self.schema)
-        ids, duplicates = unique_ids(bytes(self.digests))
-        return rest.add_column(0, POOL_SCHEMA.field("id"), ids), duplicates
+        rest, mapped = self.spool.table()
+        ids, duplicates = Ids.numbered(self.digests)
+        self.digests = bytearray()
+        names = Spool(pa.schema([POOL_SCHEMA.field("id")]), self.folder)
+        start = 0
+        for size in self.sizes:
+            column = pa.array(list(ids[start : start + size]), pa.string())
+            names.add(pa.RecordBatch.from_arrays([column], schema=names.schema))
+            start += size
+        column, also_mapped = names.table()
+        table = rest.add_column(0, POOL_SCHEMA.field("id"), column["id"])
+        return Pool(table, ids, (), duplicates, (), tuple(m for m in (mapped, also_mapped) if m is not None))
 
 
-def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False) -> Pool:
+def load_pool(
+    specs: Specs, *, strict: bool = False, allow_empty: bool = False, folder: Path | None = None,
+    weight_column: str | None = None,
+) -> Pool:  # fmt: skip
     """Read a pool.
 
     Args:
@@ -187,19 +261,22 @@ def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False) 
             with `pairs: true` its rejected side is kept as well and the id is of both.
         strict: stop at the first bad row instead of quarantining it.
         allow_empty: return a pool without rows rather than raising when every row was quarantined.
+        weight_column: a column of numbers, which `Pool.weights` gives; no rule on fields looks at it.
+        folder: where a pool too large for memory waits, in a file without a name; default: the temporary folder.
 
     Returns:
         The pool: rows in = rows of the table + rows quarantined.
 
     Raises:
         FileRefused: (a DataError) a file that can't be used as a whole, a bad row under `strict`, or no usable row.
-        DataError: an unknown `format`, a `category_column` that is in no row, or pools with and without `pairs`.
+        DataError: an unknown `format`, a `category_column` or `weight_column` that is in no row, or pools with and
+            without `pairs`.
     """
     specs = as_specs(specs)
     if len({spec.pairs for spec in specs}) > 1:
         plain = next(spec.path for spec in specs if not spec.pairs)
         raise DataError(f"{plain}: has no `pairs: true`, but another pool of the recipe has: all or none")
-    chunks = _Chunks(specs[0].pairs if specs else False)
+    chunks = _Chunks(specs[0].pairs if specs else False, folder)
     quarantine: list[Quarantined] = []
     files: list[FileInfo] = []
     for spec, source in zip(specs, source_names(specs), strict=True):
@@ -210,11 +287,12 @@ def load_pool(specs: Specs, *, strict: bool = False, allow_empty: bool = False) 
             if arriving.info.dialect == "unknown":
                 _all_bad(arriving.rows, quarantine, strict)
                 continue
-            _read_file(arriving.info, arriving.rows, source, spec.category_column, strict, chunks, quarantine)
-        if spec.category_column and columns:
-            check_column_seen(spec, spec.category_column, "category_column", columns)
-    table, duplicates = chunks.table()
-    pool = Pool(table, tuple(quarantine), duplicates, tuple(files))
+            named = Named(source, spec.category_column, weight_column)
+            _read_file(arriving.info, arriving.rows, named, strict, chunks, quarantine)
+        for option, column in (("category_column", spec.category_column), ("weight_column", weight_column)):
+            if column and columns:
+                check_column_seen(spec, column, option, columns)
+    pool = replace(chunks.pool(), quarantine=tuple(quarantine), files=tuple(files))
     if not len(pool) and not allow_empty:
         refuse_empty(quarantine, specs)
     if quarantine:
@@ -243,11 +321,19 @@ def sides_of(dialect: str) -> Callable[[dict[str, Any]], tuple[list[Turn], list[
     return sides
 
 
+@dataclass(frozen=True)
+class Named:
+    """What a section says of its rows: their source, and the columns of category and weight."""
+
+    source: str
+    category_column: str | None
+    weight_column: str | None
+
+
 def _read_file(
     info: FileInfo,
     rows: Iterator[Any],
-    source: str,
-    category_column: str | None,
+    named: Named,
     strict: bool,
     chunks: _Chunks,
     quarantine: list[Quarantined],
@@ -261,8 +347,13 @@ def _read_file(
             quarantine.append(item)
             continue
         line, text, row = item
+        category_column, weight_column = named.category_column, named.weight_column
         try:
-            content = convert(row)
+            if weight_column:
+                row_weight(row, weight_column)
+                content = convert({name: value for name, value in row.items() if name != weight_column})
+            else:
+                content = convert(row)
             if isinstance(content, tuple):
                 prompt, chosen, rejected = content
                 turns, digest = prompt + chosen, pair_digest(prompt, chosen, rejected)
@@ -278,7 +369,7 @@ def _read_file(
             chunks.rejected.append(rejected)
         chunks.raw.append(text)
         chunks.lines.append(line)
-        chunks.sources.append(source)
+        chunks.sources.append(named.source)
         chunks.categories.append(cell_text(row.get(category_column)) if category_column else None)
         chunks.files.append(file)
         chunks.chars += len(text)

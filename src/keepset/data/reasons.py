@@ -65,6 +65,7 @@ REASONS: dict[str, str] = {
     "not-trained": "the row, or every answer in it, is marked as not to be trained on",
     "trained-prompt": "a message that is not the assistant's is marked as trained on",
     "fractional-weight": "a weight is neither 0 nor 1",
+    "bad-weight": "the column that `--weight_column` names holds no number of 0 or more",
     "undesirable": "the row is an answer that is not wanted (`label: false` of unpaired preference data)",
     "reasoning-field": "a message holds reasoning beside its content, which not every template renders",
     "unused-field": "a field changes what is trained or rendered in a way that keepset doesn't follow",

@@ -16,10 +16,12 @@ from keepset.pipeline.run import choose_all, train_and_evaluate
 from keepset.pipeline.tell_truth import print_validation
 from keepset.pipeline.validate import validate
 from keepset.pipeline.variants import run_variants
+from keepset.progress import looking_ahead
 from keepset.recipe import Recipe
 from keepset.report import write_report
 from keepset.report.overlap import print_agreement
 from keepset.runfolder import layout
+from keepset.runfolder.status import outlook
 from keepset.stages.job import Job
 
 
@@ -49,7 +51,8 @@ def run_job(job: Job, out: Console, *, force: bool = False) -> None:
         out: where the tables go.
         force: see `Run.adopt`; of the variants' folders.
     """
-    with job.run.lock():
+    ahead = job.recipe.model_dump(mode="json")
+    with job.run.lock(), looking_ahead(lambda: outlook(job.run.path, ahead)):
         start = time.perf_counter()
         subsets = choose_all(job)
         cells = train_and_evaluate(job, subsets)

@@ -86,6 +86,20 @@ def lds(
     Raises:
         ValueError: shapes that don't fit, fewer than three models, or a number that is not finite.
     """
+    value, draws = lds_draws(predicted, outcome, resamples=resamples, seed=seed)
+    ends = {name: np.percentile(draws[name], ENDS) if len(draws[name]) else (np.nan, np.nan) for name in value}
+    m = len(outcome.items)
+    return {name: Interval(value[name], float(ends[name][0]), float(ends[name][1]), m) for name in value}
+
+
+def lds_draws(
+    predicted: Mapping[str, np.ndarray], outcome: Measured, *, resamples: int = 1000, seed: int = 0
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """What `lds` makes intervals of: by name, ρ and its bootstrap draws (resamples,), the same draws for all scores.
+
+    The interval of a difference is that of the draws' differences. Where no query's outcome varies ρ is NaN and there
+    are no draws.
+    """
     m, k = outcome.items.shape
     sums = {name: np.asarray(values, dtype=np.float64) for name, values in predicted.items()}
     for name, values in sums.items():
@@ -111,14 +125,13 @@ def lds(
     everything, once = np.arange(m), np.ones(k)
     value = rho(everything, once)
     if not np.ptp(outcome.by_query(everything, once)[0], axis=1).any():
-        return {name: Interval(np.nan, np.nan, np.nan, m) for name in sums}
+        return dict.fromkeys(sums, np.nan), {name: np.zeros(0) for name in sums}
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(resamples):
         models, items = (np.asarray(rng.integers(0, size, size=size)) for size in (m, k))
         draws.append(rho(models, np.bincount(items, minlength=k).astype(float)))
-    ends = {name: np.percentile([draw[name] for draw in draws], ENDS) for name in sums}
-    return {name: Interval(value[name], float(ends[name][0]), float(ends[name][1]), m) for name in sums}
+    return value, {name: np.array([draw[name] for draw in draws]) for name in sums}
 
 
 def between_seeds(first: Measured, second: Measured, *, resamples: int = 1000, seed: int = 0) -> Interval:

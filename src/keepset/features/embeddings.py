@@ -80,7 +80,7 @@ class TextEncoder:
         """Tokens of the texts, and operations of a forward pass over them (see `keepset.model.flops`)."""
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
         weights = sum(p.numel() for p in self.model.parameters() if p.ndim == 2 and id(p) not in tables)
-        n_tokens = sum(len(ids) for ids in self.tokens(texts))
+        n_tokens = sum(len(self.tokens([text])[0]) for text in texts)
         return n_tokens, 2.0 * weights * n_tokens
 
     @property

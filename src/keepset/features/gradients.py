@@ -27,7 +27,19 @@ from keepset.model.layout import Places, lay_out
 from keepset.model.linears import find_linears
 from keepset.model.llama_backward import LlamaPass
 from keepset.model.llama_blocks import serves
-from keepset.model.pack import Batch, Row, bare, engine, full_span, last_hidden, own_logits, pack, token_nll, vocabulary
+from keepset.model.pack import (
+    Batch,
+    Row,
+    bare,
+    engine,
+    full_span,
+    last_hidden,
+    own_logits,
+    pack,
+    row_counts,
+    token_nll,
+    vocabulary,
+)
 from keepset.model.probes import Probe, probes
 
 LOGITS = 1 << 22
@@ -239,7 +251,7 @@ def _run_autograd(
 
 def mean_weights(row_of: Tensor, n: int) -> Tensor:
     """(S,) one over the number of supervised tokens of each token's row: the mean-token loss of each row."""
-    return sum_weights(row_of, n) / torch.bincount(row_of, minlength=n).float()[row_of]
+    return sum_weights(row_of, n) / row_counts(row_of, n)[row_of]
 
 
 def sum_weights(row_of: Tensor, n: int) -> Tensor:

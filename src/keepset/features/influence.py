@@ -26,7 +26,7 @@ from keepset.features.sketch import Sketch
 from keepset.features.targets import GradientTarget
 from keepset.memory import in_halves
 from keepset.model.layout import Places
-from keepset.model.pack import Row, engine, plan_batches
+from keepset.model.pack import Row, engine, on_device, plan_batches
 from keepset.model.pair_losses import pair_loss
 
 BLOCK = 1 << 20
@@ -78,8 +78,8 @@ class Reducer:
         self.maps: dict[str, ParameterMap] = {n: parameter_map(map, adam, n, s, device) for n, s in shapes.items()}
         self.vectors = {} if target is None else {n: target.blocks[n].flatten(1).to(device) for n in shapes}
         self.shared = {n: momentum_direction(m) for n, m in self.maps.items()}
-        squares = [float(s.double().square().sum()) for s in self.shared.values() if s is not None]
-        self.shared_norm = float(np.sqrt(sum(squares)))
+        squares = [s.double().square().sum() for s in self.shared.values() if s is not None]
+        self.shared_norm = float(np.sqrt(sum(torch.stack(squares).tolist()))) if squares else 0.0
         self.n_targets = 0 if target is None else target.n_targets
         self.buffer = torch.empty(BLOCK, device=device)
         self.scratch = torch.empty(BLOCK, device=device)
@@ -165,7 +165,7 @@ def influence(
             sink.start(n)
             nll, row_of = run_rows(model, recorder, [rows[i] for i in indices], mean_weights, sink)
             losses = sink.sums.new_zeros(n).index_add_(0, row_of, (nll * mean_weights(row_of, n)).double())
-            where = torch.as_tensor(indices, device=device)
+            where = on_device(indices, device)
             table[where] = torch.cat([sink.sums, losses[:, None]], 1)
             if sink.sketches is not None:
                 projected[where] = sink.sketches
@@ -224,10 +224,9 @@ def pair_influence(
 
         def score(indices: np.ndarray) -> None:
             sink.start(len(indices))
-            slope = torch.as_tensor(-slopes[indices].reshape(-1), dtype=torch.float32, device=device)
+            slope = on_device(-slopes[indices].reshape(-1).astype(np.float32), device)
             run_rows(model, recorder, [s for i in indices for s in pairs[i]], lambda row_of, n: slope[row_of], sink)
-            where = torch.as_tensor(indices, device=device)
-            table[where] = torch.cat([sink.sums, torch.as_tensor(values[indices, None], device=device)], 1)
+            table[on_device(indices, device)] = torch.cat([sink.sums, on_device(values[indices, None], device)], 1)
 
         for batch in plan_batches([len(w.input_ids) + len(l.input_ids) for w, l in pairs], token_budget):
             in_halves(batch, score)

@@ -38,7 +38,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keepset.features.losses import row_losses
 from keepset.memory import in_halves
-from keepset.model.pack import Batch, Row, engine, last_hidden, own_logits, pack, plan_batches, row_sums, token_nll
+from keepset.model.pack import (
+    Batch,
+    Row,
+    engine,
+    last_hidden,
+    own_logits,
+    pack,
+    plan_batches,
+    row_counts,
+    row_sums,
+    token_nll,
+)
 from keepset.model.pair_losses import pair_loss
 
 Tensors = dict[str, Tensor]
@@ -97,7 +108,7 @@ class Objective:
         rows = [side for i in indices for side in self.examples[i]]
         batch = pack(rows, np.arange(len(rows)), packed=engine(model).packed, device=device)
         nll = row_sums(token_losses(model, batch, twice), batch.row_of, len(rows)).view(len(indices), -1)
-        counts = torch.bincount(batch.row_of, minlength=len(rows)).to(nll.dtype).view(nll.shape)
+        counts = row_counts(batch.row_of, len(rows)).to(nll.dtype).view(nll.shape)
         if self.loss == "tokens":
             return nll[:, 0]
         if self.loss == "sft":

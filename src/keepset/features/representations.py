@@ -40,24 +40,25 @@ def representations(
         raise ValueError(f"pooling '{pooling}' is not one of last, weighted_mean")
     packed = packing.supports_packing(model)
     device = next(model.parameters()).device
-    states: list[np.ndarray | None] = [None] * len(rows)
+    # They stay on the device until the end: reading them back row by row would make a GPU wait.
+    states: list[torch.Tensor | None] = [None] * len(rows)
     with torch.inference_mode():
 
         def pool(index: np.ndarray) -> None:
             batch = packing.pack(rows, index, packed=packed, device=device)
             hidden = packing.last_hidden(model, batch).float()
             if pooling == "last":
-                last = [offset + n - 1 for offset, n in zip(batch.offsets, batch.lengths, strict=True)]
-                for i, state in zip(index, hidden[torch.tensor(last, device=device)].cpu().numpy(), strict=True):
+                last = np.array([offset + n - 1 for offset, n in zip(batch.offsets, batch.lengths, strict=True)])
+                for i, state in zip(index, hidden[packing.on_device(last, device)], strict=True):
                     states[int(i)] = state
                 return
             for i, offset, n in zip(index, batch.offsets, batch.lengths, strict=True):
                 weight = torch.arange(1, n + 1, device=device, dtype=torch.float32)
-                states[int(i)] = ((weight / weight.sum()) @ hidden[offset : offset + n]).cpu().numpy()
+                states[int(i)] = (weight / weight.sum()) @ hidden[offset : offset + n]
 
         lengths, apart = [len(row.input_ids) for row in rows], packing.engine(model).apart
         for index in packing.plan_batches(lengths, token_budget, apart):
             in_halves(index, pool)
     if not rows:
         return np.zeros((0, packing.bare(model).config.get_text_config().hidden_size), dtype=np.float32)
-    return np.stack(states)  # type: ignore[arg-type]  # every row stands in one batch
+    return torch.stack(states).cpu().numpy()  # type: ignore[arg-type]  # every row stands in one batch

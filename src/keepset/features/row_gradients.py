@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from keepset.features.gradients import mean_weights, recording, run_rows
 from keepset.features.recorded import Recorder, Sink, products
 from keepset.model.layout import Places
-from keepset.model.pack import Row, engine, plan_batches
+from keepset.model.pack import Row, engine, on_device, plan_batches
 
 Labels = Literal["sampled", "data"]
 Visit = Callable[[str, np.ndarray, Tensor], None]
@@ -75,7 +75,7 @@ def draws(recorder: Recorder, rows: Sequence[Row], labels: Labels, seed: int) ->
     """(S,) uniform numbers for the rows' supervised tokens, each row's own whatever the batch; None for `data`."""
     if labels == "data":
         return None
-    return torch.from_numpy(np.concatenate([uniform(row, seed) for row in rows])).to(recorder.anchor.device)
+    return on_device(np.concatenate([uniform(row, seed) for row in rows]), recorder.anchor.device)
 
 
 def uniform(row: Row, seed: int) -> np.ndarray:
@@ -95,7 +95,7 @@ def weighted_gradients(
 
     def visit(name: str, indices: np.ndarray, g: Tensor) -> None:
         own = weights[name] if isinstance(weights, dict) else weights
-        w = torch.as_tensor(own[indices].T, dtype=torch.float32, device=g.device)
+        w = on_device(own[indices].T.astype(np.float32), g.device)
         part = torch.einsum("jn,nab->jab", w, g)
         sums[name] = sums[name].add_(part) if name in sums else part
 
@@ -110,7 +110,7 @@ def stacked_gradients(model: nn.Module, rows: Sequence[Row], **options: Any) -> 
     def visit(name: str, indices: np.ndarray, g: Tensor) -> None:
         if name not in kept:
             kept[name] = torch.empty(len(rows), g[0].numel(), device=g.device)
-        kept[name][torch.as_tensor(indices, device=g.device)] = g.flatten(1)
+        kept[name][on_device(indices, g.device)] = g.flatten(1)
 
     shapes = each_gradient(model, rows, visit, **options)
     return {name: kept[name] for name in shapes}

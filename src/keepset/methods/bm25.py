@@ -1,4 +1,4 @@
-"""BM25: lexical retrieval (Robertson & Zaragoza 2009; Lucene's form as in Kamphuis et al. 2020), by the bm25s library.
+"""BM25: lexical retrieval (Robertson & Zaragoza 2009; Lucene's form as in Kamphuis et al. 2020), as bm25s has it.
 
     s(q, z) = Σ_{t in q} idf(t) · tf(t, z) / (tf(t, z) + k1 · (1 − b + b · |z| / avg|z|))
     idf(t)  = log(1 + (N − df(t) + 0.5) / (df(t) + 0.5))
@@ -14,10 +14,9 @@ s is linear in the query's word counts, so a task's mean is one sparse product.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
+from math import log
 from typing import Literal
 
 import numpy as np
@@ -50,8 +49,6 @@ def bm25(
     Raises:
         ValueError: no query, or lengths that differ.
     """
-    import bm25s  # here, so that `import keepset` stays quick
-
     if len(queries) != len(tasks):
         raise ValueError(f"{len(queries)} queries but {len(tasks)} tasks")
     names, column = task_columns(np.arange(len(queries)) if per == "query" else tasks)
@@ -63,43 +60,61 @@ def bm25(
     if not len(docs):
         return np.zeros(0), np.zeros((0, len(names)))
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells each step of its work at DEBUG, on stderr
-    index = bm25s.BM25(k1=k1, b=b, method="lucene", csc_backend="scipy")
-    ids = _TermIds(docs, vocabulary)
-    index.index(
-        SimpleNamespace(ids=ids, vocab={str(i): i for i in range(len(vocabulary) + 1)}),
-        create_empty_token=False,
-        show_progress=False,
-    )
-    parts = index.scores
-    postings = sparse.csc_matrix(
-        (parts["data"], parts["indices"], parts["indptr"]), shape=(len(docs), len(vocabulary) + 1)
-    )
-    per_column = np.asarray((postings.astype(np.float64) @ weights).todense())
+    index = _Index(docs, vocabulary)
+    per_column = np.concatenate([(part @ weights).toarray() for part in index.postings(docs, k1=k1, b=b)])
     return reduce_tasks(per_column, reduce), per_column
 
 
-class _TermIds:
-    """The rows' words as numbers: place in the vocabulary, or its size for any other word; lists are made as read."""
+class _Index:
+    """What a row's BM25 weights need of all rows: how many there are, their mean length, in how many each word is.
+
+    Two passes over the texts; bm25s's own index of all rows would take hundreds of bytes a row. The weights are bm25s's
+    to the bit, made of a chunk of rows at a time in its types.
+    """
 
     def __init__(self, docs: Sequence[str], vocabulary: np.ndarray) -> None:
-        numbers, counts = [], []
+        self.vocabulary = vocabulary
+        self.frequencies = np.zeros(len(vocabulary) + 1, dtype=np.int64)
+        lengths = [np.zeros(0, dtype=np.int64)]
         for part in chunks(docs):
-            hashed = hash_terms(part)
-            place = np.searchsorted(vocabulary, hashed.values)
-            place[place == len(vocabulary)] = 0
-            in_vocabulary = vocabulary[place] == hashed.values if len(vocabulary) else np.zeros(len(place), bool)
-            numbers.append(np.where(in_vocabulary, place, len(vocabulary)).astype(np.int32))
-            counts.append(np.diff(hashed.offsets))
-        self.numbers = np.concatenate(numbers)
-        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(counts))])
+            words = self._counted(part)
+            self.frequencies += np.bincount(words.term, minlength=len(self.frequencies))
+            lengths.append(words.length)
+        self.lengths = np.concatenate(lengths)
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    def _counted(self, docs: Sequence[str]) -> _Words:
+        """A chunk's words by row; the last place of the vocabulary stands for any other word."""
+        hashed = hash_terms(docs)
+        most = len(self.vocabulary)
+        place = np.searchsorted(self.vocabulary, hashed.values)
+        place[place == most] = 0
+        known = self.vocabulary[place] == hashed.values if most else np.zeros(len(place), bool)
+        length = np.diff(hashed.offsets)
+        row = np.repeat(np.arange(len(docs)), length)
+        pairs, times = np.unique(row * (most + 1) + np.where(known, place, most), return_counts=True)
+        return _Words(pairs // (most + 1), pairs % (most + 1), times, length)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
-            yield self.numbers[start:end].tolist()
+    def postings(self, docs: Sequence[str], *, k1: float, b: float) -> Iterator[sparse.csc_matrix]:
+        """The BM25 weights of each chunk's words, (rows, words) float64 of bm25s's float32."""
+        n, mean = len(self.lengths), self.lengths.mean()
+        idf = np.array([log(1 + (n - df + 0.5) / (df + 0.5)) for df in self.frequencies.tolist()], dtype=np.float32)
+        for part in chunks(docs):
+            words = self._counted(part)
+            times, length = words.times.astype(np.float32), words.length[words.row]
+            share = times / (k1 * ((1 - b) + b * length / mean) + times)
+            weight = (idf[words.term] * share).astype(np.float32).astype(np.float64)
+            shape = (len(part), len(self.frequencies))
+            yield sparse.csc_matrix((weight, (words.row, words.term)), shape=shape)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Of a chunk's rows: row, term and number of times of each different word, and the rows' lengths."""
+
+    row: np.ndarray
+    term: np.ndarray
+    times: np.ndarray
+    length: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 import numpy as np
 
+from keepset.row_ids import Ids
 from keepset.stages.stage import Stage, Sweep, fetch
 from keepset.stages.trained import WarmupCheckpoint
 
@@ -81,8 +82,8 @@ class Features:
         return [s for s in self.stages.values() if isinstance(s, Sweep) and s != stage and type(s) is type(stage)]
 
     @property
-    def ids(self) -> np.ndarray:
-        """(n,) content ids."""
+    def ids(self) -> Ids:
+        """(n,) content ids; an array of str to whoever reads it."""
         return self._job.ids if self._at is None else self._job.ids[self._at]
 
     @property
@@ -90,10 +91,10 @@ class Features:
         """(n,) supervised tokens of each row, both sides of a pair; words where no tokenizer is loaded."""
         return self._job.n_tokens() if self._at is None else self._job.n_tokens()[self._at]
 
-    def texts(self) -> list[str]:
-        """(n) the rows as plain text."""
+    def texts(self) -> Sequence[str]:
+        """(n) the rows as plain text, read anew whenever they are gone through."""
         texts = self._job.texts()
-        return texts if self._at is None else [texts[i] for i in self._at]
+        return texts if self._at is None else texts.take(self._at)
 
     @property
     def tasks(self) -> tuple[list[str], np.ndarray]:

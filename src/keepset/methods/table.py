@@ -16,6 +16,7 @@ from keepset.methods.gist import Gist
 from keepset.methods.ifd import Ifd
 from keepset.methods.in_run_shapley import InRunShapley
 from keepset.methods.influence import Influence
+from keepset.methods.instructdiff import InstructDiff
 from keepset.methods.knn_shapley import KnnShapley
 from keepset.methods.length import Length
 from keepset.methods.less import GradCosine, Less, TracIn
@@ -33,8 +34,8 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Random, Length, Bm25, Rds, RdsPlus, Dsir, KnnShapley, Perplexity, Loss, LossRef, Ifd, El2n, Forgetting,
-        GradNorm, Davir, DavirRef, RhoSum, RhoMean, Rose, Less, TracIn, GradCosine, Gist, Influence, DataInf, Ekfac,
-        InRunShapley, TmcShapley, Metagradient,
+        GradNorm, Davir, DavirRef, RhoSum, RhoMean, InstructDiff, Rose, Less, TracIn, GradCosine, Gist, Influence,
+        DataInf, Ekfac, InRunShapley, TmcShapley, Metagradient,
     )
 }  # fmt: skip
 

@@ -108,14 +108,18 @@ def what_is_lost(rows: Iterable[Encoded]) -> list[str]:
     """A line each for the rows of which the template drops text, whole messages or the end of turn; else none."""
     counts: Counter[str] = Counter()
     for row in rows:
-        counts.update(
-            [
-                row.lost,
-                f"no {row.left_out}" if row.left_out else "",
-                "endless" if row.endless else "",
-                "twice" if row.twice else "",
-            ]
-        )
+        counts.update(losses_of(row.lost, row.left_out, endless=row.endless, twice=row.twice))
+    return loss_words(counts)
+
+
+def losses_of(lost: Lost, left_out: str, *, endless: bool, twice: bool, truncated: bool = False) -> list[str]:
+    """What a row loses, as names that are counted; see `Encoded`."""
+    names = [lost, f"no {left_out}" if left_out else "", "endless" if endless else "", "twice" if twice else ""]
+    return [name for name in names if name]
+
+
+def loss_words(counts: Counter[str]) -> list[str]:
+    """A line for each kind of loss, from how many rows have it."""
     names = {"earlier": "earlier answers", "last": "the last answer"}
     words_of = {
         **{k: f"drops text (thinking) of {name}; what it leaves is supervised" for k, name in names.items()},

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from keepset.lazy import Lazy, column, flat
+
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
     from keepset.recipe import TrainSpec
@@ -46,11 +48,18 @@ def flops(model: Any, n_tokens: int, n_head: int, *, passes: float = 1) -> float
     return 2.0 * passes * (blocks * n_tokens + head * n_head)
 
 
-def count_tokens(rows: list[Encoded]) -> tuple[int, int]:
+def count_tokens(rows: Sequence[Encoded]) -> tuple[int, int]:
     """Tokens and supervised tokens of some rows."""
-    return sum(len(r.input_ids) for r in rows), sum(int(r.supervised.sum()) for r in rows)
+    counts = rows.counts() if isinstance(rows, Lazy) else None
+    if counts is not None:
+        return int(counts[0].sum()), int(counts[1].sum())
+    tokens = supervised = 0
+    for row in rows:
+        tokens += len(row.input_ids)
+        supervised += int(row.supervised.sum())
+    return tokens, supervised
 
 
-def trained_sides(sides: Sequence[tuple[Encoded, ...]], args: TrainSpec) -> list[Encoded]:
+def trained_sides(sides: Sequence[tuple[Encoded, ...]], args: TrainSpec) -> Sequence[Encoded]:
     """The rows that a training runs over: both sides of each pair, or under `loss: sft` the first alone."""
-    return [side for row in sides for side in (row[:1] if args.loss == "sft" else row)]
+    return column(sides, 0) if args.loss == "sft" else flat(sides)

@@ -58,12 +58,16 @@ def logit_map(config: Any) -> LogitMap:
 
 @dataclass(frozen=True)
 class HeadStats:
-    """Per position, each (S,) float32: logsumexp, label's logit, mean logit, and logsumexp of twice the logits."""
+    """Per position, each (S,) float32: logsumexp, label's logit, mean logit, logsumexp of twice the logits, entropy.
+
+    The entropy is that of the prediction, −Σ p log p in nats.
+    """
 
     lse: Tensor
     label: Tensor
     mean: Tensor
     lse_twice: Tensor
+    entropy: Tensor
 
     @property
     def error_norm(self) -> Tensor:
@@ -77,8 +81,9 @@ def stats_of_logits(logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: 
     parts: list[tuple[Tensor, ...]] = []
     for i in range(0, len(labels), max(1, size)):
         z, y = logits(hidden[i : i + max(1, size)]).float(), labels[i : i + max(1, size), None]
-        parts.append((z.logsumexp(1), z.gather(1, y)[:, 0], z.mean(1), (2 * z).logsumexp(1)))
-    empty = [(hidden.new_zeros(0, dtype=torch.float32),) * 4]
+        entropy = torch.special.entr(z.softmax(1)).sum(1)
+        parts.append((z.logsumexp(1), z.gather(1, y)[:, 0], z.mean(1), (2 * z).logsumexp(1), entropy))
+    empty = [(hidden.new_zeros(0, dtype=torch.float32),) * 5]
     return HeadStats(*(torch.cat(column) for column in zip(*(parts or empty), strict=True)))
 
 
@@ -101,6 +106,7 @@ def head_stats(
     chunk: int = CHUNK,
     with_mean: bool = False,
     with_squares: bool = False,
+    with_entropy: bool = False,
 ) -> HeadStats:
     """Walk the vocabulary once; no gradient.
 
@@ -113,10 +119,11 @@ def head_stats(
         chunk: float32 logits held at once.
         with_mean: also the mean logit (label smoothing needs it); zeros otherwise.
         with_squares: also logsumexp of twice the logits (`error_norm` needs it); -inf otherwise.
+        with_entropy: also the entropy, from Σ e^(z − lse) (lse − z), its terms carried along as lse grows; else zeros.
     """
     n, vocabulary = hidden.shape[0], weight.shape[0]
     lse = torch.full((n,), float("-inf"), device=hidden.device)
-    label, total, twice = torch.zeros_like(lse), torch.zeros_like(lse), lse.clone()
+    label, total, twice, entropy = torch.zeros_like(lse), torch.zeros_like(lse), lse.clone(), torch.zeros_like(lse)
     for start, end in _blocks(vocabulary, n, chunk):
         z = _logits(hidden, weight[start:end], None if bias is None else bias[start:end], mapping)
         inside = (labels >= start) & (labels < end)
@@ -125,11 +132,17 @@ def head_stats(
         if with_mean:
             total += z.sum(1)
         top = torch.maximum(lse, z.amax(1))
-        part = z.sub_(top[:, None]).exp_().sum(1)
-        lse = top + torch.log(part + torch.exp(lse - top))
+        z.sub_(top[:, None])
+        below = z.clamp(min=-1e4) if with_entropy else None  # a logit of -inf has weight 0
+        part = z.exp_().sum(1)
+        before, lse = lse, top + torch.log(part + torch.exp(lse - top))
+        if below is not None:
+            kept = torch.exp(before - lse)
+            entropy = torch.where(kept > 0, kept * (entropy + lse - before), 0.0)
+            entropy += torch.exp(top - lse) * (part * (lse - top) - below.mul_(z).sum(1))
         if with_squares:
             twice = torch.logaddexp(twice, 2 * top + torch.log(z.square_().sum(1)))
-    return HeadStats(lse, label, total / vocabulary, twice)
+    return HeadStats(lse, label, total / vocabulary, twice, entropy)
 
 
 class _Nll(torch.autograd.Function):

@@ -81,8 +81,10 @@ class Loaded:
     fingerprint: str
 
 
-def resolve(spec: ModelSpec) -> str:
+def resolve(spec: ModelSpec, *, config_only: bool = False) -> str:
     """Return the local folder (GGUF files and demonstration models are converted once) or the hub name.
+
+    A folder needs no weights if it is asked for `config_only`.
 
     Raises:
         ModelError: nothing there, pickled weights only, an adapter instead of a model, remote code without a revision.
@@ -96,7 +98,8 @@ def resolve(spec: ModelSpec) -> str:
     if name.lower().endswith(".gguf"):
         return str(gguf_folder(path))
     if path.is_dir():
-        _check_folder(path)
+        if not (config_only and (path / "config.json").is_file()):
+            _check_folder(path)
         return str(path)
     if path.is_file():
         raise ModelError(f"{name}: a model is a folder with config.json and safetensors, or a .gguf file")
@@ -122,17 +125,17 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"{path}: no .safetensors weights")
 
 
-def load_tokenizer(spec: ModelSpec, *, causal: bool = True) -> Any:
+def load_tokenizer(spec: ModelSpec, *, causal: bool = True, config_only: bool = False) -> Any:
     """Return the model's fast tokenizer; padding is on the right and pad falls back to eos.
 
-    `causal`: it is to be run as a causal LM, rather than as a classifier.
+    `causal`: it is to be run as a causal LM, rather than as a classifier. `config_only`: its weights need not be there.
 
     Raises:
         ModelError: it can't be found or read, doesn't fit the model, or the model is no causal LM.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    source = resolve(spec)
+    source = resolve(spec, config_only=config_only)
     options: dict[str, Any] = {"revision": spec.model_revision, "trust_remote_code": spec.trust_remote_code}
     with one_line(source):
         config = AutoConfig.from_pretrained(source, **options)

@@ -175,7 +175,7 @@ def pack(
     predict, labels, row_of = _predictions(chosen, offsets, prefix)
 
     def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(x, dtype=np.int64, order="C")).to(device, non_blocking=True)
+        return on_device(np.array(x, dtype=np.int64, order="C"), device)
 
     return Batch(
         rows=index,
@@ -190,6 +190,11 @@ def pack(
         full=[len(row.input_ids) for row in chosen],
         segments=attention.Segments.of(lengths, prefix) if packed else None,
     )
+
+
+def on_device(x: np.ndarray, device: torch.device | str) -> Tensor:
+    """Return an array as a tensor on a device; where that is a GPU, the host doesn't wait for it."""
+    return torch.from_numpy(x).to(device, non_blocking=True)
 
 
 def _predictions(rows: Sequence[Row], offsets: Sequence[int], prefix: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -322,6 +327,11 @@ def nll_at(model: Any, hidden: Tensor, labels: Tensor, *, chunk: int = head.CHUN
 def vocabulary(model: Any) -> int:
     """Return the number of rows of the input embedding."""
     return int(bare(model).get_input_embeddings().weight.shape[0])
+
+
+def row_counts(row_of: Tensor, n: int) -> Tensor:
+    """Return how many of the tokens (S,) are each row's, (n,) float32; unlike `bincount`, without waiting for a GPU."""
+    return torch.zeros(n, device=row_of.device).index_add_(0, row_of, torch.ones(len(row_of), device=row_of.device))
 
 
 def row_sums(values: Tensor, row_of: Tensor, n: int) -> Tensor:

@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as save_arrays
 
 from keepset.errors import RecipeError
 from keepset.evaluate.heldout import heldout_losses
 from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.pipeline.learn import Learner, evaluation_key, in_order, measure_model, trained_model
 from keepset.recipe import ValidateSpec
+from keepset.row_ids import id_order
 from keepset.runfolder import layout
 from keepset.runfolder.execute import Task
-from keepset.runfolder.files import digest
+from keepset.runfolder.files import digest, write_atomic
 from keepset.stages.executors import executor
 from keepset.stages.losses import forward
 from keepset.stages.stage import VERSION, Work, job_of, recipe_of
-from keepset.stages.trained import id_order
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
@@ -100,7 +101,7 @@ class Bank:
     @property
     def ids(self) -> np.ndarray:
         """(n,) the rows' ids."""
-        return self.job.ids[self.rows[0]]
+        return self.job.ids[self.rows[0]].astype(object)
 
     def halves(self) -> list[Member]:
         """A training on each random half; the k-th half is the same whatever their number."""
@@ -254,7 +255,7 @@ class Bank:
             ):
                 items, _ = measure_model(job, learner, model)
                 arrays = {**items.to_arrays(), **self.measure_target(model)}
-            save_file(arrays, str(path / layout.ITEMS))
+            write_atomic(path / layout.ITEMS, save_arrays(arrays))
             return {}
 
         job.run.step(folder, self.measured_key(member), work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +15,16 @@ import pyarrow.compute as pc
 from keepset.budget_text import parse_budget
 from keepset.data.export import write_subset
 from keepset.errors import RecipeError, did_you_mean
+from keepset.lazy import Lazy
 from keepset.methods.method import NOISE
 from keepset.methods.table import METHODS, method_of
 from keepset.recipe import MethodSpec, MixSpec, SelectSpec, check_label
+from keepset.row_ids import BLOCK, Ids
 from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
 from keepset.runfolder.records import Kind, StoredEdge, StoredSubset, read_json
 from keepset.selection.edge import COARSE_NOISE, Stability, stability
-from keepset.selection.select import select
+from keepset.selection.select import BY_COLUMNS, BY_TEXTS, select
 
 if TYPE_CHECKING:
     from keepset.runfolder.run import Run
@@ -52,14 +55,9 @@ class Subset:
         """Rows kept (or pairs)."""
         return self.pairs or len(self.indices)
 
-    def ids(self, job: Job) -> np.ndarray:
+    def ids(self, job: Job) -> Ids:
         """Their ids, best first."""
         return job.ids[self.indices]
-
-
-def subset_name(label: str, budget: int | str, n_budgets: int) -> str:
-    """`davir`, or `davir@10%` where the recipe has several budgets."""
-    return label if n_budgets == 1 else f"{label}@{'-'.join(str(budget).split())}"
 
 
 def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", overrides: Path | None = None) -> Subset:
@@ -72,26 +70,43 @@ def choose(job: Job, label: str, budget: int | str, *, kind: Kind = "method", ov
         KeepsetError: `label` has not been scored in this run folder.
         RecipeError: the budget can't be met by the policy.
     """
-    table = job.run.load_table(layout.scores(check_label(label)))
+    noisy = noisy_spec(job, label) if kind == "method" and overrides is None else None
+    wanted = looked_at(job.recipe.select) if noisy is None else None
+    table = job.run.load_table(layout.scores(check_label(label)), wanted)
     if overrides is not None:
         table = apply_overrides(table, overrides)
     indices = select_rows(job, table, budget, job.recipe.select)
-    name = subset_name(label, budget, len(job.recipe.budget))
-    edge = edge_of(job, label, table, indices) if kind == "method" and overrides is None else None
+    name = layout.chosen(label, budget, len(job.recipe.budget))
+    edge = None if noisy is None else edge_of(job, noisy, table, indices)
+    del table
+    pa.default_memory_pool().release_unused()
     subset = Subset(name, label, kind, str(budget), indices, int(job.n_tokens()[indices].sum()), edge)
     return finish(job, subset)
 
 
-def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stability | None:
-    """The chosen rows that numerical noise might have left out, and the other way round.
+def noisy_spec(job: Job, label: str) -> MethodSpec | None:
+    """The method of a label, where numerical noise can decide what is chosen by it.
 
-    None where the noise isn't known or can't decide (`Method.noise`), or the score alone doesn't: other policies than
-    top-k, dropped duplicates.
+    None where no model runs, or the score alone doesn't decide: other policies than top-k, dropped duplicates.
     """
     spec = next((m for m in job.recipe.methods if m.label == label), None)
     plain = job.recipe.select.policy == "top_k" and job.recipe.select.dedup == "none"
-    if spec is None or not plain or "text" in METHODS[spec.name].needs:
-        return None
+    return None if spec is None or not plain or "text" in METHODS[spec.name].needs else spec
+
+
+def looked_at(spec: SelectSpec, source: str | None = None) -> Callable[[str], bool]:
+    """Whether a column of a scores table is looked at to choose rows (of one source, if given)."""
+    names = {"id", "score"} | ({"source"} if source is not None else set())
+    if spec.quota != "none":
+        names.add("source" if spec.quota_by == "source" else "category")
+    return lambda name: name in names or (spec.policy in BY_COLUMNS and name.startswith("task."))
+
+
+def edge_of(job: Job, spec: MethodSpec, table: pa.Table, indices: np.ndarray) -> Stability | None:
+    """The chosen rows that numerical noise might have left out, and the other way round.
+
+    None where the noise isn't known or can't decide (`Method.noise`).
+    """
     columns = {name: table[name].to_numpy() for name in table.column_names if pa.types.is_floating(table[name].type)}
     relative = NOISE if job.recipe.model.dtype == "float32" else COARSE_NOISE
     with np.errstate(divide="ignore", invalid="ignore"):  # rows without a score, which don't count
@@ -99,14 +114,15 @@ def edge_of(job: Job, label: str, table: pa.Table, indices: np.ndarray) -> Stabi
         noise = method_of(spec).noise(columns, relative)
     if noise is None:
         return None
-    chosen = pc.is_in(table["id"], pa.array(job.ids[indices].astype(str))).to_numpy()
+    chosen = pc.is_in(table["id"], job.ids[indices].arrow()).to_numpy()
     return stability(columns["score"], table["id"].to_numpy(zero_copy_only=False), chosen, noise=noise)
 
 
 def scored_tokens(job: Job, spec: MethodSpec) -> np.ndarray:
     """(n,) tokens that a method's losses are summed over: of a pair the chosen side's, ends of turns as it wants."""
     rows = job.rows_of(method_of(spec).summed_over)
-    return np.array([int(row.supervised.sum()) for row in rows.tokens])
+    counts = rows.tokens.counts() if isinstance(rows.tokens, Lazy) else None
+    return np.array([int(row.supervised.sum()) for row in rows.tokens]) if counts is None else counts[1].astype(int)
 
 
 def apply_overrides(table: pa.Table, path: Path) -> pa.Table:
@@ -135,30 +151,46 @@ def select_rows(
     job: Job, table: pa.Table, budget: int | str, spec: SelectSpec, *, source: str | None = None
 ) -> np.ndarray:
     """Indices into the job's usable rows, best first, by the scores in `table`; only rows of `source`, if given."""
-    place = {row_id: i for i, row_id in enumerate(job.ids)}
-    scored = table.filter(pc.is_valid(table["score"]))
+    table = table.select([name for name in table.column_names if looked_at(spec, source)(name)])
+    columns = [name for name in table.column_names if name.startswith("task.")]
+    grouped = "source" if spec.quota_by == "source" else "category"
+    scored = table if not table["score"].null_count else table.filter(pc.is_valid(table["score"]))
     if source is not None:
         scored = scored.filter(pc.equal(scored["source"], source))
-    keep = np.array([place[i] for i in scored["id"].to_pylist() if i in place], dtype=np.int64)
-    scored = scored.filter(pa.array([i in place for i in scored["id"].to_pylist()], pa.bool_()))
+    keep = places_of(job.ids, scored["id"])
+    if len(keep) and keep.min() < 0:  # rows that are no longer in the pool
+        scored, keep = scored.filter(pa.array(keep >= 0)), keep[keep >= 0]
+    ids = job.ids if len(keep) == len(job.ids) and np.array_equal(keep, np.arange(len(keep))) else job.ids[keep]
     n_tokens = job.n_tokens()[keep]
     parsed = parse_budget(budget, len(keep), int(n_tokens.sum()))
-    columns = [name for name in scored.column_names if name.startswith("task.")]
-    groups = scored["source" if spec.quota_by == "source" else "category"].to_pylist()
-    wants_text = spec.dedup != "none" or spec.policy in ("mmr", "facility_location")
+    groups = None if spec.quota == "none" else ["" if g is None else g for g in scored[grouped].to_pylist()]
+    wants_text = spec.dedup != "none" or spec.policy in BY_TEXTS
     texts = job.texts() if wants_text else None
     chosen = select(
         scored["score"].to_numpy(),
-        job.ids[keep],
+        ids,
         parsed,
         spec=spec,
         n_tokens=n_tokens,
-        groups=["" if g is None else g for g in groups],
+        groups=groups,
         per_task=np.stack([scored[name].to_numpy() for name in columns], axis=1) if columns else None,
-        texts=[texts[i] for i in keep] if texts is not None else None,
+        texts=texts.take(keep) if texts is not None else None,
         seed=job.recipe.seed,
     )
     return keep[chosen]
+
+
+def places_of(ids: Ids, column: pa.ChunkedArray) -> np.ndarray:
+    """Where a column's ids stand among a job's, (k,); -1 for one that doesn't."""
+    places = np.empty(len(column), dtype=np.int64)
+    start = 0
+    for batch in pa.table({"id": column}).to_batches(max_chunksize=BLOCK):
+        names = batch.column(0).to_pylist()
+        end = start + len(names)
+        alike = end <= len(ids) and list(ids[start:end]) == names  # a table of scores has the pool's order
+        places[start:end] = np.arange(start, end) if alike else ids.places(names)
+        start = end
+    return places
 
 
 def choose_mix(job: Job, mix: MixSpec) -> Subset:
@@ -176,7 +208,8 @@ def choose_mix(job: Job, mix: MixSpec) -> Subset:
         if part.method == "full":
             parts.append(np.flatnonzero(np.asarray(job.pool.sources())[job.usable].astype(str) == part.source))
         else:
-            table = job.run.load_table(layout.scores(part.method))
+            wanted = looked_at(job.recipe.select, part.source)
+            table = job.run.load_table(layout.scores(part.method), wanted)
             parts.append(select_rows(job, table, part.budget, job.recipe.select, source=part.source))
     indices = np.concatenate(parts)
     return finish(job, Subset(mix.label, mix.label, "mix", "mix", indices, int(job.n_tokens()[indices].sum())))
@@ -242,13 +275,15 @@ def finish(job: Job, subset: Subset) -> Subset:
 def mark_selected(job: Job, subset: Subset) -> None:
     """Set the `selected` column of the label's scores, for the first budget only."""
     name = layout.scores(subset.label)
-    first = subset_name(subset.label, job.recipe.budget[0], len(job.recipe.budget))
+    first = layout.chosen(subset.label, job.recipe.budget[0], len(job.recipe.budget))
     if subset.name != first or not (job.run.path / name).exists():
         return
-    table = job.run.load_table(name)
-    chosen = pc.is_in(table["id"], pa.array(subset.ids(job).astype(str)))
-    place = table.column_names.index("selected")
-    job.run.save_table(name, table.set_column(place, "selected", chosen))
+    ids = subset.ids(job).arrow()
+
+    def marked(table: pa.Table) -> pa.Table:
+        return table.set_column(table.column_names.index("selected"), "selected", pc.is_in(table["id"], ids))
+
+    job.run.change_table(name, marked)
 
 
 def stored_subsets(run: Run) -> dict[str, StoredSubset]:
@@ -294,6 +329,7 @@ def stored_subset(job: Job, name: str) -> Subset:
     if name == "dpo-direct":
         return direct_subset(job)
     stored = find_subset(job.run, name)
-    place = {row_id: i for i, row_id in enumerate(job.ids)}
-    indices = np.array([place[i] for i in stored.ids], dtype=np.int64)
+    indices = job.ids.places(stored.ids)
+    if len(indices) and indices.min() < 0:
+        raise KeyError(stored.ids[int(indices.argmin())])
     return Subset(name, stored.label, stored.kind, stored.budget, indices, stored.n_tokens)

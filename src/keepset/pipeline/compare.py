@@ -215,10 +215,15 @@ def print_comparison(result: Comparison, console: Console) -> None:
 
 
 def distinct_columns(result: Comparison) -> list[Metric]:
-    """The headlines that were measured, without those that repeat another one in every row (all pairs matched)."""
+    """The headlines that were measured; of an accuracy that on pairs of like length, where there is one.
+
+    Left out too is what repeats another column in every row.
+    """
     shown: list[Metric] = []
     seen: set[tuple[float | None, ...]] = set()
     for metric in headlines({m for entry in result.summary for m in entry.metrics}, result.headline):
+        if any(other.name == f"{metric.name}.matched" for other in shown):
+            continue
         means = [entry.metrics.get(metric.name) for entry in result.summary]
         values = tuple(None if mean is None else mean.value for mean in means)
         if any(v is not None for v in values) and values not in seen:

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from keepset.data import Pool, Target
 from keepset.data.leakage import find_leaks
 from keepset.evaluate.statistics import correlations
-from keepset.pipeline.metrics import is_loss
+from keepset.pipeline.metrics import p_of, told
+from keepset.row_ids import Ids
 from keepset.runfolder import layout
 from keepset.runfolder.records import Comparison, Finding, Level, read_json
 from keepset.runfolder.shards import machines
@@ -48,7 +49,7 @@ def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Find
 
     `folds` of a cross-fitted reference; 0: the reference was trained on the rows it scored.
     """
-    scored = table.filter(pc.is_valid(table["score"]))
+    scored = table if not table["score"].null_count else table.filter(pc.is_valid(table["score"]))
     if scored.num_rows < 3:
         return []
     score = scored["score"].to_numpy()
@@ -91,11 +92,19 @@ def diagnose_scores(table: pa.Table, label: str, *, folds: int = 0) -> list[Find
             f"scores come from the store, not exactly: on a sample, Spearman {rank:.2f} with the exact ones",
             "raise gradients.store_dim, or leave gradients.store out for exact scores" if low else
             "close enough for ranks")  # fmt: skip
-    repeats = scored.num_rows - len({i.split("-")[0] for i in scored["id"].to_pylist()})
+    repeats = count_repeats(scored["id"])
     if repeats:
         add("duplicates", "warning", repeats, f"{repeats} rows are exact copies of others and score alike",
             "set select.dedup: exact, or near")  # fmt: skip
     return findings
+
+
+def count_repeats(ids: pa.ChunkedArray) -> int:
+    """How many rows are copies of others, from their ids, each of which stands once."""
+    numbered = ids.filter(pc.match_substring(ids, "-"))
+    firsts = pa.array(sorted({i.split("-")[0] for i in numbered.to_pylist()}), pa.string())
+    missing = len(firsts) - pc.sum(pc.is_in(ids, firsts)).as_py() if len(firsts) else 0  # one of its copies stands in
+    return len(numbered) - missing
 
 
 def loss_findings(scored: pa.Table, label: str, n_tokens: np.ndarray, folds: int) -> list[Finding]:
@@ -142,17 +151,17 @@ def loss_findings(scored: pa.Table, label: str, n_tokens: np.ndarray, folds: int
     return findings
 
 
-def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = None) -> list[Finding]:
+def diagnose_shares(table: pa.Table, label: str, chosen: Ids | np.ndarray | None = None) -> list[Finding]:
     """How each source's and category's share, and the mean length, changed by the selection.
 
     `chosen` (k,) are the subset's ids; default: the rows marked `selected`.
     """
-    kept = table.filter(table["selected"] if chosen is None else pc.is_in(table["id"], pa.array(chosen.astype(str))))
+    kept = table.filter(table["selected"] if chosen is None else pc.is_in(table["id"], pa.array(chosen, pa.string())))
     if not kept.num_rows:
         return []
     findings = []
     for column, plural in (("source", "sources"), ("category", "categories")):
-        before, after = (Counter("–" if v is None else v for v in t[column].to_pylist()) for t in (table, kept))
+        before, after = (counted(t[column]) for t in (table, kept))
         if len(before) < 2:
             continue
         shares = {name: (n / table.num_rows, after[name] / kept.num_rows) for name, n in before.most_common()}
@@ -171,6 +180,12 @@ def diagnose_shares(table: pa.Table, label: str, chosen: np.ndarray | None = Non
         "the choice is largely one of length: give the budget in tokens, and look at the rows" if skewed else
         "the choice keeps answers of about the pool's length"))  # fmt: skip
     return findings
+
+
+def counted(column: pa.ChunkedArray) -> Counter[str]:
+    """How often each value stands in a column, in the order in which they first do."""
+    entries = pc.value_counts(column).to_pylist()
+    return Counter({"–" if one["values"] is None else one["values"]: one["counts"] for one in entries})
 
 
 def diagnose_edge(subset: Subset) -> list[Finding]:
@@ -209,11 +224,12 @@ def diagnose_comparison(result: Comparison) -> list[Finding]:
         if entry.kind != "method" or not entry.vs_random:
             continue
         metric, versus = next(iter(entry.vs_random.items()))
-        if versus.high < 0 if is_loss(metric) else versus.low > 0:
+        verdict = told(metric, versus)
+        if verdict == "better":
             continue
         text = (f"{metric}: {versus.difference:+.3f} against Random, 95 % interval {versus.low:+.3f} to "
-                f"{versus.high:+.3f}: ")  # fmt: skip
-        if versus.low > 0 or versus.high < 0:
+                f"{versus.high:+.3f}, p {p_of(versus):.2g}: ")  # fmt: skip
+        if verdict == "worse":
             name, verdict = "worse-than-random", "worse"
             advice = "this choice harms here: take Random, another method or another budget"
         else:

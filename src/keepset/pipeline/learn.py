@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as save_arrays
 
 from keepset.data import Pool, Target, load_pool, load_target
 from keepset.evaluate.heldout import Heldout, heldout_losses, heldout_table
@@ -23,17 +24,18 @@ from keepset.evaluate.preference import (
     preference_loss,
     preference_table,
 )
+from keepset.lazy import pick
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.pipeline.choose import Subset
 from keepset.pipeline.metrics import BY_TASK, HELD_OUT
 from keepset.recipe import TrainSpec
+from keepset.row_ids import id_order
 from keepset.runfolder import layout
-from keepset.runfolder.files import digest, file_digest
+from keepset.runfolder.files import digest, file_digest, write_atomic
 from keepset.runfolder.records import Items, Point, read_json
 from keepset.stages.encoded import encode_pairs, encode_pool
 from keepset.stages.stage import VERSION
-from keepset.stages.trained import id_order
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded, Encoder
@@ -64,10 +66,10 @@ class Learner:
         """Its tokenizer and template."""
         return self.loaded.encoder if self.transfer else self.job.encoder
 
-    def sides(self, indices: np.ndarray, name: str) -> list[tuple[Encoded, ...] | None]:
+    def sides(self, indices: np.ndarray, name: str) -> Sequence[tuple[Encoded, ...] | None]:
         """The sides of the job's rows as this model's tokens; None, and said under `name`, where it refuses one."""
         if not self.transfer:
-            return [self.job.sides[1][i] for i in indices]
+            return pick(self.job.sides[1], indices)
         rows, refused = encode_pool(self.job.pool.take(self.job.usable[indices]), self.encoder)
         if refused:
             self.job.say(f"{name}: {len(refused)} rows left out by the other model's template: {refused[0][1]}")
@@ -204,7 +206,7 @@ def evaluate_final(
     def work(path: Path) -> dict[str, Any]:
         with job.run.timed(f"evaluate {name if seed is None else layout.seeded(name, seed)}"):
             items, gsm8k = measure(job, learner, weights)
-        save_file(items.to_arrays(), str(path / layout.ITEMS))
+        write_atomic(path / layout.ITEMS, save_arrays(items.to_arrays()))
         summary = summarise(job, learner, items, base)
         if gsm8k is not None and items.gsm8k is not None:  # the answers' texts apart: they are most of the bytes
             answers = zip(items.gsm8k, gsm8k.pop("answers"), strict=True)

@@ -12,7 +12,7 @@ from keepset.runfolder import layout
 from keepset.runfolder.files import file_digest
 from keepset.stages.job import Job
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow", "bm25s")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow")
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from keepset.errors import RecipeError, did_you_mean
+from keepset.runfolder.records import Versus
 
 HELD_OUT = "loss.heldout"
 
@@ -127,3 +128,15 @@ def unit_of(name: str) -> str:
     """The unit of a metric, of its part on a task or a source too; "" for one that isn't in the table."""
     rows = [m for m in METRICS if f"{name}.".startswith(f"{m.name}.")]
     return max(rows, key=lambda m: len(m.name)).unit if rows else ""
+
+
+def p_of(versus: Versus) -> float:
+    """Holm's p where it is known, else the plain one."""
+    return versus.p if versus.p_holm is None else versus.p_holm
+
+
+def told(name: str, versus: Versus) -> str:
+    """Whether a training set is "better" or "worse" than Random on a measure; "": not told apart."""
+    if not p_of(versus) < 0.05:
+        return ""
+    return "better" if (versus.difference > 0) != is_loss(name) else "worse"

@@ -24,14 +24,18 @@ from rich.console import Console
 from rich.table import Table
 
 from keepset.evaluate.statistics import accuracy_power, bootstrap_ci
+from keepset.lazy import take
 from keepset.methods.table import method_of, needs_model
 from keepset.model.flops import count_tokens, flops
 from keepset.pipeline.bank import Bank
+from keepset.pipeline.cluster import Rates
 from keepset.pipeline.learn import Learner
 from keepset.pipeline.power import print_power, what_can_be_seen
 from keepset.pipeline.price import Final, final_work, selection_work
 from keepset.pipeline.score import text_features
 from keepset.recipe import MethodSpec, Recipe
+from keepset.runfolder import layout
+from keepset.runfolder.files import json_text, write_atomic
 from keepset.stages.job import Job
 from keepset.stages.stage import Work
 
@@ -57,16 +61,6 @@ class Step:
     need: str = ""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Operations a second of this machine on this pool's rows, and what a training costs before its first step."""
-
-    forward: float
-    backward: float
-    train: float
-    train_seconds: float
-
-
 def clock(work: Callable[[], Any]) -> float:
     """Seconds that `work` takes."""
     start = time.perf_counter()
@@ -87,11 +81,11 @@ def probe(job: Job, kinds: set[str]) -> Rates:
     from keepset.train.training import Training
 
     model, budget = job.loaded.model, job.recipe.batching.token_budget
-    order = np.argsort([len(r.input_ids) for r in job.rows], kind="stable")
+    order = np.argsort(job.encoded.counts()[0][:, 0], kind="stable")
 
     def spread(kind: str) -> list[Any]:
         places = np.linspace(0, len(order) - 1, min(PROBE_ROWS[kind], len(order)) + 2)[1:-1].round().astype(int)
-        return [job.rows[i] for i in np.unique(order[places])]
+        return take(job.rows, np.unique(order[places]))
 
     rows = spread("forward")
     row_losses(model, rows[:2], token_budget=budget)  # warm up
@@ -143,7 +137,7 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
         start += clock(lambda: [importlib.import_module(name) for name in ("datasets", "peft", "trl")])
     rates = probe(job, kinds) if counted else None
     pairs = heldout_pairs(job)
-    n, n_tokens = len(job.rows), int(sum(len(side.input_ids) for row in job.sides[1] for side in row))
+    n, n_tokens = len(job.rows), int(job.encoded.counts()[0].sum())
     steps = [
         Step("start, load the model", "all", 0, 0, 0.0, start + load),
         Step("read and tokenise", "all", n, n_tokens, 0.0, read),
@@ -154,10 +148,11 @@ def plan_recipe(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     total = sum(step.seconds for step in steps)
     work = sum(step.flops for step in steps)
     gigaflops = {k: round(getattr(rates, k) / 1e9, 1) for k in ("forward", "backward", "train") if rates is not None}
+    facts = {"total_seconds": round(total, 1), "total_flops": work}
+    write_atomic(job.run.path / layout.PLAN, json_text(facts).encode())  # what `keepset status` holds the price against
     return {
+        **facts,
         "steps": [asdict(step) for step in steps],
-        "total_seconds": round(total, 1),
-        "total_flops": work,
         "rates_gflops": gigaflops,
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "disk_mib": round(disk_bytes(job, steps) / 2**20, 1),
@@ -177,12 +172,12 @@ def plan_validation(job: Job) -> list[Step]:
     return [priced(work, rates) for work in works]
 
 
-def text_step(job: Job, spec: MethodSpec) -> Step:
-    """A text method, timed on some of the rows and scaled to all."""
+def text_step(job: Job, spec: MethodSpec, timer: Callable[[Callable[[], Any]], float] = clock) -> Step:
+    """A text method, timed by `timer` on some of the rows and scaled to all."""
     n = len(job.ids)
     method, n_timed = method_of(spec), min(n, TEXT_ROWS)
     method.score(text_features(job, np.arange(min(n, 20))))  # imports
-    seconds = clock(lambda: method.score(text_features(job, np.arange(n_timed))))
+    seconds = timer(lambda: method.score(text_features(job, np.arange(n_timed))))
     return Step(f"score by {spec.name}", spec.label, n, 0, 0.0, seconds * n / max(1, n_timed))
 
 
@@ -204,8 +199,7 @@ def comparing(job: Job, final: Final, pairs: int) -> float:
 
 def priced(work: Work, rates: Rates) -> Step:
     """A stage with its seconds here; every training starts a trainer with its own copy of the model."""
-    rate = {"forward": rates.forward, "backward": rates.backward, "train": rates.train}[work.kind]
-    seconds = work.flops / rate + (rates.train_seconds * work.trainings if work.kind == "train" else 0.0)
+    seconds = work.flops / rates.of(work.kind) + (rates.train_seconds * work.trainings if work.kind == "train" else 0.0)
     return Step(work.stage, work.methods, work.rows, work.tokens, work.flops, seconds, work.kind, work.need)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keepset.budget_text import parse_budget
+from keepset.lazy import pick
 from keepset.pipeline.learn import Learner, direct_args
 from keepset.pipeline.reference_check import rows_to_check
 from keepset.pipeline.score import stages_of
@@ -19,7 +20,7 @@ from keepset.runfolder import layout
 from keepset.runfolder.records import Cost, SelectionCost, StageCost
 from keepset.stages.losses import Losses, forward
 from keepset.stages.rows import rows_outside
-from keepset.stages.stage import Work, closure
+from keepset.stages.stage import Stage, Work, closure
 from keepset.stages.trained import training
 
 if TYPE_CHECKING:
@@ -29,15 +30,29 @@ if TYPE_CHECKING:
     from keepset.stages.job import Job
 
 
-def selection_work(job: Job, methods: Sequence[MethodSpec]) -> list[Work]:
-    """The model stages that `methods` need together, each counted once. Methods without a model need none."""
-    users: dict[Work, list[str]] = {}
+@dataclass(frozen=True)
+class Users:
+    """Whose a work is: the labels of methods, and the stages that it is the price of."""
+
+    labels: dict[str, None]
+    stages: dict[Stage, None]
+
+
+def users_of(job: Job, methods: Sequence[MethodSpec]) -> dict[Work, Users]:
+    """The model stages' works that `methods` need, each once, with its users."""
+    users: dict[Work, Users] = {}
     for spec in methods:
         for stage in closure(job, stages_of(job, spec).values()):
             for work in stage.works(job):
-                labels = users.setdefault(work, [])
-                if spec.label not in labels:
-                    labels.append(spec.label)
+                of = users.setdefault(work, Users({}, {}))
+                of.labels[spec.label] = None
+                of.stages[stage] = None
+    return users
+
+
+def selection_work(job: Job, methods: Sequence[MethodSpec]) -> list[Work]:
+    """The model stages that `methods` need together, each counted once. Methods without a model need none."""
+    users = {work: list(of.labels) for work, of in users_of(job, methods).items()}
     named: dict[str, list[Work]] = {}
     for work in users:
         named.setdefault(work.stage, []).append(work)
@@ -123,7 +138,7 @@ def final_work(job: Job) -> Final:
     sides += learner.eval_rows[0] if learner.eval_rows else []
     if not sides:
         return Final([], 0)
-    lengths = np.array([len(r.input_ids) for r in job.rows])
+    lengths = job.encoded.counts()[0][:, 0]
     works, models = [], 1
     for budget in recipe.budget:
         unit, amount = parse_budget(budget, len(job.rows), int(job.n_tokens().sum()))
@@ -131,12 +146,12 @@ def final_work(job: Job) -> Final:
         middle = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[:n_rows]
         longest = np.argsort(-job.n_tokens(), kind="stable")
         count = (len(recipe.methods) + len(recipe.mix)) * len(recipe.train_seeds) + len(recipe.controls.random_seeds)
-        one = training(job, "", [job.sides[1][i] for i in middle], recipe.train)
+        one = training(job, "", pick(job.sides[1], middle), recipe.train)
         works.append(times(one, count, f"train {count} models on {budget}", "methods, random"))
         models += count
         by_length = {"longest": longest[:n_rows], "shortest": longest[::-1][:n_rows]}
         for name in [name for name in by_length if getattr(recipe.controls, name)]:
-            one = training(job, "", [job.sides[1][i] for i in by_length[name]], recipe.train)
+            one = training(job, "", pick(job.sides[1], by_length[name]), recipe.train)
             works.append(times(one, 1, f"train on the {name} {budget}", name))
             models += 1
     if recipe.controls.full:

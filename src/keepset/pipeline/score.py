@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +15,10 @@ import pyarrow as pa
 from keepset.methods.method import Features, Method
 from keepset.methods.table import METHODS, check_options, method_of
 from keepset.recipe import MethodSpec
+from keepset.row_ids import Ids, order_by
 from keepset.runfolder import layout
 from keepset.runfolder.claims import LOOK_EVERY, Busy
-from keepset.runfolder.files import digest
+from keepset.runfolder.files import canonical, canonical_list
 from keepset.stages.executors import executor
 from keepset.stages.influence import Dots
 from keepset.stages.stage import VERSION, Stage, Sweep, closure, complete, make_needs
@@ -32,17 +35,29 @@ def score_key(job: Job, spec: MethodSpec) -> str:
     """
     method = method_of(spec)
     target = job.aim(spec.shots).target.fingerprint() if "target" in method.needs else None
-    made_of: dict[str, Any] = {
+    rest: dict[str, Any] = {
         "version": VERSION,
         "method": [spec.name, {name: getattr(method, name) for name in method.options()}],
         "ids": job.ids_digest,
         "pool": [job.pool.fingerprint(), job.pool.has_pairs],
-        "columns": [job.pool.sources().tolist(), job.pool.categories().tolist()],
         "encoder": None if job.text_only else job.encoder.fingerprint,  # usable rows and their lengths
         "target": target,
         "stages": {name: stage.id(job) for name, stage in stages_of(job, spec).items()},
     }
-    return digest(made_of)
+    whole = job.once_a_recipe("columns", lambda: hashed_columns(job)).copy()
+    whole.update(canonical(rest)[1:].encode())
+    return whole.hexdigest()
+
+
+def hashed_columns(job: Job) -> Any:
+    """The hash of canonical JSON so far: what a score's key holds of `columns`, its first entry, a value for each row.
+
+    Every table of scores is made of the pool's sources and categories; they are spelt out once, and never as a whole.
+    """
+    whole = hashlib.sha256(b'{"columns":[')
+    for piece in chain(canonical_list(job.pool.sources()), [b","], canonical_list(job.pool.categories()), [b"],"]):
+        whole.update(piece)
+    return whole
 
 
 def stages_of(job: Job, spec: MethodSpec) -> dict[str, Stage]:
@@ -125,26 +140,36 @@ def score(job: Job, spec: MethodSpec) -> pa.Table:
     finite = np.isfinite(values)
     rank = np.zeros(len(values), dtype=np.int64)
     rank[ranking(values, job.ids)] = np.arange(1, len(values) + 1)
-    rows = job.pool.table.take(pa.array(job.usable))
+    rows = job.pool.table.select(["id", "source", "category"])
+    if len(job.usable) < len(job.pool):
+        rows = rows.filter(pa.array(np.isin(np.arange(len(job.pool)), job.usable, assume_unique=True)))
     table = pa.table(
         {
-            "id": pa.array(job.ids.astype(str)),
+            "id": rows["id"],
             "source": rows["source"],
             "category": rows["category"],
             "score": pa.array(np.where(finite, values, np.nan), mask=~finite),
             "rank": pa.array(rank, mask=~finite),
-            "selected": pa.array(np.zeros(len(values), dtype=bool)),
+            "selected": pa.repeat(False, len(values)),
             "n_tokens": pa.array(job.n_tokens()),
-            "reason": pa.array(np.where(np.isnan(values), "nan-score", "infinite-score"), pa.string(), mask=finite),
+            "reason": reasons(values, finite),
             **{name: pa.array(part) for name, part in scores.parts.items()},
         }
     ).replace_schema_metadata(
         {"method": spec.name, "label": spec.label, "options": str(spec.options), "length_unit": job.length_unit}
     )
-    job.run.save_table(layout.scores(spec.label), table, key=score_key(job, spec))
+    job.run.save_table(layout.scores(spec.label), table, key=score_key(job, spec), solid=True)
+    job.pool.forget()
     bad = int((~finite).sum())
     job.say(f"{spec.label}: {len(values)} rows in = {len(values) - bad} scored + {bad} quarantined")
     return table
+
+
+def reasons(values: np.ndarray, finite: np.ndarray) -> pa.Array:
+    """Why each row has no score; null where it has one."""
+    if finite.all():
+        return pa.nulls(len(values), pa.string())
+    return pa.array(np.where(np.isnan(values), "nan-score", "infinite-score"), pa.string(), mask=finite)
 
 
 def gradients_beside(job: Job, spec: MethodSpec, method: Method) -> list[Stage]:
@@ -160,7 +185,6 @@ def text_features(job: Job, rows: np.ndarray) -> Features:
     return Features(job, {}, rows=rows)
 
 
-def ranking(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def ranking(scores: np.ndarray, ids: Ids | np.ndarray) -> np.ndarray:
     """Indices best first; ties by id, NaN and infinite last."""
-    keys = np.where(np.isfinite(scores), -scores, np.inf)
-    return np.lexsort((ids.astype(str), keys))
+    return order_by(np.where(np.isfinite(scores), -scores, np.inf), ids)

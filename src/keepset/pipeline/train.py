@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,11 @@ class Sections:
 
 @dataclass(frozen=True)
 class Rows:
-    """Usable rows in the order of their ids: their sides, and a key of each one's prompt."""
+    """Usable rows in the order of their ids: their sides, a key of each one's prompt, and their weights, if any."""
 
     sides: list[tuple[Encoded, ...]]
     prompts: list[str]
+    weights: list[float] | None = None
 
 
 def value_of(words: Sequence[str]) -> Any:
@@ -120,7 +121,10 @@ def sections(given: dict[str, Any], config_class: type[Any]) -> Sections:
         raise RecipeError(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def read_rows(paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs: bool, out: Path | None = None) -> Rows:
+def read_rows(
+    paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs: bool, out: Path | None = None,
+    weight_column: str | None = None,
+) -> Rows:  # fmt: skip
     """Read and encode files; rows in = used + quarantined, which is said, and written to `out/quarantine.jsonl`.
 
     Raises:
@@ -129,7 +133,7 @@ def read_rows(paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs:
     from keepset.model.encode import Encoder
     from keepset.model.load import load_tokenizer
 
-    pool = load_pool([DataSpec(path=path, pairs=pairs) for path in paths])
+    pool = load_pool([DataSpec(path=path, pairs=pairs) for path in paths], weight_column=weight_column)
     encoded, refused = encode_pool(pool, Encoder(load_tokenizer(spec), spec))
     places = pool.table.select(["file", "line"]).to_pylist()
     bad = [asdict(q) for q in pool.quarantine]
@@ -144,7 +148,8 @@ def read_rows(paths: Sequence[str], spec: ModelSpec, console: Console, *, pairs:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / layout.QUARANTINE, "".join(canonical(b) + "\n" for b in bad).encode("utf-8", "replace"))
     prompts = [pool.messages(i)[: pool.table["n_prompt"][int(i)].as_py() if pairs else -1] for i in used]
-    return Rows([encoded[i] for i in used], [canonical(p) for p in prompts])
+    weights = pool.weights(weight_column)[used].tolist() if weight_column else None
+    return Rows([encoded[i] for i in used], [canonical(p) for p in prompts], weights)
 
 
 def as_pairs(rows: Rows) -> list[Pair]:
@@ -190,6 +195,7 @@ class FileTraining:
     resume: bool
     evaluation: Sequence[str]  # held-out files
     console: Console
+    weight_column: str | None = None  # of `data`: how much a row counts in the loss
 
     def training(self, config_class: type[Any]) -> Training:
         """Model, adapter and arguments for a trainer of TRL's."""
@@ -200,7 +206,7 @@ class FileTraining:
 
     def rows(self, spec: ModelSpec, *, pairs: bool) -> Rows:
         """The rows that are trained on."""
-        return read_rows(self.data, spec, self.console, pairs=pairs, out=self.out)
+        return read_rows(self.data, spec, self.console, pairs=pairs, out=self.out, weight_column=self.weight_column)
 
     def held_out(self, spec: ModelSpec, *, pairs: bool) -> Rows:
         """The rows of the held-out files."""
@@ -217,7 +223,8 @@ def run_sft(ask: FileTraining) -> dict[str, Any]:
 
     training = ask.training(SFTConfig)
     spec = training.model
-    result = train_sft(training, [row[0] for row in ask.rows(spec, pairs=False).sides], ask.out)
+    rows = ask.rows(spec, pairs=False)
+    result = train_sft(replace(training, weights=rows.weights), [row[0] for row in rows.sides], ask.out)
     facts = training_facts(result)
     if ask.evaluation and is_main():
         held = [row[0] for row in ask.held_out(spec, pairs=False).sides]

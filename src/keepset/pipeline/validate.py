@@ -170,13 +170,19 @@ class Judge:
         names, groups = np.unique(tasks, return_inverse=True)
         return Outcome(Measured(items, groups), tuple(str(n) for n in names))
 
-    def predictions(self, kept: np.ndarray, tasks: tuple[str, ...]) -> tuple[Arrays, Arrays]:
-        """By label, (M, Q) or (M, 1) sums of the scores of each model's rows for the queries, and (M, 1) in all."""
+    def predictions(self, kept: np.ndarray, measure: str, tasks: tuple[str, ...]) -> tuple[Arrays, Arrays]:
+        """By label, (M, Q) or (M, 1) sums of the scores of each model's rows for the queries, and (M, 1) in all.
+
+        A query is predicted by the part for its task, or for itself: rows of the target under `per: query`.
+        """
         by_query, in_all = {}, {}
         for label, columns in self.tables.items():
             sums = {name: kept @ filled(values) for name, values in columns.items()}
             in_all[label] = sums["score"][:, None]
             own = [sums.get(f"task.{task}") for task in tasks]
+            rows = [sums.get(f"task.{task}.{k}") for k, task in enumerate(tasks)]
+            if measure.startswith("loss.target") and all(one is not None for one in rows):
+                own = rows
             if any(one is not None for one in own):
                 by_query[label] = np.stack([sums["score"] if one is None else one for one in own], axis=1)
             else:
@@ -190,7 +196,7 @@ class Judge:
         outcomes, scores = [], []
         for measure in models[0]:
             outcome = self.outcome(measure, models)
-            by_query, in_all = self.predictions(kept, outcome.tasks)
+            by_query, in_all = self.predictions(kept, measure, outcome.tasks)
             found = lds(by_query, outcome.measured, resamples=self.resamples, seed=self.seed)
             whole = lds(in_all, outcome.measured.whole(), resamples=self.resamples, seed=self.seed)
             scores += [ScoreFacts(label, measure, mean(found[label]), mean(whole[label])) for label in self.tables]

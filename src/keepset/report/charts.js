@@ -104,30 +104,44 @@ function scatterChart(width, points, labels, options = {}) {
   return svg;
 }
 
-// groups: [{label, kind, value, low, high, values: [per seed]}]; one line each, against a dashed reference.
-function intervalChart(width, groups, metric, reference) {
-  const narrow = width < 520, left = narrow ? 8 : Math.min(190, 60 + 7 * Math.max(...groups.map((g) => g.label.length)));
-  const right = width - (narrow ? 12 : 172), step = narrow ? 52 : 36, top = 26, height = top + groups.length * step + 30;
-  const numbers = groups.flatMap((g) => [g.low, g.high, ...g.values]).filter(isNumber);
+// bars: choices best first, then controls. A line is the 95 % interval of the difference to Random, put at Random's mean,
+// so that it crosses Random's line where the two can't be told apart; without Random it is the mean's own interval.
+function answerChart(width, bars, metric) {
+  const narrow = width < 560, name = (b) => b.label + (b.kind === "base" ? " (untrained)" : b.kind === "full" ? " (whole pool)" : "");
+  const random = bars.find((b) => b.kind === "random"), middle = random ? random.measures[metric].value : null, spread = random ? random.measures[metric].spread : null;
+  const rows = bars.map((b) => {
+    const m = b.measures[metric], v = m.versus;
+    const [low, high] = v && random ? [m.value - v.difference + v.low, m.value - v.difference + v.high] : random ? [null, null] : [m.low, m.high];
+    return { ...b, m, low, high, told: v ? v.told : "", words: v && random ? v.told || "not told apart" : "" };
+  });
+  const widest = Math.max(...rows.map((r) => (r.high - r.low) / 2 || 0)), digits = widest > 0 ? Math.min(6, Math.max(0, Math.ceil(-Math.log10(widest / 3)))) : 3;
+  const signed = (value) => (value > 0 ? "+" : "") + fixed(value, digits), mean = (r) => fixed(r.m.value, digits);
+  const figures = (r) => (r.m.versus && random ? `${signed(r.m.versus.difference)}  (${signed(r.m.versus.low)} to ${signed(r.m.versus.high)})` : isNumber(r.low) ? `${mean(r)}  (${fixed(r.low, digits)} to ${fixed(r.high, digits)})` : "mean " + mean(r));
+  const left = narrow ? 8 : Math.min(200, 40 + 7.4 * Math.max(...rows.map((r) => name(r).length))), room = 7.6 * Math.max(...rows.map((r) => figures(r).length));
+  const right = width - (narrow ? 10 : room + (random ? 140 : 24)), step = narrow ? 50 : 32, gap = rows.some((r) => r.control) && rows.some((r) => !r.control) ? 14 : 0, top = 30, height = top + rows.length * step + gap + 44;
+  const numbers = rows.flatMap((r) => [r.low, r.high, r.m.value, ...r.m.seeds]).concat(isNumber(spread) ? [middle - spread, middle + spread] : []).filter(isNumber);
   let low = Math.min(...numbers), high = Math.max(...numbers);
   const pad = (high - low || Math.abs(high) || 1) * 0.06;
   low -= pad; high += pad;
-  const x = scale(low, high, left, right);
-  const svg = frame(width, height, `${words(metric)}: ` + groups.map((g) => `${g.label} ${short(g.value)} (${short(g.low)} to ${short(g.high)})`).join("; "),
+  const x = scale(low, high, left, right), bottom = height - 40, better = lowerIsBetter(metric) ? "← better" : "better →";
+  const said = (r) => `${name(r)} ${mean(r)}` + (r.m.versus ? `, ${signed(r.m.versus.difference)} to random (${signed(r.m.versus.low)} to ${signed(r.m.versus.high)}), ${r.words || "not told apart"}` : isNumber(r.low) ? ` (${fixed(r.low, digits)} to ${fixed(r.high, digits)})` : "");
+  const svg = frame(width, height, `${words(metric)}: ` + rows.map(said).join("; "),
+    isNumber(spread) && s("rect", { x: x(middle - spread), width: Math.max(2, x(middle + spread) - x(middle - spread)), y: top - 8, height: bottom - top + 8, class: "band" }),
     s("g", { class: "axes", "aria-hidden": "true" }, ticks(low, high, (right - left) / 90).map((t) => [
-      s("line", { x1: x(t), x2: x(t), y1: top - 8, y2: height - 24, class: "grid" }),
-      s("text", { x: x(t), y: height - 8, "text-anchor": "middle" }, tickText(t))])));
-  if (isNumber(reference)) svg.append(s("line", { x1: x(reference), x2: x(reference), y1: top - 14, y2: height - 24, class: "cut" }),
-    s("text", { x: x(reference) + (x(reference) > (left + right) / 2 ? -5 : 5), y: top - 12, class: "cut-name", "text-anchor": x(reference) > (left + right) / 2 ? "end" : "start" }, "random"));
-  groups.forEach((g, i) => {
-    const y = top + i * step + step / 2 + (narrow ? 10 : 0), kind = g.kind === "method" ? "kept" : "rest";
-    const text = short(g.value) + (isNumber(g.low) && isNumber(g.high) ? `  [${short(g.low)}, ${short(g.high)}]` : "");
+      s("line", { x1: x(t), x2: x(t), y1: top - 8, y2: bottom, class: "grid" }), s("text", { x: x(t), y: bottom + 17, "text-anchor": "middle" }, tickText(t))]),
+      s("text", { x: lowerIsBetter(metric) ? left : right, y: bottom + 36, "text-anchor": lowerIsBetter(metric) ? "start" : "end", class: "axis-name" }, better),
+      !narrow && s("text", { x: width, y: top - 12, "text-anchor": "end", class: "axis-name" }, random ? "difference to random" : "95 % interval")));
+  if (random) { const flip = x(middle) > (left + right) / 2; svg.append(s("line", { x1: x(middle), x2: x(middle), y1: top - 14, y2: bottom, class: "cut" }), s("text", { x: x(middle) + (flip ? -5 : 5), y: top - 14, class: "cut-name", "text-anchor": flip ? "end" : "start" }, "random rows")); }
+  rows.forEach((r, i) => {
+    const y = top + i * step + step / 2 + (r.control ? gap : 0) + (narrow ? 10 : 0), kind = r.control ? "rest" : "kept", v = random ? r.m.versus : null;
     svg.append(s("g", {},
-      narrow ? s("text", { x: left, y: y - 12, class: "row-name" }, g.label) : s("text", { x: left - 14, y: y + 5, "text-anchor": "end", class: "row-name" }, g.label),
-      s("text", { x: narrow ? right : width, y: narrow ? y - 12 : y + 5, "text-anchor": "end", class: "row-value" }, text),
-      isNumber(g.low) && isNumber(g.high) && s("line", { x1: x(g.low), x2: x(g.high), y1: y, y2: y, class: "whisker " + kind }),
-      g.values.length > 1 && g.values.map((v) => s("circle", { cx: x(v), cy: y, r: 3, class: "seed " + kind })),
-      isNumber(g.value) && s("circle", { cx: x(g.value), cy: y, r: 5.5, class: "point " + kind })));
+      gap && r.control && (i === 0 || !rows[i - 1].control) && s("line", { x1: 0, x2: width, y1: y - step / 2 - gap / 2 - (narrow ? 10 : 0), y2: y - step / 2 - gap / 2 - (narrow ? 10 : 0), class: "grid" }),
+      s("text", narrow ? { x: left, y: y - 12, class: "row-name " + kind } : { x: left - 14, y: y + 5, "text-anchor": "end", class: "row-name " + kind }, name(r)),
+      !narrow && r.words && s("text", { x: right + 18, y: y + 5, class: "row-told " + (r.told || "same") }, r.words),
+      s("text", { x: narrow ? right : width, y: narrow ? y - 12 : y + 5, "text-anchor": "end", class: "row-value" }, narrow && r.told && s("tspan", { class: "row-told " + r.told }, r.told + "  "), figures(r)),
+      isNumber(r.low) && isNumber(r.high) && s("line", { x1: x(r.low), x2: x(r.high), y1: y, y2: y, class: "whisker " + kind }),
+      r.m.seeds.length > 1 && r.m.seeds.map((v) => s("circle", { cx: x(v), cy: y, r: 3, class: "seed " + kind })),
+      s("circle", { cx: x(r.m.value), cy: y, r: 6, class: `point ${kind}${v && !r.told ? " hollow" : ""}` })));
   });
   return svg;
 }

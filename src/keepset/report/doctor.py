@@ -18,9 +18,9 @@ def examine(model_name_or_path: str | None = None) -> dict[str, Any]:
     """Collect versions, device, memory, disk and offline state; with a model, whether it and its template load.
 
     Returns:
-        JSON-ready facts. `problems` lists what is wrong, in words.
+        JSON-ready facts. `problems` lists what is wrong, in words, and `notes` what isn't there and needn't be.
     """
-    facts: dict[str, Any] = {"versions": versions(), "problems": []}
+    facts: dict[str, Any] = {"versions": versions(), "problems": [], "notes": []}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts["cores"], facts["memory_gib"] = os.cpu_count(), round(memory / 2**30, 1)
     facts["disk_free_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
@@ -32,7 +32,9 @@ def examine(model_name_or_path: str | None = None) -> dict[str, Any]:
         facts["threads"] = torch.get_num_threads()
     except ImportError:
         facts["device"] = None
-        facts["problems"].append("torch is not installed: only the text methods work; pip install 'keepset[train]'")
+        facts["notes"].append("without torch: the text methods work; for the others pip install 'keepset[train]'")
+        if model_name_or_path:
+            facts["problems"].append(f"{model_name_or_path}: torch is not installed; pip install 'keepset[train]'")
     if model_name_or_path and facts["device"]:
         facts["model"] = examine_model(model_name_or_path, facts["problems"])
     return facts
@@ -68,5 +70,7 @@ def print_examination(facts: dict[str, Any], console: Console) -> None:
         console.print(f"{name:14s} {facts[name]}", highlight=False)
     for name, value in facts.get("model", {}).items():
         console.print(f"model {name:14s} {value}", highlight=False, markup=False, soft_wrap=True)
+    for note in facts["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     for problem in facts["problems"]:
         console.print(f"problem: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)

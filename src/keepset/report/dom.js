@@ -36,6 +36,7 @@ function short(value, digits = 3) {
   const text = size >= 100 ? value.toFixed(1) : size >= 10 ? value.toFixed(2) : value.toFixed(digits);
   return text.replace("-", "−");
 }
+const fixed = (value, digits) => (+value.toFixed(digits) === 0 ? 0 : value).toFixed(digits).replace("-", "−");
 const percent = (part, of) => (of ? ((100 * part) / of).toFixed(part / of < 0.1 ? 1 : 0) + " %" : "–");
 function duration(seconds) {
   if (!isNumber(seconds)) return "–";
@@ -45,6 +46,7 @@ function duration(seconds) {
 }
 const words = (name) => String(name).replaceAll("_", " ").replace(/(\D)\.(?=\D)/g, "$1, ");
 
+const joined = (names) => names.join(", ").replace(/, ([^,]*)$/, " and $1");
 const sentence = (text) => (/^[a-z-]+[ :]/.test(text) ? text[0].toUpperCase() + text.slice(1) : text);
 
 // A figure that draws itself again when its width changes.

@@ -1,114 +1,4 @@
-// The overview: did choosing help, what looks wrong, and one method's figures.
-
-const DATA = JSON.parse($("data").textContent);
-const ROWS = DATA.rows, N = ROWS.id.length;
-const METHODS = Object.fromEntries(DATA.methods.map((m) => [m.label, m]));
-let current = (DATA.methods.find((m) => !m.control) || DATA.methods[0]).label;
-
-const METRICS = new Map(DATA.metrics.map((m) => [m.name, m]));
-const lowerIsBetter = (metric) => METRICS.get(metric).lower_is_better;
-const byKind = { method: 0, mix: 1, random: 2, longest: 3, shortest: 3, full: 4, base: 5 };
-const UNIT = DATA.summary.unit;
-const plainLabel = (row) => (row.kind === "random" ? "random" : row.label.split("@")[0]);
-
-// Seeds of one label and budget are one line: the mean over seeds with the summary's interval over items, if it is there,
-// else the range over seeds (one seed: its own interval).
-function groupsOf(metric) {
-  const groups = new Map();
-  for (const row of DATA.comparison) {
-    const found = row.metrics[metric];
-    if (!found || !isNumber(found.value)) continue;
-    const key = JSON.stringify([plainLabel(row), row.budget, row.budget === null ? row.n_rows : null]);
-    if (!groups.has(key)) groups.set(key, { label: plainLabel(row), budget: row.budget, kind: row.kind, n_rows: row.n_rows, n_tokens: row.n_tokens, values: [], lows: [], highs: [] });
-    const group = groups.get(key);
-    group.values.push(found.value);
-    group.lows.push(found.low);
-    group.highs.push(found.high);
-  }
-  const sign = lowerIsBetter(metric) ? 1 : -1;
-  return [...groups.values()].map((g) => {
-    const one = g.values.length === 1;
-    const told = DATA.verdicts.find((v) => plainLabel(v) === g.label && v.kind === g.kind && v.budget === g.budget), metrics = told ? told.metrics[metric] : null;
-    return { ...g, value: g.values.reduce((a, b) => a + b, 0) / g.values.length, versus: told ? told.versus[metric] : null, cost: told ? told.cost : null,
-      low: metrics ? metrics.low : one ? g.lows[0] : Math.min(...g.values), high: metrics ? metrics.high : one ? g.highs[0] : Math.max(...g.values) };
-  }).sort((a, b) => (byKind[a.kind] ?? 6) - (byKind[b.kind] ?? 6) || sign * (a.value - b.value));
-}
-
-const metricNames = () => [...METRICS.keys()];
-
-// The mean of the random choices of one budget.
-function randomMean(groups, budget) {
-  const random = groups.filter((g) => g.kind === "random" && g.budget === budget).flatMap((g) => g.values);
-  return random.length ? random.reduce((a, b) => a + b, 0) / random.length : null;
-}
-
-// Budgets that something was trained at, smallest first; base, full and mixes belong to none.
-const isSized = (g) => g.kind === "method" || ["random", "longest", "shortest"].includes(g.kind);
-const budgetsOf = (groups) => [...new Map(groups.filter(isSized).sort((a, b) => a.n_rows - b.n_rows).map((g) => [g.budget, g])).keys()];
-
-function head() {
-  const sum = DATA.summary, kept = DATA.methods.filter((m) => !m.control), metric = metricNames()[0];
-  $("title").textContent = visible(sum.run);
-  document.title = visible(sum.run) + " · keepset report";
-  const names = (kept.length ? kept : DATA.methods).map((m) => m.label);
-  const parts = [`${names.join(", ").replace(/, ([^,]*)$/, " and $1")} scored ${whole(sum.rows)} rows`];
-  if (sum.model) parts.push(`with ${sum.model}`);
-  if (sum.targets.length) parts.push(`for ${sum.targets.join(", ")}`);
-  let text = parts.join(" ") + (sum.budgets.length ? ` to keep ${sum.budgets.map((b) => (/%|tokens/.test(b) ? b : whole(+b) + " rows")).join(", ")}.` : ".");
-  if (metric) {
-    const groups = groupsOf(metric), best = groups.filter((g) => g.kind === "method")[0], random = best ? randomMean(groups, best.budget) : null;
-    if (best) text += ` By ${words(metric)}, ${best.label}${budgetsOf(groups).length > 1 ? " at " + best.budget : ""} reached ${short(best.value)}` + (isNumber(best.low) ? ` [${short(best.low)}, ${short(best.high)}]` : "") + (isNumber(random) ? ` against ${short(random)} for a random choice of the same size` + (best.versus && best.versus.low <= 0 && best.versus.high >= 0 ? "; the held-out items don't tell them apart." : ".") : ".");
-  }
-  $("lede").textContent = visible(text);
-  const first = METHODS[current];
-  const facts = [["rows scored", whole(sum.rows)], ["kept", whole(first.kept), `${percent(first.kept, first.scored)} by ${first.label}`],
-    [UNIT + " kept", whole(first.kept_tokens), isNumber(sum.tokens) ? `${percent(first.kept_tokens, sum.tokens)} of ${whole(sum.tokens)}` : null],
-    ["quarantined", whole(sum.quarantined), sum.quarantined ? "see the tab" : null],
-    ["time spent", duration(sum.seconds), "all steps"],
-    ["findings", whole(DATA.findings.length), DATA.findings.some((f) => f.level === "warning") ? `${DATA.findings.filter((f) => f.level === "warning").length} to look at` : null]];
-  $("facts").append(...facts.filter((f) => f[1] !== "–").map(([name, value, note]) => h("div", {}, h("dt", {}, name), h("dd", {}, value, note && h("span", {}, visible(note))))));
-}
-
-function choice(label, options, value, onchange) {
-  return h("label", { class: "choice" }, h("span", {}, label), h("select", { onchange: (e) => onchange(e.target.value) },
-    options.map((o) => h("option", { value: o, selected: o === value }, visible(words(o))))));
-}
-
-function comparisonSection() {
-  const metrics = metricNames();
-  if (!metrics.length) return null;
-  const place = h("div", {});
-  const budgets = budgetsOf(groupsOf(metrics[0]));
-  let metric = metrics[0], budget = budgets[0];
-  const draw = () => {
-    const groups = groupsOf(metric), shown = groups.filter((g) => !isSized(g) || g.budget === budget);
-    const children = [figure(words(metric) + (METRICS.get(metric).unit && ", " + METRICS.get(metric).unit) + (lowerIsBetter(metric) ? ": lower is better" : ": higher is better"), (w) => intervalChart(w, shown, metric, randomMean(groups, budget)),
-      "Dot: the value; line: its 95 % interval. Small rings: single seeds. Dashed: the mean of the random choices." + (isNumber(METRICS.get(metric).seen) ? ` Four of five comparisons with random on these items see a difference of ${short(METRICS.get(metric).seen)}.` : ""), { wide: true })];
-    const curves = new Map();
-    for (const g of groups) if (isNumber(g.n_rows) && g.kind !== "base" && g.kind !== "full") curves.set(g.label, [...(curves.get(g.label) || []), { x: g.n_rows, y: g.value, low: g.low, high: g.high, kind: g.kind }]);
-    const series = [...curves].map(([label, points]) => ({ label, kind: points[0].kind, points: points.sort((a, b) => a.x - b.x) })).filter((c) => c.points.length > 1);
-    if (series.length) children.push(figure("By budget", (w) => curveChart(w, series, { x: "rows kept", y: words(metric) }), "The same methods at several budgets.", { wide: true }));
-    place.replaceChildren(...children);
-  };
-  draw();
-  return h("section", { "aria-labelledby": "h-quality" },
-    h("div", { class: "bar" }, h("h2", { id: "h-quality" }, "Did choosing help?"),
-      h("div", { class: "choices" }, budgets.length > 1 && choice("Budget", budgets, budget, (b) => { budget = b; draw(); }), metrics.length > 1 && choice("Measure", metrics, metric, (m) => { metric = m; draw(); }))),
-    place,
-    h("details", { class: "numbers" }, h("summary", {}, "All measures as a table"), comparisonTable(metrics)));
-}
-
-function comparisonTable(metrics) {
-  const groups = new Map();
-  for (const metric of metrics) for (const g of groupsOf(metric)) {
-    const key = JSON.stringify([g.label, g.budget, g.n_rows]);
-    groups.set(key, { ...g, cells: { ...(groups.get(key) || { cells: {} }).cells, [metric]: g } });
-  }
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "All measures" }, h("table", {},
-    h("thead", {}, h("tr", {}, ["trained on", "rows", UNIT, "seeds", ...metrics.map(words), "cost"].map((t, i) => h("th", { scope: "col", class: i ? "num" : "" }, visible(t))))),
-    h("tbody", {}, [...groups.values()].map((g) => h("tr", {}, h("th", { scope: "row" }, visible(g.label)), h("td", { class: "num" }, g.kind === "base" ? "–" : whole(g.n_rows)), h("td", { class: "num" }, g.kind === "base" ? "–" : whole(g.n_tokens)), h("td", { class: "num" }, g.values.length),
-      metrics.map((m) => { const c = g.cells[m]; return h("td", { class: "num" }, c ? short(c.value) : "–", c && isNumber(c.low) && h("small", {}, `${short(c.low)} to ${short(c.high)}`), c && c.versus && h("small", {}, `${c.versus.difference > 0 ? "+" : ""}${short(c.versus.difference)} to random, p ${short(c.versus.p_holm ?? c.versus.p)}`)); }), h("td", { class: "num" }, duration(g.cost)))))));
-}
+// Below the first screen: what scores are worth, one method's figures, how the methods agree.
 
 const OUTCOMES = { "loss.target": "the target's loss", "loss.target.preference": "the target's preference loss", "loss.heldout": "the held-out loss", "loss.chosen": "the loss of held-out chosen answers", "loss.preference": "the held-out pairs' preference loss", "margin.implicit_mean.matched": "the margin of held-out pairs of like length", "accuracy.policy_mean.matched": "the accuracy on held-out pairs of like length", "gsm8k.accuracy": "GSM8K's exact match" };
 const outcomeName = (name) => OUTCOMES[name] || words(name);
@@ -137,15 +27,6 @@ function truthSection() {
         choice("Outcome", outcomes.map(outcomeName), outcomeName(outcome.name), (n) => { outcome = design.outcomes.find((o) => outcomeName(o.name) === n); draw(); }),
         choice("View", views, views[0], (v) => { view = views.indexOf(v); draw(); }))),
     place, tenths);
-}
-
-function findingsSection() {
-  if (!DATA.findings.length) return null;
-  return h("section", { "aria-labelledby": "h-findings" }, h("h2", { id: "h-findings" }, "What to look at"),
-    h("ul", { class: "findings" }, DATA.findings.map((f) => h("li", { class: f.level === "warning" ? "warning" : "info" },
-      h("p", { class: "what" }, h("span", { class: "level" }, f.level === "warning" ? "Warning" : "Note"), f.method && h("span", { class: "who" }, visible(f.method)), visible(sentence(String(f.text || f.name || ""))),
-        isNumber(f.figure) && !/\d/.test(f.text || "") && h("span", { class: "figure" }, Number.isInteger(f.figure) ? whole(f.figure) : short(f.figure))),
-      f.advice && h("p", { class: "advice" }, visible(sentence(String(f.advice))))))));
 }
 
 function pointsOf(label, x, y, limit = 6000) {
@@ -186,7 +67,7 @@ function methodSection() {
   const draw = (label) => { current = label; place.replaceChildren(...methodFigures(label)); };
   draw(current);
   const labels = DATA.methods.map((m) => m.label);
-  return h("section", { "aria-labelledby": "h-method" }, h("div", { class: "bar" }, h("h2", { id: "h-method" }, "What was chosen"), labels.length > 1 && choice("Method", labels, current, draw)), DATA.summary.budgets.length > 1 && h("p", { class: "note" }, `What is kept at the first budget, ${visible(DATA.summary.budgets[0])}.`), place);
+  return h("section", { "aria-labelledby": "h-method" }, h("div", { class: "bar" }, h("h2", { id: "h-method" }, "How a method scores"), labels.length > 1 && choice("Method", labels, current, draw)), DATA.summary.budgets.length > 1 && h("p", { class: "note" }, `What is kept at the first budget, ${visible(DATA.summary.budgets[0])}.`), place);
 }
 
 function overlapSection() {
@@ -205,5 +86,5 @@ function overlapSection() {
 }
 
 function overview() {
-  $("panel-overview").append(...[comparisonSection(), truthSection(), findingsSection(), methodSection(), overlapSection()].filter(Boolean));
+  $("panel-overview").append(...[answerSection(), keptSection(), h("div", { class: "two" }, [costSection(), nextSection()].filter(Boolean)), truthSection(), methodSection(), overlapSection()].filter(Boolean));
 }

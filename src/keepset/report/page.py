@@ -15,7 +15,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-SCRIPTS = ("dom.js", "charts.js", "overview.js", "rows.js", "start.js")
+SCRIPTS = ("dom.js", "charts.js", "first.js", "overview.js", "rows.js", "start.js")
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keepset.pipeline.metrics import headlines, is_loss, unit_of
+from keepset.pipeline.remedies import kinds
+from keepset.report.answer import answers, bars, prices
 from keepset.report.numbers import (
     cut_of,
     heat,
@@ -20,17 +23,33 @@ from keepset.report.numbers import (
     shares,
 )
 from keepset.report.read import Message, RunData, as_dict, as_list
-from keepset.runfolder.records import Mean, Power, Record
+from keepset.runfolder.records import Mean
 
 TEXT_BUDGET = 12_000_000  # characters of row text in the page
 QUARANTINE_ROWS = 2_000
 CONTROLS = ("random", "longest", "shortest", "length")
 
 
-def sample_rows(data: RunData, max_rows: int) -> np.ndarray:
-    """Indices of the rows that go into the page: every kept one, then the smallest ids (hashes: a fair draw)."""
+def choosing(data: RunData) -> list[str]:
+    """The labels that are no controls; all where there are none but controls."""
+    return [m for m in data.columns if data.method_names.get(m, m) not in CONTROLS] or list(data.columns)
+
+
+def examples(columns: dict[str, np.ndarray]) -> tuple[list[int], list[int]]:
+    """Rows to read: the three best kept ones; and of those left out the two nearest to the cut and the last one."""
+    score, kept = columns["score"], columns["selected"] > 0
+    cut = cut_of(score, kept.astype(float))
+    order = np.argsort(-score, kind="stable")
+    order = order[np.isfinite(score[order])]
+    below = [int(i) for i in order if not kept[i] and (cut is None or score[i] <= cut)]
+    return [int(i) for i in order if kept[i]][:3], [*below[:2], *below[2:][-1:]]
+
+
+def sample_rows(data: RunData, max_rows: int, asked: Iterable[int] = ()) -> np.ndarray:
+    """Indices of the rows that go into the page: all kept and asked ones, then the smallest ids, a fair draw."""
     n = len(data.ids)
     kept = np.zeros(n, bool)
+    kept[list(asked)] = True
     for columns in data.columns.values():
         kept |= columns["selected"] > 0
     others = np.flatnonzero(~kept)
@@ -69,7 +88,9 @@ def numbers(values: np.ndarray) -> list[float | int | None]:
 
 def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
     """Everything the page shows, as plain JSON values (no NaN)."""
-    rows = sample_rows(data, max_rows)
+    shown = {label: examples(columns) for label, columns in data.columns.items()}
+    rows = sample_rows(data, max_rows, {k for sides in shown.values() for side in sides for k in side})
+    place = {int(row): at for at, row in enumerate(rows)}
     limit = min(6_000, max(300, TEXT_BUDGET // max(1, len(rows))))
     sources, source = codes(data.source[rows])
     categories, category = codes(data.category[rows])
@@ -78,10 +99,12 @@ def build_payload(data: RunData, *, max_rows: int = 20_000) -> dict[str, Any]:
         "methods": [method_numbers(data, label) for label in data.columns],
         "overlap": overlap(data.columns),
         "metrics": metrics_of(data),
-        "comparison": comparison_rows(data),
-        "verdicts": verdicts(data),
+        "comparison": bars(data.comparison),
+        "answers": answers(data.comparison),
+        "examples": {label: [[place[k] for k in side] for side in sides] for label, sides in shown.items()},
+        "prices": prices(data.comparison, data.costs, choosing(data)),
         "truth": truth_of(data),
-        "findings": [f.to_json() for f in sorted(data.findings, key=lambda f: f.level != "warning")],
+        "findings": [asdict(kind) for kind in kinds(data.findings, data.path, data.recipe)],
         "quarantine": data.quarantine[:QUARANTINE_ROWS],
         "manifest": data.manifest,
         "recipe": data.recipe_text,
@@ -200,16 +223,7 @@ def metrics_of(data: RunData) -> list[dict[str, Any]]:
     lead = data.comparison.headline if data.comparison else ""
     first = [metric.name for metric in headlines(measured, lead) if metric.name in measured]
     names = [*first, *(name for name in measured if name not in first)]
-    power = (data.comparison.power if data.comparison else None) or {}
-    return [
-        {"name": name, "lower_is_better": is_loss(name), "unit": unit_of(name), "seen": seen_of(power.get(name))}
-        for name in names
-    ]
-
-
-def seen_of(power: Power | None) -> float | None:
-    """The difference to Random that four of five comparisons see."""
-    return None if power is None else number(power.smallest)
+    return [{"name": name, "lower_is_better": is_loss(name), "unit": unit_of(name)} for name in names]
 
 
 def truth_of(data: RunData) -> dict[str, Any] | None:
@@ -240,34 +254,3 @@ def truth_of(data: RunData) -> dict[str, Any] | None:
 def interval_of(mean: Mean) -> dict[str, float | None]:
     """A value with its interval."""
     return {"value": number(mean.value), "low": number(mean.low), "high": number(mean.high)}
-
-
-def comparison_rows(data: RunData) -> list[dict[str, Any]]:
-    """The comparison's trained models and the base, with their means."""
-    rows = data.comparison.rows if data.comparison else ()
-    return [
-        {
-            "label": row.label, "kind": row.kind, "budget": row.budget, "n_rows": row.n_rows,
-            "n_tokens": row.n_tokens, "seed": row.seed, "metrics": figures(row.metrics, ("value", "low", "high", "n")),
-        }
-        for row in rows
-    ]  # fmt: skip
-
-
-def verdicts(data: RunData) -> list[dict[str, Any]]:
-    """The comparison's summary: all seeds of a subset together, with the paired difference to Random."""
-    summary = data.comparison.summary if data.comparison else ()
-    return [
-        {
-            "label": entry.label, "kind": entry.kind, "budget": entry.budget, "n_rows": entry.n_rows,
-            "metrics": figures(entry.metrics, ("value", "low", "high", "n")),
-            "versus": figures(entry.vs_random, ("difference", "low", "high", "p", "p_holm")),
-            "cost": entry.cost.seconds,
-        }
-        for entry in summary
-    ]  # fmt: skip
-
-
-def figures(records: Mapping[str, Record], names: tuple[str, ...]) -> dict[str, dict[str, float | None]]:
-    """Some numbers of each metric's record."""
-    return {metric: {name: number(vars(record)[name]) for name in names} for metric, record in records.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ class RunData:
     category: np.ndarray  # (n,) str, "" where none
     n_tokens: np.ndarray  # (n,) float, NaN where unknown
     columns: dict[str, dict[str, np.ndarray]]  # label -> score, rank, selected, parts; NaN / 0 where a row is missing
-    messages: dict[str, list[Message]]
+    messages: Mapping[str, list[Message]]
     recipe: Recipe | None = None
     recipe_text: str = ""
     comparison: Comparison | None = None
@@ -155,28 +157,53 @@ def align(path: Path, tables: dict[str, pa.Table]) -> RunData:
     )
 
 
-def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> dict[str, list[Message]]:
+class RowTexts(Mapping[str, list[Message]]):
+    """Each row's messages, by id, read from the first pool that has it when they are asked for."""
+
+    def __init__(self, pools: Iterable[Pool], ids: np.ndarray) -> None:
+        """Look the rows with these ids (n,) up; no text is read yet."""
+        self.pools: list[Pool] = []
+        self.places: dict[str, tuple[int, int]] = {}
+        missing = [str(id_) for id_ in ids]
+        for pool in pools:
+            at = pool.ids.places(missing).tolist()
+            self.places |= {id_: (len(self.pools), i) for id_, i in zip(missing, at, strict=True) if i >= 0}
+            missing = [id_ for id_, i in zip(missing, at, strict=True) if i < 0]
+            self.pools.append(pool)
+            if not missing:
+                return
+
+    def __getitem__(self, id_: str) -> list[Message]:
+        pool, i = self.places[id_]
+        return self.pools[pool].messages(i)
+
+    def __contains__(self, id_: object) -> bool:
+        return id_ in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def row_texts(path: Path, recipe: Recipe | None, ids: np.ndarray) -> RowTexts:
     """Each row's messages, by id, from the recipe's local pool files and else from the subsets that the run kept.
 
     Rows whose text can't be found (the pool moved) are missing from the mapping; nothing is downloaded for a report.
     """
-    asked = {str(id_) for id_ in ids}
-    texts: dict[str, list[Message]] = {}
     folders = ((layout.DATA_FOLDER, "*.parquet"), (layout.SUBSETS_FOLDER, "*.*"))
     files = [file for folder, pattern in folders for file in sorted((path / folder).glob(pattern))]
     kept = [DataSpec(path=str(p)) for p in files]
     here = [spec for spec in recipe.pool if spec.path != "-" and Path(spec.path).exists()] if recipe else []
-    for specs in [here, *([spec] for spec in kept)]:
-        if not specs or len(texts) == len(asked):
-            continue
-        try:
-            pool: Pool = load_pool(specs)
-        except KeepsetError:
-            continue  # the page says that texts are missing
-        for id_, messages in zip(pool.ids, pool.all_messages(), strict=True):
-            if str(id_) in asked and str(id_) not in texts:
-                texts[str(id_)] = messages
-    return texts
+
+    def pools() -> Iterator[Pool]:
+        for specs in [here, *([spec] for spec in kept)]:
+            if specs:
+                with suppress(KeepsetError):  # a report without some texts is better than none; the page says so
+                    yield load_pool(specs)
+
+    return RowTexts(pools(), ids)
 
 
 def find_row(data: RunData, row_id: str) -> int:

@@ -47,6 +47,13 @@ function search() {
   state.page = 0;
 }
 
+// Have the Rows tab list one side of a method's choice, best first.
+function listRows(label, kept) {
+  current = label;
+  Object.assign(state, { search: "", source: "", category: "", kept, sort: "rank", down: false });
+  listed = null;
+}
+
 function mark(id, what) {
   if (marks.get(id) === what) marks.delete(id);
   else marks.set(id, what);

@@ -44,7 +44,7 @@ function show(name, focus) {
   }
   if (name === "rows" && listed !== current) {
     listed = current;
-    if ($("method")) $("method").value = current;
+    for (const [id, value] of [["method", current], ["kept", state.kept], ["search", state.search], ["source", state.source], ["category", state.category]]) if ($(id)) $(id).value = value;
     refreshTable(true);
   }
 }

@@ -1,10 +1,10 @@
 """What the stages of a run cost: `costs.jsonl`, with what killed sessions spent.
 
 A stage adds its entry when it ends. While it is under way its entry so far lies in `work/costs-open.json`, renewed at
-every committed shard and every few seconds. The next session finds what a killed one left there and adds it, marked
-`stopped`; an entry of the same stage after it is marked `resumed`. So the seconds of all entries of a stage are what
-was really spent on it, up to the few seconds before each kill, the work that was lost and done again included.
-`cpu_seconds`, the process's own processor time, say more on a machine that is shared or paused.
+every committed shard and every few seconds, with how far it is (`progress`). The next session finds what a killed one
+left there and adds it, marked `stopped`; an entry of the same stage after it is marked `resumed`. So the seconds of all
+entries of a stage are what was really spent on it, up to the few seconds before each kill, the work that was lost and
+done again included. `cpu_seconds`, the process's own processor time, say more on a machine that is shared or paused.
 
 A worker (another process, perhaps on another machine) leaves each entry as a file of its own in `work/costs/`, which
 the process that leads takes over. What a killed worker spent on an unfinished training is in no entry.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from keepset.memory import Count
+from keepset.progress import UNDER_WAY
 from keepset.runfolder import layout
 from keepset.runfolder.files import write_atomic
 
@@ -85,6 +86,10 @@ class Meter:
                 {**entry, **spent(start, cpu), "session": self.session, "stopped": True}
                 for start, cpu, entry in self.under_way
             ]
+            if entries and UNDER_WAY:
+                work = UNDER_WAY[-1]
+                entries[-1]["progress"] = {"what": work.what, "done": work.there + work.done, "total": work.total,
+                                           "unit": work.unit, "rate": work.rate}  # fmt: skip
             try:
                 if not entries:
                     self.open_path.unlink(missing_ok=True)
@@ -111,6 +116,7 @@ class Meter:
         logged = {(e.get("session"), e["stage"]) for e in self.entries()}
         for entry in left if isinstance(left, list) else []:
             if sound(entry) and (entry.get("session"), entry["stage"]) not in logged and not entry.pop("skip", False):
+                entry.pop("progress", None)
                 self.add(entry)
         self.open_path.unlink(missing_ok=True)
 
@@ -135,17 +141,21 @@ class Meter:
         return stopped
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append an entry to `costs.jsonl`; a worker leaves it in a file of its own."""
+        """Add an entry to `costs.jsonl`, which is whole at any time; a worker leaves it in a file of its own."""
         if self.worker:
             entry = {**entry, "session": os.urandom(8).hex()}  # the same stage may be done twice
             write_atomic(self.workers / f"{entry['session']}.json", json.dumps(entry, ensure_ascii=False).encode())
             return
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")  # a crash in the middle of a line
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
+        with self.guard:
+            lines = [*(line for line, _ in self.lines()), json.dumps(entry, ensure_ascii=False)]
+            write_atomic(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def entries(self) -> list[dict[str, Any]]:
-        """All entries of `costs.jsonl`; torn lines (a crash) are left out."""
+        """All entries of `costs.jsonl`."""
+        return [entry for _, entry in self.lines()]
+
+    def lines(self) -> list[tuple[str, dict[str, Any]]]:
+        """The lines of `costs.jsonl` with their entries; what is none (an older keepset's torn lines) is left out."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         whole = []
         for line in text.split("\n"):
@@ -154,7 +164,7 @@ class Meter:
             except (ValueError, RecursionError):
                 continue
             if sound(entry):
-                whole.append(entry)
+                whole.append((line, entry))
         return whole
 
 

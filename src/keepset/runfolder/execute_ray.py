@@ -221,11 +221,12 @@ class RayCrew:
             import ray
         except ImportError:
             raise KeepsetError("executor: ray isn't installed: pip install 'keepset[ray]', on every node") from None
-        self.ray, self.folder, self.say, self.most = ray, folder.absolute(), say, workers
+        self.ray: Any = ray
+        self.folder, self.say, self.most = folder.absolute(), say, workers
         own: dict[str, Any] = {"include_dashboard": False, "num_cpus": workers} if address is None else {}
         if not ray.is_initialized():
             try:
-                ray.init(address=address or "local", logging_level="error", log_to_driver=False, **own)
+                ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
             except Exception as error:
                 raise KeepsetError(f"executor: no Ray at {address or 'this machine'}: {first_line(error)}") from None
         self.gpu = gpus and ray.cluster_resources().get("GPU", 0) > 0

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from keepset.errors import KeepsetError
 
@@ -43,14 +44,39 @@ def digest(value: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def canonical_list(values: Iterable[Any]) -> Iterator[bytes]:
+    """The canonical JSON of a list of values, in pieces: the list itself is never in memory."""
+    source, comma = iter(values), b""
+    yield b"["
+    while block := list(islice(source, 1 << 14)):
+        yield comma + canonical(block)[1:-1].encode()
+        comma = b","
+    yield b"]"
+
+
+def digest_list(values: Iterable[Any]) -> str:
+    """What `digest` gives for the list of the values."""
+    whole = hashlib.sha256()
+    for piece in canonical_list(values):
+        whole.update(piece)
+    return whole.hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """sha256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(
+    path: Path, data: bytes | Callable[[IO[bytes]], Any], before: Callable[[Path], Any] | None = None
+) -> None:
     """Write a file so that it is either the old one or wholly the new one, also after a power cut.
+
+    Args:
+        path: the file.
+        data: its bytes, or what writes them into the file that it is given.
+        before: called with the finished file before it takes its name.
 
     Raises:
         KeepsetError: the disk is full, or the folder can't be written.
@@ -61,9 +87,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         if part.is_symlink():  # left by other hands: opening it would write where it leads
             part.unlink()
         with part.open("wb") as file:
-            file.write(data)
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                data(file)
             file.flush()
             os.fsync(file.fileno())
+        if before is not None:
+            before(part)
         part.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -47,6 +47,8 @@ WARMUP = f"{MODELS_FOLDER}/warmup"
 SEEN_FROM = f"{WORK_FOLDER}/seen_from"
 """Holds the way from the run folder to the folder that it was started in."""
 OPEN_COSTS = f"{WORK_FOLDER}/costs-open.json"
+PLAN = f"{WORK_FOLDER}/plan.json"
+"""What `keepset plan` last said the whole run would take."""
 RECORDS_FOLDER = f"{WORK_FOLDER}/records"
 WORKERS_COSTS = f"{WORK_FOLDER}/costs"
 """What stages cost other processes than the one that leads, an entry a file, until that one takes it over."""
@@ -87,6 +89,11 @@ def scores(label: str) -> str:
 def subset(name: str) -> str:
     """A subset's rows."""
     return f"{SUBSETS_FOLDER}/{name}.jsonl"
+
+
+def chosen(label: str, budget: int | str, n_budgets: int) -> str:
+    """What a choice is called: `davir`, or `davir@10%` where the recipe has several budgets."""
+    return label if n_budgets == 1 else f"{label}@{'-'.join(str(budget).split())}"
 
 
 def seeded(name: str, seed: int | str) -> str:

@@ -7,28 +7,30 @@ computes what is missing and nothing else, and the result has the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from keepset.errors import KeepsetError, PlanMismatch, RecipeError
 from keepset.keys import diff_keys
 from keepset.located import located
 from keepset.recipe import Recipe
+from keepset.row_ids import Ids
 from keepset.runfolder import layout
-from keepset.runfolder.claims import Claims, alive
+from keepset.runfolder.claims import Claims
 from keepset.runfolder.costs import Meter
 from keepset.runfolder.files import canonical, digest, file_digest, json_text, misfits, write_atomic
+from keepset.runfolder.lock import is_free, locked, refuse_links
 from keepset.runfolder.shards import Arrays, Kept, Shards, find_shard, stage_folder, write_shard
+from keepset.runfolder.tables import read_table, write_changed, write_table
 
 
 class Run:
@@ -47,8 +49,10 @@ class Run:
             machine: gives what shards are made with here, for their records.
             claims: of this process, where several work on the folder; what one of them makes, the others don't.
             wait: whether it waits for what another one makes; else `Busy` is raised.
+            held: whether this process may write: it has locked the folder, or works for the process that has.
         """
         self.path = Path(path)
+        self.held = False
         self.lenders: list[Path] = []
         self.meter = Meter(self.path, worker=worker)
         self.machine: Callable[[], Mapping[str, str]] | None = None
@@ -153,48 +157,19 @@ class Run:
         Raises:
             KeepsetError: another process works in it, or it can't be written.
         """
-        self.refuse_links()
-        if self.claims is not None:
+        refuse_links(self.path)
+        before = self.held
+        with nullcontext() if self.claims is not None else locked(self.path):
             self.meter.settle()
-            yield
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / layout.LOCK).open("a")
-        except OSError as error:
-            raise KeepsetError(f"{self.path}: can't be written: {error.strerror}; choose another --run_dir") from None
-        with file:
+            self.held = True
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise KeepsetError(f"{self.path}: another keepset process works in this folder; wait for it") from None
-            if alive(self.path / layout.CLAIMS_FOLDER):
-                raise KeepsetError(f"{self.path}: `keepset work` is at it; wait for its processes, or start one more")
-            self.meter.settle()
-            yield
+                yield
+            finally:
+                self.held = before
 
     def is_free(self) -> bool:
         """Whether no process without claims holds the folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / layout.LOCK).open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return False
-        return True
-
-    def refuse_links(self) -> None:
-        """Refuse links in the folder that lead out of it: a folder from elsewhere must not decide where is written.
-
-        Raises:
-            KeepsetError: there is one; the message names it.
-        """
-        root = os.path.realpath(self.path)
-        for folder, folders, files in os.walk(root):
-            for name in (*folders, *files):
-                place = os.path.join(folder, name)
-                if os.path.islink(place) and not os.path.realpath(place).startswith(root + os.sep):
-                    raise KeepsetError(f"{place}: a link that leads out of the run folder; remove it (link the folder)")
+        return is_free(self.path)
 
     # -- files --------------------------------------------------------------------------------------------------
 
@@ -204,12 +179,15 @@ class Run:
         The record is written first and knows the file before and after: a crash between the two leaves no file that
         looks damaged. `key` is the hash of what the content was made of (see `saved_key`); default: the key it has.
         """
-        old = self._entry(name)
-        kept = old["key"] if old else None
-        entries = [{"sha256": digest(data), "key": key if key is not None else kept}, *([old] if old else [])]
-        write_atomic(self.path / layout.record(name), canonical(entries).encode())
+        self._record(name, digest(data), key)
         write_atomic(self.path / name, data)
         return self.path / name
+
+    def _record(self, name: str, sha256: str, key: str | None) -> None:
+        old = self._entry(name)
+        kept = old["key"] if old else None
+        entries = [{"sha256": sha256, "key": key if key is not None else kept}, *([old] if old else [])]
+        write_atomic(self.path / layout.record(name), canonical(entries).encode())
 
     def _entry(self, name: str) -> dict[str, Any] | None:
         """The record's entry that fits the file as it is; None without file, record or fit."""
@@ -257,14 +235,26 @@ class Run:
         except (ValueError, RecursionError):
             raise KeepsetError(f"{path}: damaged (not JSON); delete it and run the same command again") from None
 
-    def save_table(self, name: str, table: pa.Table, key: str | None = None) -> Path:
-        """Write a Parquet file (see `save`)."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        return self.save(name, sink.getvalue().to_pybytes(), key)
+    def save_table(self, name: str, table: pa.Table, key: str | None = None, *, solid: bool = False) -> Path:
+        """Write a Parquet file (see `save` and `tables.write_table`)."""
+        write_atomic(
+            self.path / name, partial(write_table, table=table, solid=solid),
+            lambda part: self._record(name, file_digest(part), key),
+        )  # fmt: skip
+        return self.path / name
 
-    def load_table(self, name: str) -> pa.Table:
-        """Read a Parquet file of the folder.
+    def change_table(self, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
+        """Change a Parquet file of the folder a row group at a time; it keeps its key.
+
+        Raises:
+            KeepsetError: it is missing or damaged.
+        """
+        self.load_table(name, lambda column: False)  # refused where it is damaged
+        write = partial(write_changed, path=self.path / name, change=change)
+        write_atomic(self.path / name, write, lambda part: self._record(name, file_digest(part), None))
+
+    def load_table(self, name: str, wanted: Callable[[str], bool] | None = None) -> pa.Table:
+        """Read a Parquet file of the folder, or the columns whose names are wanted.
 
         Raises:
             KeepsetError: it is missing or damaged.
@@ -272,7 +262,7 @@ class Run:
         path = self.path / name
         self.check(name)
         try:
-            return pq.read_table(path)
+            return read_table(path, wanted)
         except FileNotFoundError:
             have = sorted(p.stem for p in path.parent.glob("*.parquet"))
             raise KeepsetError(
@@ -308,7 +298,9 @@ class Run:
             return self.whole(kept.folder, kept.key) is not None
         return find_shard(self.path, self.path / kept.folder, 0, digest(kept.key), self.lenders) is not None
 
-    def shards(self, stages: Mapping[str, Mapping[str, Any]], ids: np.ndarray, shard_rows: int | None = None) -> Shards:
+    def shards(
+        self, stages: Mapping[str, Mapping[str, Any]], ids: Ids | np.ndarray, shard_rows: int | None = None
+    ) -> Shards:
         """The shards of some stages (name -> key) over rows with these ids; see `Shards`."""
         return Shards(self.path, stages, ids, shard_rows, self.lenders, self.machine)
 
@@ -386,5 +378,5 @@ class Run:
         return self.meter.timed(stage, **facts)
 
     def costs(self) -> list[dict[str, Any]]:
-        """All entries of `costs.jsonl`; a torn last line (a crash) is left out."""
+        """All entries of `costs.jsonl`."""
         return self.meter.entries()

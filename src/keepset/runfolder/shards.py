@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from keepset.row_ids import Ids, id_order
 from keepset.runfolder import layout
 from keepset.runfolder.files import canonical, digest, write_atomic
 
 Arrays = dict[str, np.ndarray]
 
 
-def plan_shards(ids: np.ndarray, shard_rows: int | None = None) -> list[np.ndarray]:
+def plan_shards(ids: Ids | np.ndarray, shard_rows: int | None = None) -> list[np.ndarray]:
     """Cut rows into shards: sorted by id, so that the plan is the same however the pool was ordered or split.
 
     A shard has `shard_rows` rows; by default n / 200, at least 32 and at most 2,048. Returns index arrays into `ids`;
@@ -29,7 +30,7 @@ def plan_shards(ids: np.ndarray, shard_rows: int | None = None) -> list[np.ndarr
     """
     n = len(ids)
     size = shard_rows or min(2048, max(32, n // 200))
-    order = np.argsort(ids.astype(str), kind="stable") if n else np.zeros(0, dtype=np.int64)
+    order = id_order(ids)
     return [order[start : start + size] for start in range(0, n, size)]
 
 
@@ -105,18 +106,21 @@ class Shards:
         self,
         folder: Path,
         stages: Mapping[str, Mapping[str, Any]],
-        ids: np.ndarray,
+        ids: Ids | np.ndarray,
         shard_rows: int | None = None,
         lenders: Sequence[Path] = (),
         machine: Callable[[], Mapping[str, str]] | None = None,
+        held: Collection[str] | None = None,
     ) -> None:
         """Plan the shards; nothing is read or written.
 
         `stages` are name -> key; everything that changes the numbers belongs into the key. `lenders` are other run
         folders whose shards of the same stage, key and rows are copied, not made again. `machine` gives what shards
-        are made with here: device, dtype and libraries.
+        are made with here: device, dtype and libraries. `held` are the columns that stay in memory once a shard is
+        there; None: all.
         """
-        self.folder, self.stages, self.ids, self.lenders, self.machine = folder, stages, ids, lenders, machine
+        self.folder, self.stages, self.ids, self.lenders = folder, stages, ids, lenders
+        self.machine, self.held = machine, held
         self.parts = plan_shards(ids, shard_rows)
         self.read: list[dict[str, Arrays]] = [{} for _ in self.parts]
 
@@ -129,13 +133,20 @@ class Shards:
         """Where a stage's shards lie."""
         return stage_folder(self.folder, stage, self.stages[stage])
 
+    def file(self, stage: str, number: int) -> Path:
+        """A shard's file."""
+        return self.place(stage) / f"{number:05d}.safetensors"
+
+    def _holding(self, arrays: Arrays) -> Arrays:
+        return arrays if self.held is None else {name: arrays[name].copy() for name in self.held}
+
     def missing(self, number: int) -> list[str]:
         """The stages whose shard of this number isn't there, or isn't whole."""
         for stage in self.stages:
             if stage not in self.read[number]:
                 arrays = find_shard(self.folder, self.place(stage), number, self.id_hashes[number], self.lenders)
                 if arrays is not None:
-                    self.read[number][stage] = arrays
+                    self.read[number][stage] = self._holding(arrays)
         return [stage for stage in self.stages if stage not in self.read[number]]
 
     def write(self, number: int, arrays: Mapping[str, Arrays]) -> None:
@@ -146,10 +157,10 @@ class Shards:
                 write_atomic(place / layout.KEY, canonical(self.stages[stage]).encode())
             machine = None if self.machine is None else self.machine()
             write_shard(place, number, self.id_hashes[number], columns, machine)
-            self.read[number][stage] = columns
+            self.read[number][stage] = self._holding(columns)
 
     def gather(self) -> dict[str, Arrays]:
-        """Each stage's columns over all rows, in the order of the ids.
+        """Each stage's (held) columns over all rows, in the order of the ids.
 
         Raises:
             KeyError: a shard is missing.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keepset.data.ids import gumbel_by_id
+from keepset.row_ids import order_by
 
 
 def rank_order(scores: np.ndarray, ids: Sequence[str] | np.ndarray) -> np.ndarray:
@@ -21,7 +22,7 @@ def rank_order(scores: np.ndarray, ids: Sequence[str] | np.ndarray) -> np.ndarra
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise ValueError(f"{len(bad)} scores are not finite, the first is row {ids[bad[0]]}: quarantine them first")
-    return np.lexsort((np.asarray(ids, dtype=np.str_), -scores))
+    return order_by(-scores, ids)
 
 
 def soft_scores(scores: np.ndarray, ids: Sequence[str] | np.ndarray, *, temperature: float, seed: int) -> np.ndarray:

@@ -15,6 +15,12 @@ from keepset.selection.budget import Ledger
 from keepset.selection.dedup import exact_keep, near_keep
 from keepset.selection.greedy import facility_location, mmr
 from keepset.selection.ranking import rank_order, soft_scores
+from keepset.selection.transport import density, knn_kde, nearest_rows, transport
+
+BY_COLUMNS = ("round_robin", "knn_kde", "transport")
+"""Policies that look at the score of each task or query."""
+BY_TEXTS = ("knn_kde", "mmr", "facility_location")
+"""Policies that compare rows with each other."""
 
 
 def select(
@@ -40,9 +46,9 @@ def select(
         spec: policy, quota, duplicates; default: plain top-k.
         n_tokens: (n,) supervised tokens; needed for a token budget.
         groups: (n,) source or category; needed for a quota.
-        per_task: (n, j) score by task or query; needed for `round_robin`.
-        texts: (n,) needed for `dedup: near`; used for `mmr` and `facility_location` without embeddings.
-        embeddings: (n, d) for `mmr` and `facility_location`; default: hashed word n-grams of `texts`.
+        per_task: (n, j) score by task or query; needed for `round_robin`, `knn_kde` and `transport`.
+        texts: (n,) needed for `dedup: near`; used for `knn_kde`, `mmr` and `facility_location` without embeddings.
+        embeddings: (n, d) for `knn_kde`, `mmr` and `facility_location`; default: hashed word n-grams of `texts`.
         seed: for `sample`.
 
     Raises:
@@ -63,10 +69,13 @@ def select(
         return order[:amount]
     label = None if groups is None else np.asarray(groups)
     ledger = Ledger(amount, costs, order, groups=label, quota=spec.quota, floor=spec.quota_floor)
+    if spec.policy in BY_COLUMNS and per_task is None:
+        raise RecipeError(f"policy '{spec.policy}' needs a method that scores rows by task, such as rose, rds or bm25")
     if spec.policy == "round_robin":
-        if per_task is None:
-            raise RecipeError("policy 'round_robin' needs a method that scores rows by task, such as rose, rds or bm25")
         _round_robin(np.asarray(per_task), np.asarray(ids), order, ledger)
+    elif spec.policy in BY_COLUMNS:
+        order = order[_by_mass(np.asarray(per_task)[order], np.asarray(ids)[order], order, spec, texts, embeddings)]
+        ledger.fill(order.tolist())
     elif spec.policy in ("mmr", "facility_location"):
         vectors, relevance = _vectors(order, texts, embeddings, spec.policy), percentile(scores[order])
         if spec.policy == "mmr":
@@ -105,6 +114,24 @@ def _vectors(order: np.ndarray, texts: Sequence[str] | None, embeddings: np.ndar
     if texts is None:
         raise RecipeError(f"policy '{policy}' needs embeddings or the rows' texts")
     return ngram_vectors([texts[i] for i in order])
+
+
+def _by_mass(
+    columns: np.ndarray, ids: np.ndarray, order: np.ndarray, spec: SelectSpec, texts: Sequence[str] | None,
+    embeddings: np.ndarray | None,
+) -> np.ndarray:  # fmt: skip
+    """Places (n,) of the candidates, given in rank order with `columns` (n, m): what receives most from queries first.
+
+    Equal masses, such as the 0 of rows that no query reaches, go by score; under `knn_kde`, where a query's rows mostly
+    receive the same, first by how near they are to the query that they are nearest to.
+    """
+    if spec.policy == "transport":
+        return np.argsort(-transport(columns, reg=spec.transport_reg), kind="stable")
+    nearest = nearest_rows(columns, ids)
+    looked_at, rho, place = np.unique(nearest), np.ones(len(order)), np.full(len(order), len(order))
+    rho[looked_at] = density(_vectors(order[looked_at], texts, embeddings, spec.policy))
+    np.minimum.at(place, nearest, np.arange(nearest.shape[1])[None])
+    return np.lexsort((place, -knn_kde(columns, nearest, rho, alpha=spec.knn_alpha)))
 
 
 def _round_robin(per_task: np.ndarray, ids: np.ndarray, candidates: np.ndarray, ledger: Ledger) -> None:

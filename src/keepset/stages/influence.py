@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from keepset.errors import RecipeError
+from keepset.lazy import column, flat, pick, take
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops
 from keepset.runfolder.files import digest
@@ -217,7 +218,7 @@ def curvature_rows(job: Job, curvature: Curvature) -> list[Encoded]:
     if job.pair_gradients:
         raise RecipeError("influence functions are formed of single rows, not of pairs; use rose, less or grad-cosine")
     rows = job.rows_of("gradients").tokens
-    return [rows[i][0] for i in pick_subset(job.ids, 0.0, curvature.seed, min_rows=curvature.rows)]
+    return [row[0] for row in take(rows, pick_subset(job.ids, 0.0, curvature.seed, min_rows=curvature.rows))]
 
 
 def curvature_cost(job: Job, curvature: Curvature) -> tuple[int, float]:
@@ -272,7 +273,7 @@ class Dots(Sweep):
         """The pass over the pool, whoever else takes part; with a store also the sample that it is held against."""
         store, aim = job.recipe.gradients.store, job.aim(self.shots)
         checkpoint, map_ = WarmupCheckpoint(self.at).name(job), self.request.map
-        sides = [side for row in self.rows(job).tokens for side in row]
+        sides = flat(self.rows(job).tokens)
         own = "" if store else aim.title  # rows that are in a store are there for every target
         aims = {m.shots for m in job.recipe.methods} if store else {self.shots}
         aims = aims if checkpoint else set()
@@ -281,7 +282,7 @@ class Dots(Sweep):
         works = [backward(job, f"gradients ({map_}{own})", sides, ids=ids[0], titles=titles, need="gradients")]
         if store:
             rows = self.rows(job).tokens
-            sample = [rows[i][0] for i in sample_of(len(rows), job.recipe.gradients.store_sample)]
+            sample = pick(column(rows, 0), sample_of(len(rows), job.recipe.gradients.store_sample))
             stage = f"sample of the store ({self.request.loss}, {map_}{aim.title})"
             title = f"sample of gradients at {checkpoint} ({map_}{aim.title})"
             works.append(backward(job, stage, sample, ids=ids[1], titles=(title,) if checkpoint else ()))
@@ -314,7 +315,7 @@ class Dots(Sweep):
     def _stored(self, job: Job) -> Arrays:
         checkpoint, target = WarmupCheckpoint(self.at).value(job), self.target.value(job)
         works = self.works(job)
-        rows = [row for (row,) in self.rows(job).tokens]
+        rows = column(self.rows(job).tokens, 0)
         with attached(job.loaded.model, checkpoint.path) as model:
             return stored_influence(
                 job, model, self.title(job, [self]), rows, on_device(target, model), checkpoint.path,
@@ -363,6 +364,6 @@ def backward(
     job: Job, stage: str, rows: Sequence[Encoded], *, ids: list[str], titles: tuple[str, ...], need: str = ""
 ) -> Work:
     """A pass forward and backward through frozen weights over `rows`."""
-    n_tokens, n_head = count_tokens(list(rows))
+    n_tokens, n_head = count_tokens(rows)
     work = flops(job.loaded.model, n_tokens, n_head, passes=gradient_passes(job))
     return Work(stage, "backward", len(rows), n_tokens, work, tuple(ids), titles, counted=True, need=need)

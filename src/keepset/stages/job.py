@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import chain
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -16,14 +17,17 @@ from keepset.data.pool import Message
 from keepset.data.turns import is_learnt
 from keepset.data.words import count_words
 from keepset.errors import DataError, RecipeError
+from keepset.lazy import column, firsts
 from keepset.memory import free_memory
 from keepset.progress import track
 from keepset.recipe import ModelSpec, Recipe
+from keepset.row_ids import Ids
 from keepset.runfolder import layout
-from keepset.runfolder.files import canonical, digest, write_atomic
+from keepset.runfolder.files import canonical, digest_list, write_atomic
 from keepset.runfolder.run import Run
-from keepset.stages.encoded import Aim, encode_pool
-from keepset.stages.rows import Rows
+from keepset.stages.encoded import Aim
+from keepset.stages.encoding import Tokens, tokens_of
+from keepset.stages.rows import Rows, Texts
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded, Encoder
@@ -65,6 +69,7 @@ class Job:
         self.run.machine = lambda: self.machine
         if not worker:
             self.run.adopt(recipe, force=force)
+        self.run.held = worker
 
     def say(self, text: str) -> None:
         """Print a line for the person at the terminal."""
@@ -75,7 +80,7 @@ class Job:
     @cached_property
     def pool(self) -> Pool:
         """The pool; its quarantine is counted on screen."""
-        pool = load_pool(self.recipe.pool, strict=self.recipe.strict)
+        pool = load_pool(self.recipe.pool, strict=self.recipe.strict, folder=self.run.path / layout.WORK_FOLDER)
         copies = f", {pool.duplicates} exact copies" if pool.duplicates else ""
         self.say(f"pool: {pool.n_in} rows in = {len(pool)} read + {len(pool.quarantine)} quarantined{copies}")
         return pool
@@ -157,8 +162,8 @@ class Job:
         return Encoder(load_tokenizer(self.recipe.model), self.recipe.model)
 
     @cached_property
-    def sides(self) -> tuple[np.ndarray, list[tuple[Encoded, ...]]]:
-        """Indices (n,) of the pool's usable rows and the tokens of their sides.
+    def sides(self) -> tuple[np.ndarray, Sequence[tuple[Encoded, ...]]]:
+        """Indices (n,) of the pool's usable rows and the tokens of their sides, read when they are asked for.
 
         A row has one side; of a pool of pairs two, chosen and rejected, and both must be usable.
 
@@ -166,70 +171,80 @@ class Job:
             DataError: no row is usable.
             RecipeError: a section trains on pairs and the pool has none.
         """
-        from keepset.model.encode import what_is_lost
+        from keepset.model.encode import loss_words
 
-        rows, refused = self.encoded
-        usable = [i for i, row in enumerate(rows) if row is not None]
-        cut = sum(any(side.truncated for side in rows[i] or ()) for i in usable)
+        read = self.encoded
+        cut = read.truncated
         note = f", {cut} of them cut at max_length {self.recipe.model.max_length}" if cut else ""
-        self.say(f"tokens: {len(rows)} rows = {len(usable)} usable + {len(refused)} quarantined{note}")
-        for line in what_is_lost(side for i in usable for side in rows[i] or ()):
+        self.say(f"tokens: {len(self.pool)} rows = {len(read)} usable + {read.refused} quarantined{note}")
+        for line in loss_words(read.lost()):
             self.say(line)
-        if refused and self.recipe.strict:
-            first = refused[0]
+        first = next(self.refused(), None)
+        if first and self.recipe.strict:
             raise DataError(f"{first['file']}:{first['line']}: {first['reason']}: {first['detail']}")
-        if not usable:
-            raise DataError(f"no row of the pool is usable: {refused[0]['reason']}: {refused[0]['detail']}")
-        return np.array(usable), [rows[i] for i in usable]  # type: ignore[misc]
+        if first and not len(read):
+            raise DataError(f"no row of the pool is usable: {first['reason']}: {first['detail']}")
+        return read.usable, read
 
     @cached_property
-    def encoded(self) -> tuple[list[tuple[Encoded, ...] | None], list[dict[str, Any]]]:
-        """The sides of each of the pool's rows as tokens, None where one is refused, and the refusals."""
+    def encoded(self) -> Tokens:
+        """The pool's tokens as they lie in the run folder."""
         for name in ("train", "reference", "warmup"):
             loss = getattr(self.recipe, name).loss
             if loss != "sft" and not self.pool.has_pairs:
                 raise RecipeError(f"{name}.loss: {loss} trains on pairs; set `pairs: true` on the pool")
-        rows, refused = encode_pool(self.pool, self.encoder)
-        return rows, [self.refusal(index, reason, detail) for index, reason, detail in refused]
+        return tokens_of(self)
 
-    @cached_property
-    def tokens(self) -> tuple[np.ndarray, list[Encoded]]:
+    @property
+    def tokens(self) -> tuple[np.ndarray, Sequence[Encoded]]:
         """Indices (n,) of the pool's usable rows and their tokens (of a pair: the chosen side's)."""
-        return self.sides[0], [row[0] for row in self.sides[1]]
+        return self.sides[0], column(self.sides[1], 0)
 
-    def refusal(self, index: int, reason: str, detail: str) -> dict[str, Any]:
-        """A quarantine entry for row `index` of the pool."""
-        row = self.pool.table.slice(index, 1).to_pylist()[0]
-        return {"file": row["file"], "line": row["line"], "reason": reason, "detail": detail,
-                "excerpt": row["raw"][:200], "id": row["id"]}  # fmt: skip
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The folder of the tokens, where they are known: a task that looks at rows reads it."""
+        return (self.encoded.folder,) if "encoded" in self.__dict__ and not self.text_only else ()
+
+    def refused(self) -> Iterator[dict[str, Any]]:
+        """A quarantine entry for each row of the pool that has no tokens."""
+        for index, reason, detail in self.encoded.refusals():
+            row = self.pool.table.slice(index, 1).to_pylist()[0]
+            yield {"file": row["file"], "line": row["line"], "reason": reason, "detail": detail,
+                   "excerpt": row["raw"][:200], "id": row["id"]}  # fmt: skip
 
     def save_quarantine(self) -> None:
         """Write `quarantine.jsonl`: every row that was read but not used, with file, line and reason.
 
         Call with the run folder locked.
         """
-        entries = [asdict(q) for q in self.pool.quarantine] + ([] if self.text_only else self.encoded[1])
-        write_atomic(
-            self.run.path / layout.QUARANTINE, "".join(canonical(e) + "\n" for e in entries).encode("utf-8", "replace")
-        )
+
+        def write(file: IO[bytes]) -> None:
+            for entry in chain(map(asdict, self.pool.quarantine), () if self.text_only else self.refused()):
+                file.write((canonical(entry) + "\n").encode("utf-8", "replace"))
+
+        write_atomic(self.run.path / layout.QUARANTINE, write)
 
     @property
     def usable(self) -> np.ndarray:
         """Indices (n,) into the pool of the rows that are scored; without a tokenizer, all of them."""
-        return np.arange(len(self.pool)) if self.text_only else self.tokens[0]
+        return self._all if self.text_only else self.sides[0]
 
     @cached_property
-    def ids(self) -> np.ndarray:
-        """(n,) ids of the usable rows."""
-        return self.pool.ids[self.usable]
+    def _all(self) -> np.ndarray:
+        return np.arange(len(self.pool))
+
+    @cached_property
+    def ids(self) -> Ids:
+        """(n,) ids of the usable rows; an array of str to whoever reads it."""
+        return self.pool.ids if len(self.usable) == len(self.pool) else self.pool.ids[self.usable]
 
     @cached_property
     def ids_digest(self) -> str:
         """Hash of the usable rows' ids in their order."""
-        return digest([str(i) for i in self.ids])
+        return digest_list(self.ids)
 
     @property
-    def rows(self) -> list[Encoded]:
+    def rows(self) -> Sequence[Encoded]:
         """The usable rows' tokens."""
         return self.tokens[1]
 
@@ -245,16 +260,16 @@ class Job:
     @cached_property
     def _lengths(self) -> np.ndarray:
         if not self.text_only:
-            return np.array([sum(int(side.supervised.sum()) for side in row) for row in self.sides[1]])
+            _ = self.sides
+            return self.encoded.counts()[1].sum(axis=1, dtype=np.int64)
         rows: Iterable[list[Message]] = self.pool.all_messages()
         if self.pool.has_pairs:
             rows = (chosen + rejected for _, chosen, rejected in self.pool.all_pairs())
         return count_words("\n".join(m["content"] for m in row if is_learnt(m)) for row in rows)
 
-    def texts(self) -> list[str]:
-        """The usable rows as plain text, all messages joined by line breaks."""
-        texts = ["\n".join(m["content"] for m in row) for row in self.pool.all_messages()]
-        return [texts[i] for i in self.usable]
+    def texts(self) -> Texts:
+        """The usable rows as plain text, all messages joined by line breaks; read when they are asked for."""
+        return Texts(self.pool, self.usable)
 
     @property
     def target_pairs(self) -> tuple[list[Pair], np.ndarray]:
@@ -293,20 +308,20 @@ class Job:
         if what == "texts":
             return Rows(self.ids, self.texts(), data)
         if what == "gradients":
-            sides = self.sides[1] if self.pair_gradients else [row[:1] for row in self.sides[1]]
+            sides = self.sides[1] if self.pair_gradients else firsts(self.sides[1])
             return Rows(self.ids, sides, data).first_supervised(self.recipe.gradients.max_completion_tokens)
         chosen = Rows(self.ids, self.rows, data)
         if what == "content":
-            return chosen.content_only()
+            return chosen.content_only(self.encoded.column("n_ends")[:, 0])
         if what == "alone":
             tokenizer = self.encoder.tokenizer
             return chosen.alone(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
-        return Rows(self.ids, [row[1] for row in self.sides[1]], data) if what == "rejected" else chosen
+        return Rows(self.ids, column(self.sides[1], 1), data) if what == "rejected" else chosen
 
     def data_key(self) -> dict[str, Any]:
         """What every feature's key holds: model, template and data."""
         return {"model": self.fingerprint, "encoder": self.encoder.fingerprint, "pool": self.pool.fingerprint()}
 
-    def tracked(self, what: str, total: int, unit: str = "rows") -> Any:
-        """A progress bar on this job's console."""
-        return track(self.console, what, total, unit)
+    def tracked(self, what: str, total: int, unit: str = "rows", there: int = 0) -> Any:
+        """A progress bar on this job's console; `there` of the units are done already."""
+        return track(self.console, what, total, unit, there)

@@ -38,6 +38,8 @@ PRICED = {
 class Losses(Sweep):
     """Summed loss of each row in nats (`nll`, (n,) float64) under one model, and its supervised tokens (`n_tokens`).
 
+    With the token loss `entropy` also the summed entropy of the predictions in nats (`entropy`).
+
     Attributes:
         model: which.
         token_loss: what is summed (see `features.losses`).
@@ -167,7 +169,7 @@ class Losses(Sweep):
                 losses = row_losses(
                     model, rows, token_budget=budget, adapters=adapters, token_loss=stages[0].token_loss
                 )
-                return {s: {"nll": losses.nll[k], "n_tokens": losses.n_tokens} for k, s in enumerate(missing)}
+                return {s: losses.columns(k) for k, s in enumerate(missing)}
 
             return batch
 
@@ -198,7 +200,7 @@ def forward(
     part: str = "",
 ) -> Work:  # fmt: skip
     """A forward pass over `rows`, with the output head on supervised positions or without it."""
-    n_tokens, n_head = count_tokens(list(rows))
+    n_tokens, n_head = count_tokens(rows)
     work = flops(job.loaded.model, n_tokens, n_head if head else 0)
     return Work(stage, "forward", len(rows), n_tokens, work, ids=(id_,) if id_ else (), titles=titles, part=part)
 
@@ -222,12 +224,11 @@ class CrossFitted(Stage):
 
     def value(self, job: Job) -> Arrays:
         fold = fold_of(job.ids, job.recipe.reference.folds)
-        nll, n_tokens = np.zeros(len(fold)), np.zeros(len(fold), dtype=np.int64)
+        whole: Arrays = {}
         for stage in self._folds(job):
-            held_out = fold == stage.at
-            losses = stage.value(job)
-            nll[held_out], n_tokens[held_out] = losses["nll"], losses["n_tokens"]
-        return {"nll": nll, "n_tokens": n_tokens}
+            for name, values in stage.value(job).items():
+                whole.setdefault(name, np.zeros(len(fold), dtype=values.dtype))[fold == stage.at] = values
+        return whole
 
 
 def reference_losses(job: Job, token_loss: TokenLoss = "ce", of: Of = "chosen") -> Stage:

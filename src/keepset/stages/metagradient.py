@@ -16,11 +16,11 @@ import numpy as np
 
 from keepset.errors import DataError, RecipeError
 from keepset.model.flops import count_tokens, flops, trained_sides
+from keepset.row_ids import id_order
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, write_atomic
 from keepset.stages.shapley import load_state
 from keepset.stages.stage import VERSION, Stage, Work
-from keepset.stages.trained import id_order
 
 if TYPE_CHECKING:
     from keepset.features.metagradient import Objective, Replay, State, Tensors

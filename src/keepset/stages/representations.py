@@ -204,7 +204,7 @@ def embedder(job: Job, name: str) -> TextEncoder:
     return job.once_a_recipe(("embedder", name), lambda: TextEncoder(name, device=device))
 
 
-def embedding(stage: str, id_: str, texts: list[str], name: str) -> Work:
+def embedding(stage: str, id_: str, texts: Sequence[str], name: str) -> Work:
     """A forward pass of an embedding model over texts."""
     from keepset.features.embeddings import TextEncoder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from keepset.errors import KeepsetError, RecipeError
+from keepset.lazy import pick, take
 from keepset.model.adapters import attached
 from keepset.model.flops import count_tokens, flops
+from keepset.row_ids import id_order
 from keepset.runfolder import layout
 from keepset.runfolder.files import digest, write_atomic
 from keepset.runfolder.shards import Kept
 from keepset.stages.stage import VERSION, Stage, Work
-from keepset.stages.trained import WarmupCheckpoint, id_order, weights_of
+from keepset.stages.trained import WarmupCheckpoint, weights_of
 
 if TYPE_CHECKING:
     from keepset.model.encode import Encoded
@@ -71,7 +73,7 @@ class InRun(Stage):
         epochs = [order[rng.permutation(len(order))] for _ in range(self.epochs)]
         return [e[start : start + self.batch_size] for e in epochs for start in range(0, len(e), self.batch_size)]
 
-    def step_cost(self, job: Job, batch: list[Encoded]) -> tuple[int, float]:
+    def step_cost(self, job: Job, batch: Sequence[Encoded]) -> tuple[int, float]:
         """Tokens and operations of one step: its batch, and the target once or (second order) three times."""
         times = 3 if self.second_order else 1
         own, goal = count_tokens(batch), count_tokens(job.aim(self.shots).chosen)
@@ -81,7 +83,7 @@ class InRun(Stage):
     def works(self, job: Job) -> tuple[Work, ...]:
         """Every batch, the target's gradients at every step, its loss before and after."""
         aim = job.aim(self.shots)
-        batches = [[job.rows[i] for i in batch] for batch in self.batches(job)]
+        batches = [pick(job.rows, batch) for batch in self.batches(job)]
         costs = [self.step_cost(job, batch) for batch in batches]
         goal = count_tokens(aim.chosen)
         tokens = sum(t for t, _ in costs) + 2 * goal[0]
@@ -153,7 +155,7 @@ def run_steps(job: Job, stage: InRun, model: Any, path: Path) -> dict[str, Any]:
         if "before" not in state:
             state["before"] = np.array(target_loss())
         for number, indices in enumerate(batches[done:], start=done + 1):
-            rows = [job.rows[i] for i in indices]
+            rows = take(job.rows, indices)
             step = in_run_step(
                 model, rows, target, weights, learning_rate=lr, second_order=stage.second_order, token_budget=budget
             )
@@ -253,7 +255,7 @@ class Retraining(Stage):
             seen |= {frozenset(walk[:place].tolist()) for walk in walks for place in range(1, n)}
         return seen
 
-    def cost(self, job: Job, rows: list[Encoded]) -> tuple[int, float]:
+    def cost(self, job: Job, rows: Sequence[Encoded]) -> tuple[int, float]:
         """Tokens and operations of training on some rows and scoring the target."""
         epochs = job.recipe.train.num_train_epochs
         own, goal = count_tokens(rows), count_tokens(job.aim(self.shots).chosen)
@@ -266,7 +268,7 @@ class Retraining(Stage):
         ids, titles = (digest(self.key(job, members))[:16],), (f"retraining (Shapley{aim.title})",)
         works = []
         for players in sorted(self.sets(len(members)), key=sorted):
-            rows = [job.rows[i] for p in sorted(players) for i in members[p][1]]
+            rows = pick(job.rows, np.concatenate([np.zeros(0, int), *(members[p][1] for p in sorted(players))]))
             tokens, work = self.cost(job, rows)
             stage, part = f"train models (Shapley{aim.title})", " ".join(map(str, sorted(players)))
             works.append(
@@ -344,7 +346,7 @@ class Game:
                 rows = rows[id_order(job.ids[rows])]
                 utilities[label] = train(rows)
                 job.run.save_json(self.name, utilities)
-                tokens, work = self.stage.cost(job, [job.rows[i] for i in rows])
+                tokens, work = self.stage.cost(job, pick(job.rows, rows))
                 spent["tokens"] += tokens
                 spent["flops"] += work
                 advance(1)

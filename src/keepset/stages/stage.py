@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.console import Console
 
+from keepset.lazy import take
 from keepset.recipe import parse_recipe
 from keepset.runfolder.execute import Executor, Task
 from keepset.runfolder.files import canonical, digest
@@ -206,16 +207,17 @@ def complete(job: Job, stages: Sequence[Sweep]) -> Shards:
     used = [stage for stage in stages if any(stage in lacking[n] for n in numbers)]
     title = kind.title(job, used)
     ids = sorted({i for stage in used for work in stage.works(job) for i in work.ids})
-    reads = () if who.here else tuple(kept.folder for s in closure(job, stages) if (kept := s.kept(job)))
+    kept = [] if who.here else [kept.folder for s in closure(job, stages) if (kept := s.kept(job))]
+    reads = () if who.here else (*job.reads, *kept)
     task = Task(make_shards, own, digest(shards.stages)[:16], reads)
     opened = own.opened(job, used, shards) if who.here else nullcontext()
     with opened, job.run.timed(title, ids=ids) as entry:
         entry.update(tokens=0, flops=0.0, rows=0, skip=job.worker)  # whoever leads counts
-        with job.tracked(title, len(rows.ids)) as advance:
-            advance(len(rows.ids) - sum(len(shards.parts[n]) for n in numbers))
+        there = len(rows.ids) - sum(len(shards.parts[n]) for n in numbers)
+        with job.tracked(title, len(rows.ids), there=there) as advance:
 
             def committed(number: int) -> None:
-                part = [rows.tokens[i] for i in shards.parts[number]]
+                part = take(rows.tokens, shards.parts[number])
                 tokens, work = kind.spent(job, part, lacking[number])
                 entry.update(
                     rows=entry["rows"] + len(part), tokens=entry["tokens"] + tokens, flops=entry["flops"] + work
@@ -295,7 +297,7 @@ def make_shards(own: Pass, numbers: Sequence[int]) -> None:
     for number in numbers:
         stages = own.lacking(job, shards, number)
         if stages:
-            arrays = batch([rows.tokens[i] for i in shards.parts[number]], stages)
+            arrays = batch(take(rows.tokens, shards.parts[number]), stages)
             shards.write(number, {stage.name(job): columns for stage, columns in arrays.items()})
         if job.worker:
             shards.read[number].clear()  # whoever leads reads them all
@@ -334,7 +336,7 @@ def make_needs(job: Job, stages: Iterable[Stage], who: Executor) -> None:
         if not ready:
             return
         own = Values(recipe_of(job), tuple(ready))
-        reads = tuple(kept.folder for s in order if there[s] and (kept := s.kept(job)))
+        reads = (*job.reads, *(kept.folder for s in order if there[s] and (kept := s.kept(job))))
         task = Task(make_values, own, digest([stage.id(job) for stage in ready])[:16], reads)
 
         def is_there(number: int, ready: list[Stage] = ready) -> bool:

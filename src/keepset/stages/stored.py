@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keepset.lazy import pick, take
 from keepset.model.flops import count_tokens, flops
 from keepset.runfolder.files import digest
 from keepset.runfolder.shards import Arrays, plan_shards
@@ -39,7 +40,7 @@ def sample_of(n: int, size: int) -> np.ndarray:
 
 
 def stored_influence(
-    job: Job, model: Any, what: str, rows: list[Encoded], target: GradientTarget, checkpoint: Path, kind: str,
+    job: Job, model: Any, what: str, rows: Sequence[Encoded], target: GradientTarget, checkpoint: Path, kind: str,
     ids: tuple[list[str], list[str]],
 ) -> Arrays:  # fmt: skip
     """Dots, norms and momentum shares of all rows, estimated from the store of one checkpoint and map.
@@ -71,7 +72,7 @@ def stored_influence(
     rms = spearman = float("nan")
     if spec.store_sample:
         at = sample_of(len(rows), spec.store_sample)
-        sample = [rows[i] for i in at]
+        sample = take(rows, at)
         with spending(job, f"sample of {what}", sample, ids[1]):
             exact = influence(
                 model, sample, target, adam=adam, map=kind, token_budget=job.recipe.batching.token_budget,
@@ -102,17 +103,16 @@ def open_store(job: Job, checkpoint: Path, kind: str) -> GradientStore:
 
 
 def filled(
-    job: Job, model: Any, what: str, rows: list[Encoded], adam: AdamState, store: GradientStore, ids: list[str]
+    job: Job, model: Any, what: str, rows: Sequence[Encoded], adam: AdamState, store: GradientStore, ids: list[str]
 ) -> GradientStore:
     """The store with all rows in it."""
     from keepset.features.gradient_store import build_store
 
     pool, chunk = [str(i) for i in job.ids], len(plan_shards(job.ids, job.recipe.batching.shard_rows)[0])
-    lacking = [rows[i] for _, places in store.missing(pool, chunk) for i in places]
+    lacking = pick(rows, np.array([i for _, places in store.missing(pool, chunk) for i in places], dtype=np.int64))
     kept = len(rows) - len(lacking)
     job.say(f"store {store.path}: {kept} rows kept, {len(lacking)} to add")
-    with spending(job, what, lacking, ids), job.tracked(what, len(rows)) as advance:
-        advance(kept)
+    with spending(job, what, lacking, ids), job.tracked(what, len(rows), there=kept) as advance:
         return build_store(
             store, model, rows, pool, adam=adam, token_budget=job.recipe.batching.token_budget, chunk=chunk,
             progress=advance, last_layers=job.recipe.gradients.last_layers,
@@ -124,6 +124,6 @@ def spending(job: Job, what: str, rows: Sequence[Encoded], ids: list[str]) -> It
     """Log a gradient pass over rows; nothing where there are none."""
     with job.run.timed(what, rows=len(rows), ids=ids) as spent:
         yield
-        n_tokens, n_head = count_tokens(list(rows))
+        n_tokens, n_head = count_tokens(rows)
         passes = gradient_passes(job)
         spent.update(tokens=n_tokens, flops=flops(job.loaded.model, n_tokens, n_head, passes=passes), skip=not rows)

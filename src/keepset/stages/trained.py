@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepset.data.ids import fold_of
+from keepset.lazy import pick
 from keepset.model.flops import count_tokens, flops, trained_sides
 from keepset.model.kind import check_same_tokens
 from keepset.model.weights import config_digests, fingerprint, weight_files
 from keepset.recipe import TrainSpec
+from keepset.row_ids import Ids, id_order
 from keepset.runfolder import layout
-from keepset.runfolder.files import digest, file_digest
+from keepset.runfolder.files import digest, digest_list, file_digest
 from keepset.runfolder.shards import Kept
 from keepset.stages.stage import VERSION, Stage, Work
 from keepset.train.warmup import list_checkpoints, pick_subset
@@ -37,7 +39,7 @@ class Trained:
     full: bool
 
 
-def train_key(job: Job, args: TrainSpec, ids: np.ndarray, seed: int) -> dict[str, Any]:
+def train_key(job: Job, args: TrainSpec, ids: Ids | np.ndarray, seed: int) -> dict[str, Any]:
     """Everything a training run depends on."""
     return {
         "version": VERSION,
@@ -45,14 +47,9 @@ def train_key(job: Job, args: TrainSpec, ids: np.ndarray, seed: int) -> dict[str
         "encoder": job.encoder.fingerprint,
         "lora": None if args.full else job.recipe.lora.model_dump(),
         "args": args.key(),
-        "ids": digest(sorted(str(i) for i in ids)),
+        "ids": digest_list(ids[id_order(ids)]),
         "seed": seed,
     }
-
-
-def id_order(ids: np.ndarray) -> np.ndarray:
-    """Indices that sort ids."""
-    return np.argsort(ids.astype(str), kind="stable")
 
 
 def weights_of(path: Path) -> list[str]:
@@ -60,7 +57,7 @@ def weights_of(path: Path) -> list[str]:
     return [*(file_digest(p) for p in sorted(path.glob("*.safetensors"))), *config_digests(path)]
 
 
-def training(job: Job, stage: str, sides: list[Sides], args: TrainSpec, folder: str = "", id_: str = "") -> Work:
+def training(job: Job, stage: str, sides: Sequence[Sides], args: TrainSpec, folder: str = "", id_: str = "") -> Work:
     """A fine-tuning on rows, given as their sides, whose entry in `costs.jsonl` is called `train <folder>`."""
     n_tokens, n_head = count_tokens(trained_sides(sides, args))
     work = flops(job.loaded.model, n_tokens, n_head, passes=3 if args.full else 2) * args.num_train_epochs
@@ -70,15 +67,15 @@ def training(job: Job, stage: str, sides: list[Sides], args: TrainSpec, folder: 
 
 
 def train_once(
-    job: Job, stage: Stage, folder: str, rows: tuple[list[Sides], np.ndarray], args: TrainSpec, seed: int,
-    fit: Callable[[list[Sides], Path], dict[str, Any]],
+    job: Job, stage: Stage, folder: str, rows: tuple[Sequence[Sides], Ids | np.ndarray], args: TrainSpec, seed: int,
+    fit: Callable[[Sequence[Sides], Path], dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """Train on some rows into `folder`, unless that was done.
 
     The rows are put in the order of their ids, so that the order of the pool's files doesn't change the weights. `fit`
     trains on sides into a folder and returns the facts that are kept.
     """
-    sides = [rows[0][i] for i in id_order(rows[1])]
+    sides = pick(rows[0], id_order(rows[1]))
 
     def work(path: Path) -> dict[str, Any]:
         (price,) = stage.works(job)
@@ -95,17 +92,25 @@ def train_once(
 
 @dataclass(frozen=True)
 class Reference(Stage):
-    """DavIR's reference: the base fine-tuned on the whole pool, or on all folds but one (`fold` from 0; -1: on all)."""
+    """DavIR's reference: the base fine-tuned on the pool, or on all folds but one (`fold` from 0; -1: on all).
+
+    With `reference.fraction` on a share of those rows, drawn by content id.
+    """
 
     fold: int = -1
 
     word = "reference"
 
-    def _rows(self, job: Job) -> tuple[list[Sides], np.ndarray]:
-        if self.fold < 0:
+    def _rows(self, job: Job) -> tuple[Sequence[Sides], Ids | np.ndarray]:
+        spec = job.recipe.reference
+        if self.fold < 0 and spec.fraction == 1:
             return job.sides[1], job.ids
-        train = np.flatnonzero(fold_of(job.ids, job.recipe.reference.folds) != self.fold)
-        return [job.sides[1][i] for i in train], job.ids[train]
+        train = np.arange(len(job.ids))
+        if self.fold >= 0:
+            train = np.flatnonzero(fold_of(job.ids, spec.folds) != self.fold)
+        if spec.fraction < 1:
+            train = train[pick_subset(job.ids[train], spec.fraction, job.recipe.seed)]
+        return pick(job.sides[1], train), job.ids[train]
 
     @property
     def folder(self) -> str:
@@ -145,7 +150,7 @@ class Reference(Stage):
         if spec.path:
             return job.once_a_recipe(self, lambda: given_reference(job))
 
-        def fit_reference(sides: list[Sides], path: Path) -> dict[str, Any]:
+        def fit_reference(sides: Sequence[Sides], path: Path) -> dict[str, Any]:
             from keepset.train.fit import fit
 
             n_tokens, _ = count_tokens(trained_sides(sides, spec))
@@ -204,7 +209,7 @@ class Warmup(Stage):
         return Kept(layout.WARMUP, self.inputs(job), step=True)
 
     def works(self, job: Job) -> tuple[Work, ...]:
-        sides = [job.sides[1][i] for i in self._rows(job)[0]]
+        sides = pick(job.sides[1], self._rows(job)[0])
         return (training(job, "warm-up", sides, job.recipe.warmup, layout.WARMUP, self.id(job)),)
 
     def value(self, job: Job) -> list[Checkpoint]:
@@ -212,14 +217,14 @@ class Warmup(Stage):
         spec = job.recipe.warmup
         picked, seed = self._rows(job)
 
-        def warm_up(sides: list[Sides], path: Path) -> dict[str, Any]:
+        def warm_up(sides: Sequence[Sides], path: Path) -> dict[str, Any]:
             from keepset.train.warmup import warmup
 
             made = warmup(job.recipe.model, job.recipe.lora, sides, path, spec, seed=seed, console=job.console)
             return {"rows": len(sides), "checkpoints": [c.path.name for c in made]}
 
         def made() -> list[Checkpoint]:
-            rows = [job.sides[1][i] for i in picked], job.ids[picked]
+            rows = pick(job.sides[1], picked), job.ids[picked]
             train_once(job, self, layout.WARMUP, rows, spec, seed, warm_up)
             return list_checkpoints(job.run.path / layout.WARMUP)
 

@@ -95,7 +95,7 @@ def planned_steps(trainer: Any) -> int:
 
 
 def publish(trainer: Any, out: Path, tokenizer: Any | None, *, keep_checkpoints: bool) -> None:
-    """Save the weights in a side folder and move them into `out` file by file, replacing what was there.
+    """Save the weights in a side folder and move them into `out` file by file, checkpoints whole, replacing the old.
 
     The work folder is left whole, so that a crash in here is mended by going on from its last checkpoint.
     """
@@ -107,15 +107,16 @@ def publish(trainer: Any, out: Path, tokenizer: Any | None, *, keep_checkpoints:
         tokenizer.save_pretrained(str(side))
     for file in side.iterdir():
         file.replace(out / file.name)
-    side.rmdir()
     if keep_checkpoints:
         for old in out.glob("checkpoint-*"):
             shutil.rmtree(old)
         for folder in sorted((out / WORK).glob("checkpoint-*")):
-            (out / folder.name).mkdir()
+            (side / folder.name).mkdir()
             for file in folder.iterdir():  # optimiser, scheduler and random states serve resuming only
                 if file.suffix in (".safetensors", ".json") and file.name != "trainer_state.json":
-                    shutil.copyfile(file, out / folder.name / file.name)
+                    shutil.copyfile(file, side / folder.name / file.name)
+            (side / folder.name).replace(out / folder.name)
+    side.rmdir()
 
 
 def weight_files(out: Path) -> list[Path]:

@@ -85,7 +85,7 @@ class Training:
         """
         if self.weights is not None and not own:
             raise RecipeError(
-                "train.extra: rows are masked in keepset's own training step only, in one process, without mixed "
+                "rows are masked or weighted in keepset's own training step only, in one process, without mixed "
                 "precision, packing or TRL's other losses; remove what asks for those"
             )
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from keepset.errors import ModelError
 from keepset.recipe import LoraSpec, ModelSpec, TrainSpec
+from keepset.row_ids import Ids, id_order
 from keepset.runfolder import layout
 
 if TYPE_CHECKING:
@@ -41,15 +41,14 @@ class Checkpoint:
     step: int
 
 
-def pick_subset(ids: ArrayLike, fraction: float, seed: int, *, min_rows: int = 1) -> np.ndarray:
+def pick_subset(ids: Ids | Sequence[str] | np.ndarray, fraction: float, seed: int, *, min_rows: int = 1) -> np.ndarray:
     """Draw the warm-up rows: `max(min_rows, ⌊fraction · n⌋)` of n, without replacement, from `default_rng(seed)`.
 
     The draw is over the sorted ids, so a pool in another order gives the same rows, in the same order. Returns indices
     into `ids`, sorted by id.
     """
-    names = np.asarray(ids, dtype=str)
-    order = np.argsort(names, kind="stable")
-    n = len(names)
+    order = id_order(ids)
+    n = len(order)
     k = min(n, max(min_rows, int(fraction * n + 1e-9)))
     drawn = np.random.default_rng(seed).choice(n, size=k, replace=False)
     return order[np.sort(drawn)]
