@@ -42,15 +42,19 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in OUTCOMES:
         outcome = judge.outcome(name, models)
-        value, draws = lds_draws(judge.predictions(kept, name, outcome.tasks)[0], outcome.measured, resamples=2000)
-        for one, others in RIVALS.items():
-            for other in others:
-                low, high = np.percentile(draws[other] - draws[one], ENDS)
-                facts = {"difference": value[other] - value[one], "low": float(low), "high": float(high)}
-                found.setdefault(f"{other} - {one}", {})[name] = facts
+        by_query, in_all = judge.predictions(kept, name, outcome.tasks)
+        judged = {name: (by_query, outcome.measured), f"{name} (mean)": (in_all, outcome.measured.whole())}
+        for title, (predicted, measured) in judged.items():
+            value, draws = lds_draws(predicted, measured, resamples=2000)
+            for one, others in RIVALS.items():
+                for other in others:
+                    low, high = np.percentile(draws[other] - draws[one], ENDS)
+                    facts = {"difference": value[other] - value[one], "low": float(low), "high": float(high)}
+                    found.setdefault(f"{other} - {one}", {})[title] = facts
     for pair, by_outcome in found.items():
-        cells = [f"{f['difference']:+.2f} [{f['low']:+.2f}, {f['high']:+.2f}]" for f in by_outcome.values()]
-        print(f"| {pair} | " + " | ".join(cells) + " |")
+        apart = [f"{title} {f['difference']:+.2f} [{f['low']:+.2f}, {f['high']:+.2f}]"
+                 for title, f in by_outcome.items() if f["low"] > 0 or f["high"] < 0]  # fmt: skip
+        print(f"{pair}: " + ("; ".join(apart) or "not told apart"))
     (HERE / f"results/{recipe.stem}-differences.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
