@@ -83,6 +83,7 @@ def computed(folder: Path) -> dict[Path, int]:
 @pytest.fixture(scope="module")
 def loaded(tiny_run):
     """One loaded model for all cases."""
+    import keepset.train.training  # noqa: F401 - it would keep the name that `folder` puts in `load`'s place
     from keepset.model.load import load
 
     return load(load_recipe(tiny_run.recipe).model)
