@@ -55,7 +55,7 @@ def method_page(methods: list[type[Method]]) -> str:
     for method in methods:
         rows = [f"| `{name}` | {describe(kind)} | `{value}` |" for name, (kind, value) in method.options().items()]
         parts += [
-            f"## {method.name}", method.when,
+            f"## {method.name}", f"Take it {method.when}.",
             f"Score: {method.formula}. Source: {method.paper}.",
             f"It needs {', '.join(method.needs)}, and costs {COSTS[method.cost]}.",
             "\n".join(["| option | values | default |", "|---|---|---|", *rows]) if rows else "",

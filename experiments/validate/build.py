@@ -1,9 +1,9 @@
 """Build the 200 rows, the target and the held-out data of the large bank (`bank.yaml`).
 
-pool: 36 rows each of Alpaca, Dolly, FLAN (P3) and FLAN CoT, and 56 in-domain rows (questions and chosen answers of SHP and
-HH, 28 each). heldout: 10 further rows each of the same four sources. target: 8 pairs each of SHP and HH; eval: 12 each. No
-question stands in two of them. Rows have at most 80 tokens, in-domain rows and a pair's sides 112. Sources and licences: those
-of ../methods-table and ../mixed-pool, whose rules of reading and cutting these rows follow.
+pool: 36 rows each of Alpaca, Dolly, FLAN (P3) and FLAN CoT, and 56 in-domain rows (questions and chosen answers of SHP
+and HH, 28 each). heldout: 10 further rows each of the same four sources. target: 8 pairs each of SHP and HH; eval: 12
+each. No question stands in two of them. Rows have at most 80 tokens, in-domain rows and a pair's sides 112. Sources
+and licences: those of ../methods-table and ../mixed-pool, whose rules of reading and cutting these rows follow.
 """
 
 from __future__ import annotations

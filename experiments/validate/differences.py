@@ -1,7 +1,7 @@
-"""Which scores differ, by the same trainings: `python differences.py [RECIPE]` after run.py; writes NAME-differences.json.
+"""Which scores differ, by the same trainings: `python differences.py [RECIPE]`, after run.py.
 
 Two scores of one bank are judged by the same halves and queries, so their difference is less uncertain than either LDS:
-its interval is that of the differences of the same 2,000 draws.
+its interval is that of the differences of the same 2,000 draws. Written to results/NAME-differences.json.
 """
 
 from __future__ import annotations

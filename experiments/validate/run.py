@@ -1,6 +1,6 @@
 """Score by every method of the recipe and validate, without training on the choices: `python run.py [RECIPE]`.
 
-Writes results/NAME.json and results/NAME.txt, NAME being the recipe's. NAME-prices.json: operations of each score alone.
+Writes results/NAME.json and NAME.txt, NAME being the recipe's, and NAME-prices.json: operations of each score alone.
 """
 
 from __future__ import annotations

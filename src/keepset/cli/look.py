@@ -24,16 +24,18 @@ def methods(
 
     if as_json:
         rows = [find_method(n) for n in ([name] if name else METHODS)]
-        facts = [{"name": m.name, "paper": m.paper, "formula": m.formula, "needs": list(m.needs), "cost": m.cost,
-                  "options": {k: default for k, (_, default) in m.options().items()}} for m in rows]  # fmt: skip
+        facts = [{"name": m.name, "paper": m.paper, "formula": m.formula, "when": m.when, "needs": list(m.needs),
+                  "cost": m.cost, "options": {k: default for k, (_, default) in m.options().items()}}
+                 for m in rows]  # fmt: skip
         print(json_text(facts))
         return
     console = Console()
     if name:
         row = find_method(name)
         console.print(
-            f"{name}: {row.paper}\n  {row.formula}\n  needs {', '.join(row.needs)}; cost: {row.cost}", highlight=False
-        )
+            f"{name}: {row.paper}\n  {row.formula}\n  needs {', '.join(row.needs)}; cost: {row.cost}\n"
+            f"  take it {row.when}", highlight=False, soft_wrap=True,
+        )  # fmt: skip
         for option, (kind, default) in row.options().items():
             choices = " | ".join(map(str, getattr(kind, "__args__", ()))) or kind.__name__
             console.print(f"  -o {option}={default}   ({choices})", highlight=False, markup=False)

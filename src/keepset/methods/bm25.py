@@ -122,6 +122,10 @@ class Bm25(Method):
     """Lexical similarity to the target's prompts."""
 
     name = "bm25"
+    when = (
+        "first, if you have target rows: seconds, no model, and in-domain rows found as well as by any other; "
+        "right and wrong answers are alike to it"
+    )
     paper = "Robertson & Zaragoza 2009"
     formula = "S = max_j mean_q BM25(q, z)"
     needs = ("text", "target")

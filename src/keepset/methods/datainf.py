@@ -24,6 +24,7 @@ class DataInf(InfluenceFunction):
     """DataInf's closed form, each LoRA matrix by itself."""
 
     name = "datainf"
+    when = "as `influence`, cheaper, with `cosine: true`; below it in our bank"
     paper = "DataInf, arXiv 2310.00902"
     formula = "influence, mean of one-row inverses a matrix"
     curvature_rows: int = 200

@@ -117,6 +117,10 @@ class Davir(LossDrop):
     """Share of the loss that fine-tuning on the pool removed; of a pair: of one side, or chosen less rejected."""
 
     name = "davir"
+    when = (
+        "without a target: 3 to 10 % of Alpaca by it beat random rows on held-out loss, as the shortest rows "
+        "did; it tells nothing of a target that it does not see"
+    )
     formula = "S = (L_ini − L_ref) / L_ini"
     side: Literal["chosen", "rejected", "margin"] = "chosen"
 
@@ -155,6 +159,7 @@ class DavirRef(LossDrop):
     """DavIR over the reference's loss: the same ranking."""
 
     name = "davir-ref"
+    when = "never: it ranks as `davir` does"
     formula = "S = (L_ini − L_ref) / L_ref"
 
     def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
@@ -170,6 +175,9 @@ class RhoSum(LossDrop):
     """Plain loss drop, summed over tokens."""
 
     name = "rho-sum"
+    when = (
+        "without a target, if long rows may win: nearest to the target's loss among the scores that look at no target"
+    )
     formula = "S = L_ini − L_ref (summed)"
 
     def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
@@ -184,6 +192,7 @@ class RhoMean(LossDrop):
     """Plain loss drop, mean over tokens."""
 
     name = "rho-mean"
+    when = "as `davir`, whose ranking it nearly has"
     formula = "S = (L_ini − L_ref) / T"
 
     def drop(self, ini: np.ndarray, ref: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:

@@ -91,6 +91,10 @@ class Dsir(Method):
     """Importance weight of the row's n-grams, target against pool."""
 
     name = "dsir"
+    when = (
+        "for pools of many millions, if the target's words say enough; it leans to short rows, and told "
+        "nothing of the trained models in our bank"
+    )
     paper = "DSIR, arXiv 2302.03169"
     formula = "S = Σ_b c_b(z) log(p_b / q_b) + Gumbel"
     needs = ("text", "target")

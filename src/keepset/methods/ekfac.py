@@ -26,6 +26,7 @@ class Ekfac(InfluenceFunction):
     """Eigenvalue-corrected Kronecker factors of each LoRA matrix; one damping for all of them, or one for each."""
 
     name = "ekfac"
+    when = "as `influence` for larger adapters, with `cosine: true`"
     paper = "EK-FAC, arXiv 2308.03296"
     formula = "influence, eigenvalue-corrected Kronecker factors"
     curvature_rows: int = 200

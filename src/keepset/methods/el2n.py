@@ -46,6 +46,7 @@ class El2n(Method):
     """Mean over the row's supervised tokens of ‖softmax − onehot‖, under the base."""
 
     name = "el2n"
+    when = "as a baseline; it told nothing of the trained models in our bank"
     paper = "EL2N, arXiv 2107.07075"
     formula = "S = (1/T) Σ_t ‖p_t − onehot(y_t)‖"
     needs = ("error-norms",)
@@ -68,6 +69,7 @@ class GradNorm(GradientMethod):
     """Norm of the plain gradient of the row's mean token loss, mean over the warm-up's checkpoints."""
 
     name = "grad-norm"
+    when = "as a baseline; it told nothing of the trained models in our bank"
     paper = "GraNd, arXiv 2107.07075"
     formula = "S = mean_c ‖∇ℓ(z)‖"
 

@@ -49,6 +49,7 @@ class Forgetting(Method):
     """Forgetting events over the base and the warm-up's checkpoints."""
 
     name = "forgetting"
+    when = "as a baseline; it told nothing of the trained models in our bank"
     paper = "arXiv 1812.05159"
     formula = "S = times learnt and lost again"
     needs = ("losses", "warmup", "checkpoint-losses")

@@ -85,6 +85,7 @@ class Gist(GradientMethod):
     """Cosine in the space of the target's gradients; `last`: only the last so many checkpoints (0: all)."""
 
     name = "gist"
+    when = "as `less` from the target's own directions, no Adam map; below it in our bank"
     paper = "GIST, arXiv 2602.18584"
     formula = "S = max_j Σ_c w_c cos(V_kᵀ∇ℓ(z), V_kᵀ∇ℓ_j)"
     needs: ClassVar[tuple[str, ...]] = ("warmup", "gradients", "target")

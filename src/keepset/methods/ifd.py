@@ -50,6 +50,7 @@ class Ifd(Method):
     """How little the prompt helps the answer."""
 
     name = "ifd"
+    when = "to filter rows whose prompt does not help the answer; it told nothing of the trained models in our bank"
     paper = "Cherry, arXiv 2308.12032"
     formula = "S = L(y | x) / L(y), above 1 last"
     needs = ("losses", "answers")

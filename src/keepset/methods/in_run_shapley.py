@@ -30,6 +30,7 @@ class InRunShapley(Method):
     """Each row's share of the target's loss drop in one SGD run over the pool, from the warm-up's last checkpoint."""
 
     name = "in-run-shapley"
+    when = "to share out what one run learnt among its rows; to choose by it, with `unit_norm: true`"
     paper = "In-Run Data Shapley, arXiv 2406.11011"
     formula = "S = Σ_t η_t <v_t, g> [− η_t²/2 · gᵀ H_t Σ g]"
     needs = ("in-run", "warmup", "target")

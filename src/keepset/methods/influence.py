@@ -86,6 +86,7 @@ class Influence(InfluenceFunction):
     """Influence function: some rows' damped Fisher matrix inverted exactly, or Gauss-Newton by conjugate gradients."""
 
     name = "influence"
+    when = "if one checkpoint has to do; with `cosine: true`, which was better on the target's loss in our bank"
     paper = "arXiv 1703.04730"
     formula = "S = mean_j v_jᵀ (F + λI)⁻¹ ∇ℓ(z)"
     curvature: Literal["fisher", "gauss-newton"] = "fisher"

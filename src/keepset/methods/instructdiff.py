@@ -54,6 +54,7 @@ class InstructDiff(Method):
     """Rise of entropy under a calibrated reference, in the middle band of the loss drop."""
 
     name = "instructdiff"
+    when = "without a target, with a reference of a tenth of the pool; not measured against `davir` yet"
     paper = "InstructDiff, arXiv 2601.23006"
     formula = "S = (H_ref − H_ini) / T, the band's outside last"
     needs = ("losses", "reference")

@@ -80,6 +80,7 @@ class KnnShapley(Method):
     """Exact Shapley value in the nearest-neighbour game on cosine similarity."""
 
     name = "knn-shapley"
+    when = "as `rds`, if values have to add up; not told from chance in our bank"
     paper = "KNN-Shapley, arXiv 1908.08619"
     formula = "S = mean_q φ_z(U_q), U_q = mean similarity of the K nearest"
     needs = ("representations", "target")

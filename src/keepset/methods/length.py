@@ -31,6 +31,7 @@ class Length(Method):
     """Tokens of the completion (words in the torch-free core)."""
 
     name = "length"
+    when = "as a control: what the longest (or shortest) rows alone would give"
     paper = "arXiv 2402.04833"
     formula = "S = T"
     needs = ("text",)

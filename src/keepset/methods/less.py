@@ -42,6 +42,10 @@ class Less(CosineMethod):
     """Influence on the SFT loss of the target's (chosen) rows; `last`: only the last so many checkpoints (0: all)."""
 
     name = "less"
+    when = (
+        "if the target is a kind of text: best on the loss of its answers, of unseen ones too; wrong answers "
+        "of that kind count as well"
+    )
     paper = "LESS, arXiv 2402.04333"
     formula = "S = max_j Σ_c w_c cos(Γ_c(z), ∇ℓ_SFT,j)"
 
@@ -55,6 +59,7 @@ class TracIn(GradientMethod):
     """Plain inner products, learning-rate-weighted over checkpoints."""
 
     name = "tracin"
+    when = "as a baseline: raw dots lean to rows with large gradients, short answers first"
     paper = "TracIn, arXiv 2002.08484"
     formula = "S = mean_j Σ_c η_c <∇ℓ(z), ∇ℓ_j>"
     reduce: Literal["max", "mean"] = "mean"
@@ -80,6 +85,7 @@ class GradCosine(GradientMethod):
     """Cosine of plain gradients."""
 
     name = "grad-cosine"
+    when = "as `less` without the Adam map, and no worse in our bank"
     paper = "–"
     formula = "S = max_j Σ_c w_c cos(∇ℓ(z), ∇ℓ_j)"
     reduce: Literal["max", "mean"] = "max"

@@ -53,6 +53,7 @@ class Loss(Method):
     """The base's loss alone."""
 
     name = "loss"
+    when = "as a control for `davir`: what the base's loss alone would choose"
     paper = "DavIR, arXiv 2310.13008"
     formula = "S = ±L_ini / T, or ±L_ini"
     needs: ClassVar[tuple[str, ...]] = ("losses",)
@@ -78,6 +79,7 @@ class LossRef(Loss):
     """The reference's loss alone."""
 
     name = "loss-ref"
+    when = "as a control for `davir`: what the reference's loss alone would choose"
     formula = "S = ±L_ref / T, or ±L_ref"
     needs: ClassVar[tuple[str, ...]] = ("losses", "reference")
     cost: ClassVar[Cost] = "reference"

@@ -38,6 +38,10 @@ class Metagradient(Method):
     """How much the target's loss after training on the whole pool falls with a row's weight."""
 
     name = "metagradient"
+    when = (
+        "if four trainings are affordable: the exact derivative; best on the target's mean preference in our "
+        "bank, not told from `rose`"
+    )
     paper = "MAGIC, arXiv 2504.16430"
     formula = "S = −∂J(θ_T(w))/∂w_z"
     needs = ("replay", "target")

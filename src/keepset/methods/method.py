@@ -131,6 +131,8 @@ class Method(ABC):
     needs: ClassVar[tuple[str, ...]]
     """Of: text, target, pairs; or the words of its stages. A test holds the two together."""
     cost: ClassVar[Cost]
+    when: ClassVar[str]
+    """When to take it, in words that a figure of ours backs (experiments/, docs/measured.md); the README's column."""
 
     def stages(self, job: Job, shots: int | None) -> dict[str, Stage]:
         """What it needs computed, by the names that `score` asks for.

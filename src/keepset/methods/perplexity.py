@@ -58,6 +58,10 @@ class Perplexity(Method):
     """Low, middle or high mean NLL under the base."""
 
     name = "perplexity"
+    when = (
+        "without a target, for one forward pass: as near to the target's loss as `rds` in our bank, by no aim "
+        "of its own"
+    )
     paper = "arXiv 2309.04564"
     formula = "S = ±L_ini / T, or its middle"
     needs = ("losses",)

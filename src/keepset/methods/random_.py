@@ -29,6 +29,7 @@ class Random(Method):
     """Uniform numbers by content id."""
 
     name = "random"
+    when = "beside every other method, always: a choice that random rows match is not worth its price"
     paper = "–"
     formula = "S = u(id, seed)"
     needs = ("text",)

@@ -69,6 +69,7 @@ class Rds(Method):
     """Cosine of pooled hidden states, or of an embedding model's vectors, with the target's prompt + chosen rows."""
 
     name = "rds"
+    when = "if one forward pass is all you can pay: above chance on the target's loss, below the gradient methods"
     paper = "arXiv 2402.04333"
     formula = "S = max_j mean_q cos(h(z), h(q))"
     needs = ("representations", "target")
@@ -101,6 +102,7 @@ class RdsPlus(Method):
     """RDS with the position-weighted mean of all tokens."""
 
     name = "rds+"
+    when = "as `rds`, query by query; on our bank's short rows it told less than `rds`"
     paper = "arXiv 2503.01807"
     formula = "rds, position-weighted mean"
     needs = ("representations", "target")

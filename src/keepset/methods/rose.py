@@ -100,6 +100,10 @@ class Rose(CosineMethod):
     """Influence on the DPO loss of the target's pairs; `last`: only the last so many checkpoints (0: all)."""
 
     name = "rose"
+    when = (
+        "if you have pairs and the pool's mistakes look like its good answers: best on the target's "
+        "preference, where `less` and `bm25` take both"
+    )
     paper = "ROSE, arXiv 2412.00631"
     formula = "S = max_j Σ_c w_c cos(Γ_c(z), ∇ℓ_DPO,j)"
     needs: ClassVar[tuple[str, ...]] = ("warmup", "gradients", "target", "pairs")

@@ -74,6 +74,7 @@ class TmcShapley(Method):
     """Truncated Monte-Carlo Shapley of real trainings; few players: rows of a tiny pool, or whole sources."""
 
     name = "tmc-shapley"
+    when = "for up to 64 sources or categories, if many trainings are affordable; not for single rows of a real pool"
     paper = "Data Shapley, arXiv 1904.02868"
     formula = "S = E_π[U(before + z) − U(before)], U = −loss after training"
     needs = ("retraining", "target")
