@@ -88,6 +88,8 @@ def measured(name: str) -> str:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Point links at the site's own pages; what the site has no page for stays as its text."""
     known = {file.src_uri for file in files}
+    if page.file.src_uri == "methods.md":  # the files of the table lead to their pages
+        markdown = re.sub(r"\| `((\w+?)_?\.py)` \|$", r"| [`\1`](methods/\2.md) |", markdown, flags=re.M)
 
     def mend(found: re.Match[str]) -> str:
         text, _, path, anchor = found.groups()
