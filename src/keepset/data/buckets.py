@@ -150,9 +150,9 @@ class _Chunks:
 
 
 class Twice:
-    """The pool's hashed chunks, for two passes: the first half GiB of buckets is kept, the rest is made anew."""
+    """The pool's hashed chunks, for two passes: the first quarter GiB of buckets is kept, the rest is made anew."""
 
-    def __init__(self, hashing: NgramBuckets, texts: Sequence[str], keep_bytes: int = 1 << 29) -> None:
+    def __init__(self, hashing: NgramBuckets, texts: Sequence[str], keep_bytes: int = 1 << 28) -> None:
         """Hash nothing yet."""
         self.hashing, self.room = hashing, keep_bytes
         self.texts: Iterable[list[str]] = _Chunks(texts)
