@@ -25,7 +25,7 @@ help:  ## this list
 
 setup: .venv/.ready  ## the environment only
 
-demo: .venv/.model  ## ROSE, DavIR and Random on the small pool that ships: select, train, evaluate, compare (5 minutes)
+demo: .venv/.model  ## four methods and their controls on the small pool that ships: select, train, evaluate, compare (5 minutes)
 	$(BIN)/keepset demo
 
 test: .venv/.ready  ## the default test suite (8 minutes on 2 busy cores)

@@ -179,6 +179,7 @@ def test_text_methods_score_and_select_in_the_core(core, files, method):
         (["full", "--weight", "rank"], "add --weight_by LABEL"),
         ([method, "--weight", "cubic"], "one of softmax, rank"),
         ([method, "--weight_by", method], "does nothing without --weight"),
+        ([method, "--temperature", "2"], "--temperature does nothing without --weight"),
         ([method, "--weight", "softmax", "--temperature", "0"], "must be above 0"),
     ):
         done = core("export", words[0], files / "no.jsonl", "--run_dir", run, *words[1:])

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from keepset.errors import RecipeError
-from keepset.pipeline.choose import choose
+from keepset.errors import DataError, RecipeError
+from keepset.pipeline.choose import choose, chosen_places
 from keepset.pipeline.score import score
 from keepset.recipe import MethodSpec, parse_recipe
+from keepset.row_ids import Ids
 from keepset.stages.job import Job
 
 WORDS = "sum apple river add three seven paint minus equals cloud dog cat run code loop".split()
@@ -128,3 +129,11 @@ def test_a_policy_that_needs_tasks_says_so(folder, tmp_path):
     with pytest.raises(RecipeError, match="scores rows by task"):
         chosen(folder, tmp_path, method="random", policy="round_robin")
     assert MethodSpec(name="random").label == "random"
+
+
+def test_a_chosen_row_that_the_pool_has_lost_is_named_in_one_line():
+    ids = Ids(np.array([1, 2], np.uint64), np.array([0, 0], np.uint64))
+    assert chosen_places(ids, [ids[1], ids[0]], "rose").tolist() == [1, 0]
+    with pytest.raises(DataError, match=f"rose: row {'f' * 32} is not in the pool any more") as caught:
+        chosen_places(ids, [ids[0], "f" * 32], "rose")
+    assert "\n" not in str(caught.value)

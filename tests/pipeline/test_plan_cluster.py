@@ -231,7 +231,7 @@ def test_on_the_command_line(large, data, tmp_path):
     )
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout)["rows"] == 5000
-    idle = CliRunner().invoke(app, ["plan", str(path), "--nodes", "8", "-q"])
-    assert idle.exit_code != 0 and "--nodes: a plan for this machine doesn't look at it" in str(
-        idle.exception or idle.output
-    )
+    for words in (["--nodes", "8"], ["--network", "100"], ["--utilisation", "0.5"], ["--price", "0"], ["--local"]):
+        idle = CliRunner().invoke(app, ["plan", str(path), *words, "-q"])
+        said = f"{words[0]}: a plan for this machine doesn't look at it"
+        assert idle.exit_code != 0 and said in str(idle.exception or idle.output)

@@ -67,19 +67,23 @@ def export(
     Example: keepset export davir chosen.parquet --to messages
     """
     from keepset.data.export import write_subset
-    from keepset.pipeline.choose import stored_ids
+    from keepset.pipeline.choose import chosen_places, stored_ids
     from keepset.pipeline.weights import subset_weights
 
     job = open_job(run_dir, text_only=True)
     wanted = stored_ids(job, subset)
-    places = job.pool.ids.places(wanted)
-    if len(places) and places.min() < 0:
-        raise KeyError(wanted[int(places.argmin())])
+    places = chosen_places(job.pool.ids, wanted, subset)
     extra = None
     if weight is not None:
         extra = weight_column, subset_weights(job, subset, wanted, weight, by=weight_by, temperature=temperature)
-    elif weight_by is not None:
-        raise RecipeError("--weight_by does nothing without --weight; add --weight softmax or rank")
+    else:
+        given = {
+            "--weight_by": weight_by,
+            "--weight_column": weight_column != "weight",
+            "--temperature": temperature != 1,
+        }
+        for name in (name for name, value in given.items() if value):
+            raise RecipeError(f"{name} does nothing without --weight; add --weight softmax or rank")
     write_subset(job.pool, places, out, to=to, extra=extra)
     print(f"{out}: {len(wanted)} rows")
 

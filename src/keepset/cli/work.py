@@ -97,16 +97,10 @@ def plan(
     if gpus is None:
         from keepset.pipeline.plan import plan_recipe, print_plan
 
-        given = (
-            ("--nodes", nodes != 1),
-            ("--price", price),
-            ("--local", not shared),
-            ("--like", like),
-            ("--rows", rows),
-        )
-        idle = [name for name, value in given if value]
-        if idle:
-            raise RecipeError(f"{idle[0]}: a plan for this machine doesn't look at it; name the GPUs: --gpus h100:8")
+        given = {"--nodes": nodes != 1, "--price": price is not None, "--network": network != 10, "--local": not shared,
+                 "--utilisation": utilisation != 0.35, "--like": like, "--rows": rows}  # fmt: skip
+        for name in (name for name, value in given.items() if value):
+            raise RecipeError(f"{name}: a plan for this machine doesn't look at it; name the GPUs: --gpus h100:8")
         facts = plan_recipe(load_recipe(recipe), console=err)
         show = print_plan
     else:
@@ -123,7 +117,7 @@ def plan(
 
 
 def demo(run_dir: RunDir = Path("runs/demo"), force: Force = False, quiet: Quiet = False) -> None:
-    """Run the whole job on the small model and data that ship: ROSE, DavIR, Random and the longest rows.
+    """Run the whole job on the small model and data that ship: ROSE, LESS, DavIR, BM25, and what they are held against.
 
     Example: keepset demo
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from keepset.budget_text import parse_budget
 from keepset.data.export import write_subset
-from keepset.errors import RecipeError, did_you_mean
+from keepset.errors import DataError, RecipeError, did_you_mean
 from keepset.lazy import Lazy
 from keepset.methods.method import NOISE
 from keepset.methods.table import METHODS, method_of
@@ -180,6 +180,19 @@ def select_rows(
     return keep[chosen]
 
 
+def chosen_places(ids: Ids, chosen: Sequence[str], name: str) -> np.ndarray:
+    """Where a subset's rows stand among a pool's ids, (k,).
+
+    Raises:
+        DataError: one of them isn't there.
+    """
+    places = ids.places(chosen)
+    if len(places) and places.min() < 0:
+        lost = chosen[int(places.argmin())]
+        raise DataError(f"{name}: row {lost} is not in the pool any more; score and select again in another --run_dir")
+    return places
+
+
 def places_of(ids: Ids, column: pa.ChunkedArray) -> np.ndarray:
     """Where a column's ids stand among a job's, (k,); -1 for one that doesn't."""
     places = np.empty(len(column), dtype=np.int64)
@@ -329,7 +342,5 @@ def stored_subset(job: Job, name: str) -> Subset:
     if name == "dpo-direct":
         return direct_subset(job)
     stored = find_subset(job.run, name)
-    indices = job.ids.places(stored.ids)
-    if len(indices) and indices.min() < 0:
-        raise KeyError(stored.ids[int(indices.argmin())])
+    indices = chosen_places(job.ids, stored.ids, name)
     return Subset(name, stored.label, stored.kind, stored.budget, indices, stored.n_tokens)
