@@ -14,11 +14,13 @@ import yaml
 
 from keepset.errors import KeepsetError
 from keepset.progress import track
+from keepset.recipe import parse_recipe
+from keepset.recipe_truth import ControlSpec
 from keepset.runfolder import layout
 from keepset.runfolder.claims import PATIENCE, Claims
 from keepset.runfolder.lock import locked
 from keepset.runfolder.run import Run
-from keepset.runfolder.status import models, outlook, status, told
+from keepset.runfolder.status import models, outlook, scored_labels, status, told
 from tiny_recipe import quiet
 
 RECIPE = {
@@ -143,7 +145,8 @@ def test_a_finished_run_and_its_last_warning(tmp_path: Path) -> None:
 
 
 def test_a_run_that_measures_nothing_has_no_models_and_no_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / layout.RECIPE).write_text(yaml.safe_dump({"methods": ["bm25"], "budget": "5%"}))
+    whole = {"methods": ["bm25"], "budget": "5%", "controls": {"random_seeds": [0], "longest": True}}
+    (tmp_path / layout.RECIPE).write_text(yaml.safe_dump(whole))
     assert status(tmp_path).next == ("score bm25", "score random-0", "score longest", "compare and report")
     with pytest.raises(KeepsetError, match="is no run folder"):
         status(tmp_path / "nowhere")
@@ -155,3 +158,10 @@ def test_it_starts_without_torch_and_pydantic() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_run_folder_s_recipe_names_every_control(tmp_path: Path) -> None:
+    made = parse_recipe({"run_dir": str(tmp_path), "pool": "pool.jsonl", "methods": ["bm25"], "budget": "5%"})
+    whole = made.model_dump(mode="json")
+    assert set(whole["controls"]) == set(ControlSpec.model_fields)
+    assert scored_labels(whole) == ["bm25", *(f"random-{seed}" for seed in made.controls.random_seeds), "longest"]

@@ -132,15 +132,15 @@ def labels(recipe: Mapping[str, Any], key: str) -> list[str]:
 
 
 def controls(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's controls; a file of a person may leave out what has a default."""
-    return {"random_seeds": [0], "longest": True, **(recipe.get("controls") or {})}
+    """The recipe's controls; a run folder's recipe has every key, so that no default is needed here."""
+    return dict(recipe.get("controls") or {})
 
 
 def scored_labels(recipe: Mapping[str, Any]) -> list[str]:
     """What is scored, in the run's order."""
     named = controls(recipe)
     lengths = [name for name in ("longest", "shortest") if named.get(name)]
-    return [*labels(recipe, "methods"), *(f"random-{seed}" for seed in named["random_seeds"]), *lengths]
+    return [*labels(recipe, "methods"), *(f"random-{seed}" for seed in named.get("random_seeds", ())), *lengths]
 
 
 def models(recipe: Mapping[str, Any]) -> list[tuple[str, int]]:
@@ -150,7 +150,7 @@ def models(recipe: Mapping[str, Any]) -> list[tuple[str, int]]:
         return []
     seeds, budgets, named = recipe.get("train_seeds") or [0], recipe.get("budget"), controls(recipe)
     budgets = budgets if isinstance(budgets, list) else [budgets]
-    draws = [f"random-{seed}" for seed in named["random_seeds"]]
+    draws = [f"random-{seed}" for seed in named.get("random_seeds", ())]
     found: list[tuple[str, int]] = []
     for label in scored_labels(recipe):
         own = [seeds[draws.index(label) % len(seeds)]] if label in draws else seeds
